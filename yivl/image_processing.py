@@ -1,0 +1,170 @@
+"""Pictures to ``pixel_values``: load, upright, RGB, pad or crop to a square, CLIP preprocessing.
+
+The pixels are those of the release's ``single_inference.py`` for RGB pictures. Where the release crashes or corrupts
+(other modes, EXIF, one-pixel sides) this module does the obviously right thing; docs/fidelity.md has a row for each.
+"""
+
+import io
+import os
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+AspectRatio = Literal["pad", "square"]
+"""``pad``: centre on a square of the mean colour. ``square``: resize the short side and crop the centre."""
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
+"""A path, an http(s) address (only where allowed), the bytes of an image file, or a PIL image."""
+
+MAX_IMAGE_PIXELS: Final = 89_478_485
+"""Width times height above which a picture is refused before it is decoded. Source: Pillow's own warning threshold."""
+
+MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
+"""Largest picture fetched from an address, in bytes. Source: ours."""
+
+DOWNLOAD_TIMEOUT: Final = 20.0
+"""Seconds without an answer after which a fetch is given up. Source: ours."""
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message is one line that names it and says what to do."""
+
+
+def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Image:
+    """Return the picture upright (EXIF applied), decoded in full, in its own mode.
+
+    Raises:
+        ImageError: If it is missing, not an image, truncated, animated, empty, larger than ``MAX_IMAGE_PIXELS``, or an
+            address while ``allow_remote`` is false.
+    """
+    if isinstance(source, Image.Image):
+        return _upright(source, "image")
+    name, data = ("image bytes", source) if isinstance(source, bytes) else _read(os.fspath(source), allow_remote)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the picture first") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"{name}: not a picture that can be read; use JPEG, PNG, WebP, BMP or TIFF") from error
+    return _upright(image, name)
+
+
+def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:
+    """Return the name and the bytes of a local file or, where allowed, of an http(s) address."""
+    if name.lower().startswith(("http://", "https://")):
+        if not allow_remote:
+            raise ImageError(f"{name}: remote pictures are off; download the file or pass --allow-remote")
+        try:
+            with urllib.request.urlopen(name, timeout=DOWNLOAD_TIMEOUT) as response:
+                data = response.read(MAX_DOWNLOAD_BYTES + 1)
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            raise ImageError(f"{name}: cannot be fetched ({error})") from error
+        if len(data) > MAX_DOWNLOAD_BYTES:
+            raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES:,} bytes")
+        return name, data
+    try:
+        return name, Path(name).read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such file") from error
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """Return the decoded picture with its EXIF orientation applied, after the checks that need only the header."""
+    if not image.width or not image.height:
+        raise ImageError(f"{name}: the picture is empty ({image.width}x{image.height} pixels)")
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the picture first")
+    frames = getattr(image, "n_frames", 1)
+    # An MPO file is a still photograph followed by previews or a stereo partner; its first frame is the picture.
+    if frames > 1 and image.format != "MPO":
+        raise ImageError(f"{name}: animated or multi-page ({frames} frames); save the frame you mean as its own file")
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ImageError(f"{name}: damaged or truncated picture; save or download it again") from error
+
+
+def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Return the picture in RGB, transparency composited on ``background``, 16-bit grey scaled to 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips instead of scaling: 16-bit grey would turn plain white. 65535 / 255 = 257.
+        grey = np.asarray(image, dtype=np.float64) / (1 if image.mode == "F" else 257)
+        image = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (*background, 255))
+        canvas.alpha_composite(rgba)
+        image = canvas
+    return image.convert("RGB")
+
+
+def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Return the RGB picture centred on a square of the background colour; odd differences round down at the top left.
+
+    Source: 01-ai/Yi, VL/llava/mm_utils.py.
+    """
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+class ImageProcessor:
+    """The one pixel pipeline, shared by inference, training and evaluation.
+
+    Args:
+        clip_processor: CLIP resize, crop and normalization of the checkpoint (Pillow back end, as the release used).
+        aspect_ratio: What happens to pictures that are not square; read from the checkpoint's ``config.json``.
+
+    Raises:
+        ValueError: If ``aspect_ratio`` is unknown.
+    """
+
+    def __init__(self, clip_processor: CLIPImageProcessorPil, aspect_ratio: str = "pad") -> None:
+        if aspect_ratio not in ("pad", "square"):
+            raise ValueError(f"image_aspect_ratio={aspect_ratio!r}; expected 'pad' or 'square'")
+        self.clip_processor = clip_processor
+        self.aspect_ratio = aspect_ratio
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """Padding colour: the CLIP mean in 8 bits, (122, 116, 104). Source: 01-ai/Yi, VL/single_inference.py."""
+        red, green, blue = (int(mean * 255) for mean in self.clip_processor.image_mean)
+        return red, green, blue
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return ``pixel_values``, ``(num_images, 3, image_size, image_size)`` float32, normalized."""
+        return torch.stack([self._pixels(image) for image in images])
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
+        rgb = to_rgb(image, self.background)
+        if self.aspect_ratio == "pad":
+            rgb = expand2square(rgb, self.background)
+        # Said outright, because a height of 1 or 3 pixels is otherwise taken for the channel axis.
+        batch: dict[str, Any] = self.clip_processor.preprocess(
+            rgb, return_tensors="pt", input_data_format="channels_last"
+        )
+        pixels: torch.Tensor = batch["pixel_values"][0]
+        return pixels
+
+
+def load_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:
+    """Return the CLIP preprocessing described by the ``preprocessor_config.json`` of a ViT folder."""
+    return CLIPImageProcessorPil.from_pretrained(os.fspath(folder))

@@ -1,0 +1,126 @@
+"""The configuration of a Yi-VL checkpoint: Llama fields, ``mm_*`` fields, and the ViT's own configuration."""
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, LlamaConfig
+
+PUBLISHED_ARCHITECTURE: Final = "LlavaLlamaForCausalLM"
+"""Class name every published checkpoint carries. Source: 01-ai/Yi-VL-6B, config.json."""
+
+# Bookkeeping of transformers or of this process that has no place in a published config.json.
+_UNPUBLISHED: Final = ("vision_config", "rope_parameters", "head_dim", "mlp_bias", "dtype", "use_cache")
+
+
+@strict
+class YiVLConfig(LlamaConfig):  # type: ignore[misc]
+    """Fields of the published ``config.json`` plus ``vision_config``, read from the ViT folder it names.
+
+    ``model_type`` is the published ``llava``. It collides with a class of transformers, so this class is used directly
+    and never looked up through ``AutoConfig``. Unknown published fields (``moe_mode``, ...) are carried along.
+
+    Raises:
+        ValueError: If a field has a value this code does not support.
+    """
+
+    model_type = "llava"
+    sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 (a transformers class attribute)
+
+    vision_config: dict[str, Any] | CLIPVisionConfig | None = None
+    mm_vision_tower: str = ""
+    """Folder of the ViT, relative to the checkpoint (``./vit/<name>``)."""
+    mm_projector_type: str = "mlp2x_gelu_Norm"
+    mm_hidden_size: int = 1280
+    """Width of the ViT features. Source: 01-ai/Yi-VL-6B, config.json."""
+    mm_vision_select_layer: int = -2
+    """Which ViT hidden state feeds the projector; 0 is the embedding, -1 the last layer."""
+    mm_vision_select_feature: str = "patch"
+    """``patch`` drops the class token, ``cls_patch`` keeps it."""
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    image_aspect_ratio: str = "pad"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**self.vision_config)
+        super().__post_init__(**kwargs)
+        if self.mm_vision_select_feature not in ("patch", "cls_patch"):
+            raise ValueError(
+                f"mm_vision_select_feature={self.mm_vision_select_feature!r}; expected 'patch' or 'cls_patch'"
+            )
+        if self.mm_use_im_start_end or self.mm_use_im_patch_token:
+            raise ValueError("mm_use_im_start_end and mm_use_im_patch_token must be false: Yi-VL has no such tokens")
+
+    @property
+    def num_patches(self) -> int:
+        """Positions one image takes in the decoder: 1,024 for the released models."""
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return int(side * side + (self.mm_vision_select_feature == "cls_patch"))
+
+    @property
+    def num_vision_layers(self) -> int:
+        """ViT layers that run: all up to ``mm_vision_select_layer``.
+
+        Raises:
+            ValueError: If the ViT has no such hidden state.
+        """
+        layers: int = self.vision_config.num_hidden_layers
+        index = self.mm_vision_select_layer + (layers + 1 if self.mm_vision_select_layer < 0 else 0)
+        if not 0 <= index <= layers:
+            raise ValueError(f"mm_vision_select_layer={self.mm_vision_select_layer} of a ViT with {layers} layers")
+        return index
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "YiVLConfig":
+        """Read a published checkpoint folder: its ``config.json`` and that of the ViT it names.
+
+        Raises:
+            FileNotFoundError: If either file is missing.
+            ValueError: If a file is not valid JSON or describes another kind of model.
+        """
+        fields = _read_json(Path(folder) / "config.json")
+        if "mm_vision_tower" not in fields:
+            raise ValueError(f"{folder}/config.json: no mm_vision_tower; this is not a checkpoint in the Yi-VL layout")
+        vision = _read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
+        fields.pop("model_type", None)
+        return cls(**fields, vision_config=CLIPVisionConfig(**vision))
+
+    def to_published_dict(self) -> dict[str, Any]:
+        """Return the fields of a published ``config.json``, readable by old transformers too (``rope_theta``)."""
+        fields = {key: value for key, value in self.to_dict().items() if key not in _UNPUBLISHED}
+        fields |= {
+            "architectures": [PUBLISHED_ARCHITECTURE],
+            "model_type": self.model_type,
+            "mm_vision_tower": f"./vit/{self.vit_name}",
+            "rope_theta": self.rope_parameters["rope_theta"],
+            "rope_scaling": None,
+            "torch_dtype": str(self.dtype or torch.float32).removeprefix("torch."),
+            "use_cache": True,
+        }
+        return fields
+
+    @property
+    def vit_name(self) -> str:
+        """Name of the ViT folder below ``vit/``."""
+        return PurePosixPath(self.mm_vision_tower).name or "clip-vit"
+
+
+def vit_folder(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> Path:
+    """Return the ViT folder: relative paths start at the checkpoint, absolute ones stay as they are."""
+    return Path(checkpoint) / mm_vision_tower
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint in the Yi-VL layout has one")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return fields

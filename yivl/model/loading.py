@@ -1,0 +1,174 @@
+"""A checkpoint folder, hub id or LoRA adapter to a model ready to answer: device, dtype, quantization."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from yivl.image_processing import ImageProcessor, load_clip_processor
+from yivl.model.configuration import vit_folder
+from yivl.model.modeling import YiVLForCausalLM
+from yivl.tokenization import YiTokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+UNQUANTIZED_MODULES: Final = ["model.vision_tower", "model.mm_projector", "lm_head"]
+"""Kept in full precision under 4 and 8 bits: small, and the features are sensitive. Source: ours."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything a checkpoint folder holds."""
+
+    model: YiVLForCausalLM
+    tokenizer: YiTokenizer
+    image_processor: ImageProcessor
+    name: str
+    """Last part of the path or hub id, for people to read."""
+
+
+def load_model(
+    model_path: str | os.PathLike[str],
+    *,
+    model_base: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    attn_implementation: Attention = "sdpa",
+) -> LoadedModel:
+    """Return model, tokenizer and image processor of a checkpoint, in eval mode.
+
+    Args:
+        model_path: Folder in the published layout, hub id, or LoRA adapter folder.
+        model_base: The checkpoint an adapter was trained on; by default the one its ``adapter_config.json`` names.
+        device: ``auto`` (all GPUs, else MPS, else CPU), or a torch device such as ``cpu``, ``mps``, ``cuda:1``.
+        dtype: ``auto`` keeps the dtype the checkpoint was published in.
+        load_in_4bit: nf4 with double quantization (bitsandbytes).
+        load_in_8bit: int8 (bitsandbytes).
+        attn_implementation: Attention of the decoder and the ViT.
+
+    Raises:
+        FileNotFoundError: If a folder or file is missing and no hub id matches.
+        ValueError: If the weights do not fit the configuration, or the arguments contradict each other.
+    """
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+    folder = resolve_checkpoint(model_path)
+    adapter = None
+    if (folder / "adapter_config.json").is_file():
+        adapter, folder = folder, resolve_checkpoint(model_base or _adapter_base(folder))
+    elif model_base is not None:
+        raise FileNotFoundError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
+    kwargs: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
+    if load_in_4bit or load_in_8bit:
+        kwargs["quantization_config"] = quantization_config(four_bits=load_in_4bit, dtype=dtype, folder=folder)
+    model = YiVLForCausalLM.from_pretrained(folder, attn_implementation=attn_implementation, **kwargs)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return LoadedModel(model.eval(), load_tokenizer(folder), _image_processor(model, folder), _name(model_path))
+
+
+def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
+    """Return the local folder of a checkpoint, downloading a hub id.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and no such repository can be reached.
+    """
+    folder = Path(model_path)
+    if folder.is_dir():
+        return folder
+    try:
+        # The ViT folder of the release carries a second, unused copy at 224 pixels of 3.9 GB.
+        return Path(snapshot_download(os.fspath(model_path), ignore_patterns=["*/open_clip_*", "*.md", "*.png"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{model_path}: no such folder, and no model of that name could be downloaded; give a checkpoint folder in "
+            "the published layout or a hub id such as 01-ai/Yi-VL-6B"
+        ) from error
+
+
+def quantization_config(*, four_bits: bool, dtype: Dtype, folder: Path) -> BitsAndBytesConfig:
+    """Return the bitsandbytes settings; vision tower, projector and ``lm_head`` stay unquantized."""
+    if not four_bits:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
+    published = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("torch_dtype", "float32")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=published if dtype == "auto" else dtype,
+        llm_int8_skip_modules=UNQUANTIZED_MODULES,
+    )
+
+
+def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVLForCausalLM:
+    """Put a LoRA adapter on the model, in place, with whatever else was trained beside it.
+
+    The folder holds peft's files and, if more than the adapter was trained, ``non_lora_trainables.safetensors`` (or
+    the lineage's ``.bin``) with published key names.
+
+    Raises:
+        ValueError: If a trained tensor has no place in the model.
+    """
+    from peft import PeftModel  # slow to import, and few loads need it
+
+    model = PeftModel.from_pretrained(model, os.fspath(folder)).get_base_model()
+    trained = _non_lora_trainables(Path(folder))
+    own = dict(model.named_parameters())
+    # peft wraps a module that carries an adapter; its own weight then sits one level deeper.
+    own |= {key.replace(".base_layer.", "."): value for key, value in own.items() if ".base_layer." in key}
+    for key, value in trained.items():
+        key = key.removeprefix("base_model.model.")
+        if key not in own or own[key].shape != value.shape:
+            raise ValueError(f"{folder}: {key} {list(value.shape)} has no place in the base model")
+        with torch.no_grad():
+            own[key].copy_(value)
+    return model
+
+
+def _non_lora_trainables(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / "non_lora_trainables.safetensors"
+    if path.is_file():
+        return load_file(path)
+    path = path.with_suffix(".bin")
+    if path.is_file():
+        weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return weights
+    return {}
+
+
+def _adapter_base(folder: Path) -> str:
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise FileNotFoundError(f"{folder}: the adapter does not name its base model; give it with --model-base")
+    return str(base)
+
+
+def _device_map(device: str) -> str | dict[str, str]:
+    if device != "auto":
+        return {"": device}
+    if torch.cuda.is_available():
+        return "auto"
+    return {"": "mps" if torch.backends.mps.is_available() else "cpu"}
+
+
+def _image_processor(model: YiVLForCausalLM, folder: Path) -> ImageProcessor:
+    clip_processor: CLIPImageProcessorPil = load_clip_processor(vit_folder(folder, model.config.mm_vision_tower))
+    return ImageProcessor(clip_processor, model.config.image_aspect_ratio)
+
+
+def _name(model_path: str | os.PathLike[str]) -> str:
+    return Path(model_path).resolve().name if Path(model_path).exists() else os.fspath(model_path).split("/")[-1]

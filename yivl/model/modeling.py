@@ -1,0 +1,280 @@
+"""YiVLForCausalLM: vision tower, projector, fusion, then the Llama decoder of transformers, unchanged.
+
+Everything visual happens before the decoder and reaches it as ``inputs_embeds``, so its cache, attention back ends
+and generation are the library's own.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.model.configuration import YiVLConfig
+from yivl.model.fusion import PaddingSide, expand_placeholders, merge_features, position_ids_from_mask
+from yivl.model.loss import supervised_loss
+from yivl.model.projector import build_projector
+from yivl.model.saving import save_checkpoint
+from yivl.model.vision_tower import VisionTower
+from yivl.model.vit_weights import copy_vit_weights, read_vit_weights
+
+logger = logging.getLogger(__name__)
+
+Images = torch.Tensor | Sequence[torch.Tensor]
+"""One picture per placeholder, in order: ``(num_images, 3, image_size, image_size)``, or a list whose items are
+``(3, image_size, image_size)`` or ``(n, 3, image_size, image_size)``."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What the decoder reads; see ``fusion`` for the shapes."""
+
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor | None
+
+
+class YiVLModel(LlamaModel):  # type: ignore[misc]
+    """The Llama decoder with the vision tower and the projector beside it, where the checkpoint keeps them."""
+
+    config: YiVLConfig
+
+    def __init__(self, config: YiVLConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = VisionTower(config)  # checkpoint key
+        self.mm_projector = build_projector(  # checkpoint key
+            config.mm_projector_type, config.mm_hidden_size, config.hidden_size
+        )
+        self.post_init()
+
+
+class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """Yi-VL. State-dict names are those of the published checkpoints."""
+
+    config: YiVLConfig
+    _no_split_modules = ["LlamaDecoderLayer", "VisionTower"]  # noqa: RUF012 (a transformers class attribute)
+
+    def __init__(self, config: YiVLConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # not its own __init__, which would build a plain decoder
+        self.model = YiVLModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_vision_tower(self) -> VisionTower:
+        """Return the vision tower (lineage name)."""
+        tower: VisionTower = self.model.vision_tower
+        return tower
+
+    def encode_images(self, images: Images) -> torch.Tensor:
+        """Return projected features, ``(num_images, num_patches, hidden)``.
+
+        Raises:
+            ValueError: If a picture has another size than the ViT expects.
+        """
+        if not isinstance(images, torch.Tensor):
+            images = torch.cat([image.unsqueeze(0) if image.ndim == 3 else image for image in images])
+        weight = self.model.vision_tower.vit.embeddings.class_embedding
+        # An offloaded tower has no device of its own; its hooks move the pixels.
+        device = None if weight.device.type == "meta" else weight.device
+        pixel_values = images.flatten(0, -4).to(device=device, dtype=weight.dtype)
+        features: torch.Tensor = self.model.mm_projector(self.model.vision_tower(pixel_values))
+        return features
+
+    def fuse(
+        self,
+        input_ids: torch.Tensor,
+        images: Images | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> Fused:
+        """Return the decoder's input for ``(batch, seq)`` ids with ``-200`` at image slots.
+
+        Args:
+            input_ids: ``(batch, seq)`` int64.
+            images: One picture per placeholder, in order over the whole batch.
+            attention_mask: ``(batch, seq)``; ``None`` means that nothing is padding, whatever the ids are.
+            labels: ``(batch, seq)`` int64.
+            image_features: ``(num_images, num_patches, hidden)`` instead of ``images``, already projected.
+            padding_side: Where the fused rows are padded.
+
+        Raises:
+            ValueError: If placeholders and images differ in number.
+        """
+        if image_features is None and images is not None and len(images):
+            image_features = self.encode_images(images)
+        embedding = self.get_input_embeddings().weight
+        if image_features is None:
+            image_features = embedding.new_zeros(0, self.config.num_patches, self.config.hidden_size)
+        expanded = expand_placeholders(
+            input_ids, image_features.shape[1], attention_mask=attention_mask, labels=labels, padding_side=padding_side
+        )
+        text_ids = expanded.input_ids.masked_fill(expanded.input_ids == IMAGE_TOKEN_INDEX, 0)
+        inputs_embeds = merge_features(expanded.input_ids, self.get_input_embeddings()(text_ids), image_features)
+        if self.training and not len(image_features) and torch.distributed.is_initialized():
+            inputs_embeds = inputs_embeds + self._untouched_vision()
+        return Fused(
+            inputs_embeds, expanded.attention_mask, position_ids_from_mask(expanded.attention_mask), expanded.labels
+        )
+
+    def _untouched_vision(self) -> torch.Tensor:
+        """Return a zero that depends on tower and projector.
+
+        With several processes every one must run the same modules: under ZeRO-3 a rank whose batch holds no picture
+        would otherwise never join the others in gathering their weights, and all would hang.
+        """
+        size = self.config.vision_config.image_size
+        return self.encode_images(self.get_input_embeddings().weight.new_zeros(1, 3, size, size)).sum() * 0
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Images | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits and, with labels, the loss.
+
+        Args:
+            input_ids: ``(batch, seq)`` int64 with ``-200`` at image slots.
+            attention_mask: ``(batch, seq)``, 0 at padding.
+            position_ids: Rotary positions of ``inputs_embeds`` or text ids; derived otherwise.
+            past_key_values: Key-value cache of transformers.
+            inputs_embeds: ``(batch, fused, hidden)`` instead of ``input_ids``.
+            labels: ``(batch, seq)`` int64, ``IGNORE_INDEX`` where no loss is taken.
+            use_cache: Whether to return a cache.
+            images: One picture per placeholder; rows without a placeholder take none.
+            logits_to_keep: Compute logits only for that many last positions, or for these; 0 means all.
+            skip_logits: Return no logits beside the loss; by default true while training with labels.
+            num_items_in_batch: Supervised tokens of the optimizer step, the divisor of the loss.
+            **kwargs: Flags of the transformers decoder, such as ``output_hidden_states``.
+
+        Raises:
+            ValueError: If placeholders and images differ in number.
+        """
+        is_prompt = input_ids is not None and inputs_embeds is None and input_ids.shape[1] > 1
+        if is_prompt and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any()) or labels is not None):
+            fused = self.fuse(input_ids, images, attention_mask=attention_mask, labels=labels)
+            input_ids, inputs_embeds, labels = None, fused.inputs_embeds, fused.labels
+            attention_mask, position_ids = fused.attention_mask, fused.position_ids
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None if labels is None else supervised_loss(hidden_states, labels, self.lm_head, num_items_in_batch)
+        logits = None
+        if not (self.training and labels is not None if skip_logits is None else skip_logits):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        images: Images | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate after a prompt with ``-200`` at image slots; the result holds the prompt ids as they were given.
+
+        Args:
+            inputs: ``(batch, seq)`` int64; ``input_ids`` is the same.
+            images: One picture per placeholder, in order over the whole batch.
+            attention_mask: ``(batch, seq)``; ``None`` means that nothing is padding, whatever the ids are.
+            image_features: ``(num_images, num_patches, hidden)`` instead of ``images``.
+            **kwargs: Arguments of ``GenerationMixin.generate``. With ``past_key_values`` the prompt is the whole
+                sequence; only what the cache does not hold yet is computed.
+
+        Raises:
+            ValueError: If there are no ids, or placeholders and images differ in number.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("generate needs input_ids")
+        fused = self.fuse(
+            input_ids, images, attention_mask=attention_mask, image_features=image_features, padding_side="left"
+        )
+        # Logits processors index the vocabulary with the prompt ids, so -200 cannot stay in them.
+        text_ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_INDEX, 0)
+        output = super().generate(
+            text_ids, inputs_embeds=fused.inputs_embeds, attention_mask=fused.attention_mask, **kwargs
+        )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        copies = len(sequences) // len(input_ids)
+        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(copies, dim=0)
+        return output
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> "YiVLForCausalLM":
+        """Load a local checkpoint folder in the published layout; the ViT in ``vit/`` wins over the main shards.
+
+        Args:
+            folder: A local folder.
+            **kwargs: Arguments of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ...).
+
+        Raises:
+            ValueError: If keys are missing, unexpected or of a wrong shape; the message names them.
+            FileNotFoundError: If a file of the layout is missing.
+        """
+        config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
+        vit_weights = read_vit_weights(folder, config.mm_vision_tower)
+        model, info = super().from_pretrained(
+            os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        tower = "model.vision_tower."
+        problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not key.startswith(tower)]
+        problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith("inv_freq")]
+        problems += [
+            f"{key} is {list(found)}, expected {list(expected)}"
+            for key, found, expected in sorted(info["mismatched_keys"])
+            if not key.startswith(tower)
+        ]
+        if problems:
+            raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+        num_different = copy_vit_weights(model.get_vision_tower().vit, vit_weights, source=str(folder))
+        if num_different:
+            logger.info(
+                "%d ViT tensors in %s differ from the main shards; using those of %s, as the release does",
+                num_different,
+                config.mm_vision_tower,
+                config.mm_vision_tower,
+            )
+        return model  # type: ignore[no-any-return]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the published layout atomically; see ``yivl.model.saving.save_checkpoint`` for the arguments."""
+        save_checkpoint(self, save_directory, **kwargs)

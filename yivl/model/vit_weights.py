@@ -1,0 +1,149 @@
+"""ViT weights in files: the ``vit/`` folder of a checkpoint, a CLIP folder, an open_clip checkpoint.
+
+Everything is brought to the names of ``CLIPVisionModel`` without its ``vision_model.`` prefix, which transformers
+5.6 dropped in memory but not on disk.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPVisionConfig
+
+from yivl.model.configuration import vit_folder
+
+StateDict = dict[str, torch.Tensor]
+
+_PREFIX = "vision_model."
+
+# open_clip name -> name here. Source: open_clip 3, src/open_clip/transformer.py; transformers 5, modeling_clip.py.
+_OPEN_CLIP_NAMES = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+}
+_OPEN_CLIP_BLOCK_NAMES = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def read_vit_weights(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> StateDict:
+    """Return the ViT of a published checkpoint folder, from ``model.safetensors`` or ``pytorch_model.bin``.
+
+    Raises:
+        FileNotFoundError: If the ViT folder holds neither.
+    """
+    return read_clip_weights(vit_folder(checkpoint, mm_vision_tower))
+
+
+def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
+    """Return the vision tensors of a CLIP or CLIP-vision folder; text tensors of a whole CLIP are left out.
+
+    Raises:
+        FileNotFoundError: If the folder holds no weights.
+    """
+    path = Path(folder) / "model.safetensors"
+    if path.is_file():
+        state_dict = load_file(path)
+    else:
+        path = path.with_name("pytorch_model.bin")
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: no model.safetensors or pytorch_model.bin; the ViT weights are missing")
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if any(key.startswith(_PREFIX) for key in state_dict):
+        state_dict = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
+    return {key: value for key, value in state_dict.items() if not key.endswith("position_ids")}
+
+
+def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> int:
+    """Copy ``weights`` into the ViT and return how many tensors it held before in another value.
+
+    Raises:
+        ValueError: If a key is missing, unexpected or of a wrong shape; nothing is copied then.
+    """
+    own = dict(vit.named_parameters())
+    problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
+    problems += [f"unexpected {key}" for key in sorted(weights.keys() - own.keys())]
+    problems += [
+        f"{key} is {list(weights[key].shape)}, expected {list(own[key].shape)}"
+        for key in sorted(own.keys() & weights.keys())
+        if own[key].shape != weights[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{source}: the ViT weights do not fit its config.json: {'; '.join(problems)}")
+    num_different = 0
+    with torch.no_grad():
+        for key, parameter in own.items():
+            value = weights[key].to(device=parameter.device, dtype=parameter.dtype)
+            num_different += int(not torch.equal(parameter, value))
+            parameter.copy_(value)
+    return num_different
+
+
+def open_clip_to_vit_weights(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    """Return the visual tower of an open_clip checkpoint under the names used here.
+
+    Args:
+        state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone.
+
+    Raises:
+        ValueError: If a visual key is unknown: the tower is no plain CLIP ViT.
+    """
+    if any(key.startswith("visual.") for key in state_dict):
+        state_dict = {key.removeprefix("visual."): v for key, v in state_dict.items() if key.startswith("visual.")}
+    weights: StateDict = {}
+    for key, value in state_dict.items():
+        if key == "proj":  # the projection to the contrastive space has no place in a vision tower
+            continue
+        if key.startswith("transformer.resblocks."):
+            _, _, index, rest = key.split(".", 3)
+            layer = f"encoder.layers.{index}"
+            if rest.startswith("attn.in_proj_"):
+                kind = rest.removeprefix("attn.in_proj_")
+                for name, part in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+                    weights[f"{layer}.self_attn.{name}.{kind}"] = part.contiguous()
+                continue
+            weights[f"{layer}.{_rename(rest, _OPEN_CLIP_BLOCK_NAMES, key)}"] = value
+        else:
+            weights[_rename(key, _OPEN_CLIP_NAMES, key)] = value
+    return weights
+
+
+def _rename(key: str, names: Mapping[str, str], full_key: str) -> str:
+    """Replace a whole key, or the module part before its last dot."""
+    module, _, kind = key.rpartition(".")
+    if key in names:
+        return names[key]
+    if module in names:
+        return f"{names[module]}.{kind}"
+    raise ValueError(f"open_clip key visual.{full_key} is not part of a plain CLIP ViT")
+
+
+def open_clip_vision_config(vision_cfg: Mapping[str, Any], *, quick_gelu: bool = False) -> CLIPVisionConfig:
+    """Return the configuration of an open_clip visual tower.
+
+    Args:
+        vision_cfg: The ``vision_cfg`` of an ``open_clip_config.json`` (``width``, ``layers``, ``head_width``, ...).
+        quick_gelu: Whether the tower was trained with the sigmoid approximation of GELU.
+    """
+    width = vision_cfg["width"]
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=int(width * vision_cfg.get("mlp_ratio", 4.0)),
+        num_hidden_layers=vision_cfg["layers"],
+        num_attention_heads=width // vision_cfg.get("head_width", 64),
+        image_size=vision_cfg["image_size"],
+        patch_size=vision_cfg["patch_size"],
+        hidden_act="quick_gelu" if quick_gelu else "gelu",
+        layer_norm_eps=1e-5,
+    )

@@ -1,0 +1,112 @@
+"""Prompt text to token ids and back. The only place that knows how an image slot becomes ``-200``."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from transformers import LlamaTokenizer
+
+from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+_WORD_START = "▁"
+_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
+    """Llama tokenizer that decodes exactly as the release did.
+
+    The ``tokenizers`` decoder turns a whole run of byte tokens into replacement characters when one of them is
+    invalid and keeps a leading blank; SentencePiece, which the release used, keeps the valid ones and drops it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sp_model = SentencePieceProcessor(model_file=self.vocab_file)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> tuple[str, ...]:
+        """Copy the tokenizer files as they were loaded: Yi-VL adds no tokens, and every reader knows these files."""
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        source = Path(self.vocab_file).parent
+        names = [name for name in _FILES if (source / name).is_file()]
+        if source.resolve() != target.resolve():
+            for name in names:
+                shutil.copyfile(source / name, target / name)
+        return tuple(str(target / name) for name in names)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
+        special = set(self.all_special_tokens)
+        if skip_special_tokens:
+            tokens = [token for token in tokens if token not in special]
+        if tokens and tokens[0].startswith(_WORD_START):
+            tokens[0] = tokens[0][1:]
+        text, run, after_special = "", [], False
+        for index, token in enumerate(tokens):
+            if token in special:
+                # A blank in front of the text run before a special token: a quirk of the release (golden vectors).
+                text += (" " if index and not after_special else "") + self.sp_model.decode(run) + token
+                run, after_special = [], True
+            else:
+                run.append(token)
+                after_special = False
+        return text + str(self.sp_model.decode(run))
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
+    """Return the tokenizer of a checkpoint folder.
+
+    ``add_prefix_space=False`` follows from the SentencePiece model (no dummy prefix); without it most texts tokenize
+    differently from the release.
+
+    Raises:
+        FileNotFoundError: If the folder has no ``tokenizer.model``.
+    """
+    if not (Path(folder) / "tokenizer.model").is_file():
+        raise FileNotFoundError(f"{folder}: no tokenizer.model; a Yi-VL checkpoint folder holds one")
+    return YiTokenizer.from_pretrained(os.fspath(folder), add_prefix_space=False)  # type: ignore[no-any-return]
+
+
+def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool = True) -> list[int]:
+    """Return the ids of prompt chunks, ``-200`` between neighbours.
+
+    Every chunk is tokenized on its own, as in the release. With ``text_is_data`` a special token spelled out in the
+    text, such as ``<|im_end|>``, stays ordinary text; without, it becomes its control id as in the release.
+    """
+    ids: list[int] = []
+    for index, chunk in enumerate(chunks):
+        if index:
+            ids.append(IMAGE_TOKEN_INDEX)
+        ids += tokenizer(chunk, add_special_tokens=False, split_special_tokens=text_is_data).input_ids
+    return ids
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> list[int] | torch.Tensor:
+    """Return the ids of a prompt that spells its image slots ``<image_placeholder>``, exactly as the release does.
+
+    Special tokens in the text become control ids. A prompt that opens with the literal ``<|startoftext|>`` loses the
+    first token of every later chunk: a bug of the release, kept because callers of this function compare ids with it.
+
+    Raises:
+        ValueError: If ``return_tensors`` is neither ``None`` nor ``"pt"``.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors={return_tensors!r}; expected None or 'pt'")
+    first, *rest = (
+        tokenize_chunks([chunk], tokenizer, text_is_data=False) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)
+    )
+    skipped = int(first[:1] == [tokenizer.bos_token_id])
+    ids = first + [token for chunk in rest for token in [image_token_index, *chunk[skipped:]]]
+    return torch.tensor(ids, dtype=torch.long) if return_tensors else ids
