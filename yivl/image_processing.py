@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.errors import ImageError
+
 AspectRatio = Literal["pad", "square"]
 """``pad``: centre on a square of the mean colour. ``square``: resize the short side and crop the centre."""
 
@@ -32,10 +34,6 @@ MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
 
 DOWNLOAD_TIMEOUT: Final = 20.0
 """Seconds without an answer after which a fetch is given up. Source: ours."""
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used; the message is one line that names it and says what to do."""
 
 
 def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Image:

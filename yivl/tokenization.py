@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
 from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from yivl.errors import CheckpointError
 
 _WORD_START = "▁"
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -51,7 +52,8 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
             tokens = [token for token in tokens if token not in special]
         if tokens and tokens[0].startswith(_WORD_START):
             tokens[0] = tokens[0][1:]
-        text, run, after_special = "", [], False
+        text, after_special = "", False
+        run: list[str] = []
         for index, token in enumerate(tokens):
             if token in special:
                 # A blank in front of the text run before a special token: a quirk of the release (golden vectors).
@@ -70,10 +72,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
     differently from the release.
 
     Raises:
-        FileNotFoundError: If the folder has no ``tokenizer.model``.
+        CheckpointError: If the folder has no ``tokenizer.model``.
     """
     if not (Path(folder) / "tokenizer.model").is_file():
-        raise FileNotFoundError(f"{folder}: no tokenizer.model; a Yi-VL checkpoint folder holds one")
+        raise CheckpointError(f"{folder}: no tokenizer.model; a Yi-VL checkpoint folder holds one")
     return YiTokenizer.from_pretrained(os.fspath(folder), add_prefix_space=False)  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from yivl.errors import CheckpointError
+
 PUBLISHED_ARCHITECTURE: Final = "LlavaLlamaForCausalLM"
 """Class name every published checkpoint carries. Source: 01-ai/Yi-VL-6B, config.json."""
 
@@ -24,13 +26,14 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
     and never looked up through ``AutoConfig``. Unknown published fields (``moe_mode``, ...) are carried along.
 
     Raises:
-        ValueError: If a field has a value this code does not support.
+        CheckpointError: If a field has a value this code does not support.
     """
 
     model_type = "llava"
     sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 (a transformers class attribute)
 
-    vision_config: dict[str, Any] | CLIPVisionConfig | None = None
+    vision_config: Any = None
+    """``CLIPVisionConfig``, or its fields."""
     mm_vision_tower: str = ""
     """Folder of the ViT, relative to the checkpoint (``./vit/<name>``)."""
     mm_projector_type: str = "mlp2x_gelu_Norm"
@@ -49,11 +52,11 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
             self.vision_config = CLIPVisionConfig(**self.vision_config)
         super().__post_init__(**kwargs)
         if self.mm_vision_select_feature not in ("patch", "cls_patch"):
-            raise ValueError(
+            raise CheckpointError(
                 f"mm_vision_select_feature={self.mm_vision_select_feature!r}; expected 'patch' or 'cls_patch'"
             )
         if self.mm_use_im_start_end or self.mm_use_im_patch_token:
-            raise ValueError("mm_use_im_start_end and mm_use_im_patch_token must be false: Yi-VL has no such tokens")
+            raise CheckpointError("mm_use_im_start_end and mm_use_im_patch_token are not supported: Yi-VL has neither")
 
     @property
     def num_patches(self) -> int:
@@ -66,12 +69,12 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
         """ViT layers that run: all up to ``mm_vision_select_layer``.
 
         Raises:
-            ValueError: If the ViT has no such hidden state.
+            CheckpointError: If the ViT has no such hidden state.
         """
         layers: int = self.vision_config.num_hidden_layers
         index = self.mm_vision_select_layer + (layers + 1 if self.mm_vision_select_layer < 0 else 0)
         if not 0 <= index <= layers:
-            raise ValueError(f"mm_vision_select_layer={self.mm_vision_select_layer} of a ViT with {layers} layers")
+            raise CheckpointError(f"mm_vision_select_layer={self.mm_vision_select_layer} of a ViT with {layers} layers")
         return index
 
     @classmethod
@@ -79,12 +82,13 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
         """Read a published checkpoint folder: its ``config.json`` and that of the ViT it names.
 
         Raises:
-            FileNotFoundError: If either file is missing.
-            ValueError: If a file is not valid JSON or describes another kind of model.
+            CheckpointError: If a file is missing, is not valid JSON or describes another kind of model.
         """
         fields = _read_json(Path(folder) / "config.json")
         if "mm_vision_tower" not in fields:
-            raise ValueError(f"{folder}/config.json: no mm_vision_tower; this is not a checkpoint in the Yi-VL layout")
+            raise CheckpointError(
+                f"{folder}/config.json: no mm_vision_tower; this is no checkpoint in the Yi-VL layout"
+            )
         vision = _read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
         fields.pop("model_type", None)
         return cls(**fields, vision_config=CLIPVisionConfig(**vision))
@@ -116,11 +120,11 @@ def vit_folder(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> Path
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint in the Yi-VL layout has one")
+        raise CheckpointError(f"{path}: no such file; a checkpoint in the Yi-VL layout has one")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object")
     return fields

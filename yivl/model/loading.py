@@ -9,13 +9,14 @@ from typing import Any, Final, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor, load_clip_processor
-from yivl.model.configuration import vit_folder
+from yivl.model.configuration import YiVLConfig, vit_folder
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tokenization import YiTokenizer, load_tokenizer
 
@@ -43,8 +44,8 @@ def load_model(
     model_path: str | os.PathLike[str],
     *,
     model_base: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    dtype: Dtype = "auto",
+    device: str | dict[str, Any] = "auto",
+    dtype: Dtype | torch.dtype = "auto",
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     attn_implementation: Attention = "sdpa",
@@ -54,15 +55,16 @@ def load_model(
     Args:
         model_path: Folder in the published layout, hub id, or LoRA adapter folder.
         model_base: The checkpoint an adapter was trained on; by default the one its ``adapter_config.json`` names.
-        device: ``auto`` (all GPUs, else MPS, else CPU), or a torch device such as ``cpu``, ``mps``, ``cuda:1``.
+        device: ``auto`` (all GPUs, else MPS, else CPU), a torch device such as ``cpu``, ``mps``, ``cuda:1``, or a
+            map of module names to devices.
         dtype: ``auto`` keeps the dtype the checkpoint was published in.
         load_in_4bit: nf4 with double quantization (bitsandbytes).
         load_in_8bit: int8 (bitsandbytes).
         attn_implementation: Attention of the decoder and the ViT.
 
     Raises:
-        FileNotFoundError: If a folder or file is missing and no hub id matches.
-        ValueError: If the weights do not fit the configuration, or the arguments contradict each other.
+        CheckpointError: If a folder or file is missing, no hub id matches, or the weights do not fit.
+        ValueError: If the arguments contradict each other.
     """
     if load_in_4bit and load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit exclude each other")
@@ -71,7 +73,9 @@ def load_model(
     if (folder / "adapter_config.json").is_file():
         adapter, folder = folder, resolve_checkpoint(model_base or _adapter_base(folder))
     elif model_base is not None:
-        raise FileNotFoundError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
+        raise CheckpointError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
+    if load_in_4bit and _device_map(device) == {"": "cpu"}:
+        _check_widths(YiVLConfig.from_folder(folder))
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
     if load_in_4bit or load_in_8bit:
         kwargs["quantization_config"] = quantization_config(four_bits=load_in_4bit, dtype=dtype, folder=folder)
@@ -85,7 +89,7 @@ def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
     """Return the local folder of a checkpoint, downloading a hub id.
 
     Raises:
-        FileNotFoundError: If there is no such folder and no such repository can be reached.
+        CheckpointError: If there is no such folder and no such repository can be reached.
     """
     folder = Path(model_path)
     if folder.is_dir():
@@ -94,13 +98,13 @@ def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
         # The ViT folder of the release carries a second, unused copy at 224 pixels of 3.9 GB.
         return Path(snapshot_download(os.fspath(model_path), ignore_patterns=["*/open_clip_*", "*.md", "*.png"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
+        raise CheckpointError(
             f"{model_path}: no such folder, and no model of that name could be downloaded; give a checkpoint folder in "
             "the published layout or a hub id such as 01-ai/Yi-VL-6B"
         ) from error
 
 
-def quantization_config(*, four_bits: bool, dtype: Dtype, folder: Path) -> BitsAndBytesConfig:
+def quantization_config(*, four_bits: bool, dtype: Dtype | torch.dtype, folder: Path) -> BitsAndBytesConfig:
     """Return the bitsandbytes settings; vision tower, projector and ``lm_head`` stay unquantized."""
     if not four_bits:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
@@ -114,6 +118,16 @@ def quantization_config(*, four_bits: bool, dtype: Dtype, folder: Path) -> BitsA
     )
 
 
+def _check_widths(config: YiVLConfig) -> None:
+    """Refuse what bitsandbytes cannot pack on a CPU with AVX512-BF16: widths that are no multiples of 64."""
+    key_value = config.num_key_value_heads * config.head_dim
+    for width in (config.hidden_size, config.intermediate_size, key_value):
+        if width % 64:
+            raise CheckpointError(
+                f"4 bits on a CPU need layer widths that are multiples of 64, this model has {width}; use --load-8bit"
+            )
+
+
 def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVLForCausalLM:
     """Put a LoRA adapter on the model, in place, with whatever else was trained beside it.
 
@@ -121,7 +135,7 @@ def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVL
     the lineage's ``.bin``) with published key names.
 
     Raises:
-        ValueError: If a trained tensor has no place in the model.
+        CheckpointError: If a trained tensor has no place in the model.
     """
     from peft import PeftModel  # slow to import, and few loads need it
 
@@ -133,7 +147,7 @@ def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVL
     for key, value in trained.items():
         key = key.removeprefix("base_model.model.")
         if key not in own or own[key].shape != value.shape:
-            raise ValueError(f"{folder}: {key} {list(value.shape)} has no place in the base model")
+            raise CheckpointError(f"{folder}: {key} {list(value.shape)} has no place in the base model")
         with torch.no_grad():
             own[key].copy_(value)
     return model
@@ -153,11 +167,13 @@ def _non_lora_trainables(folder: Path) -> dict[str, torch.Tensor]:
 def _adapter_base(folder: Path) -> str:
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
-        raise FileNotFoundError(f"{folder}: the adapter does not name its base model; give it with --model-base")
+        raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
     return str(base)
 
 
-def _device_map(device: str) -> str | dict[str, str]:
+def _device_map(device: str | dict[str, Any]) -> str | dict[str, Any]:
+    if isinstance(device, dict):
+        return device
     if device != "auto":
         return {"": device}
     if torch.cuda.is_available():

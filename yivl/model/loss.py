@@ -37,9 +37,7 @@ def supervised_loss(
     starts = range(0, max(len(targets), 1), CHUNK_SIZE)
     total = torch.stack(
         [
-            checkpoint(
-                chunk_loss, hidden_states[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE], use_reentrant=False
-            )
+            checkpoint(chunk_loss, hidden_states[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE], use_reentrant=False)
             for i in starts
         ]
     ).sum()

@@ -7,6 +7,7 @@ and generation are the library's own.
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.errors import CheckpointError
+from yivl.model.cache import make_cache
 from yivl.model.configuration import YiVLConfig
+from yivl.model.cpu_decoding import explicit_mask, native_matrix_vector
 from yivl.model.fusion import PaddingSide, expand_placeholders, merge_features, position_ids_from_mask
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
@@ -26,6 +30,9 @@ from yivl.model.vision_tower import VisionTower
 from yivl.model.vit_weights import copy_vit_weights, read_vit_weights
 
 logger = logging.getLogger(__name__)
+
+# Tensors that old versions of transformers wrote and that are computed, not learned.
+_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 """One picture per placeholder, in order: ``(num_images, 3, image_size, image_size)``, or a list whose items are
@@ -158,7 +165,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Args:
             input_ids: ``(batch, seq)`` int64 with ``-200`` at image slots.
             attention_mask: ``(batch, seq)``, 0 at padding.
-            position_ids: Rotary positions of ``inputs_embeds`` or text ids; derived otherwise.
+            position_ids: Rotary positions, ``(batch, fused)``; by default the count of real tokens before.
             past_key_values: Key-value cache of transformers.
             inputs_embeds: ``(batch, fused, hidden)`` instead of ``input_ids``.
             labels: ``(batch, seq)`` int64, ``IGNORE_INDEX`` where no loss is taken.
@@ -170,28 +177,39 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             **kwargs: Flags of the transformers decoder, such as ``output_hidden_states``.
 
         Raises:
-            ValueError: If placeholders and images differ in number.
+            ValueError: If placeholders and images differ in number, or images follow a filled cache.
         """
-        is_prompt = input_ids is not None and inputs_embeds is None and input_ids.shape[1] > 1
-        if is_prompt and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any()) or labels is not None):
-            fused = self.fuse(input_ids, images, attention_mask=attention_mask, labels=labels)
-            input_ids, inputs_embeds, labels = None, fused.inputs_embeds, fused.labels
-            attention_mask, position_ids = fused.attention_mask, fused.position_ids
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
+        is_step = input_ids is not None and input_ids.shape[1] == 1 and images is None and labels is None
+        if input_ids is not None and not is_step:
+            if past_key_values is None or not past_key_values.get_seq_length():
+                fused = self.fuse(input_ids, images, attention_mask=attention_mask, labels=labels)
+                input_ids, inputs_embeds, labels = None, fused.inputs_embeds, fused.labels
+                attention_mask = fused.attention_mask
+                position_ids = fused.position_ids if position_ids is None else position_ids
+            elif images is not None:
+                raise ValueError("images cannot follow a filled cache; generate() takes the whole sequence instead")
+        kernels: AbstractContextManager[None] = nullcontext()
+        if is_step and input_ids is not None and self._decodes_on_cpu(past_key_values):
+            if self.config._attn_implementation == "sdpa":
+                attention_mask = explicit_mask(attention_mask, len(input_ids), past_key_values.get_seq_length() + 1)
+            if len(input_ids) == 1 and self.dtype == torch.bfloat16:
+                kernels = native_matrix_vector()
+        with kernels:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            hidden_states = outputs.last_hidden_state
+            logits = None
+            if not (self.training and labels is not None if skip_logits is None else skip_logits):
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                logits = self.lm_head(hidden_states[:, kept])
         loss = None if labels is None else supervised_loss(hidden_states, labels, self.lm_head, num_items_in_batch)
-        logits = None
-        if not (self.training and labels is not None if skip_logits is None else skip_logits):
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -199,6 +217,11 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _decodes_on_cpu(self, cache: Any) -> bool:
+        """Tell whether to help a one-token step; with static shapes the compiler does better."""
+        is_static = torch.compiler.is_compiling() or cache is None or cache.is_compileable
+        return not is_static and self.device.type == "cpu"
 
     @torch.no_grad()
     def generate(
@@ -228,6 +251,10 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         fused = self.fuse(
             input_ids, images, attention_mask=attention_mask, image_features=image_features, padding_side="left"
         )
+        if not kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
+            kwargs["max_new_tokens"] = self.config.max_position_embeddings - fused.inputs_embeds.shape[1]
+        if kwargs.get("use_cache", True) and not kwargs.keys() & {"past_key_values", "cache_implementation"}:
+            kwargs["past_key_values"] = make_cache(self.config.num_hidden_layers)
         # Logits processors index the vocabulary with the prompt ids, so -200 cannot stay in them.
         text_ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_INDEX, 0)
         output = super().generate(
@@ -247,24 +274,25 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             **kwargs: Arguments of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ...).
 
         Raises:
-            ValueError: If keys are missing, unexpected or of a wrong shape; the message names them.
-            FileNotFoundError: If a file of the layout is missing.
+            CheckpointError: If a file of the layout is missing, or keys are missing, unexpected or of a wrong shape.
         """
         config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
         vit_weights = read_vit_weights(folder, config.mm_vision_tower)
         model, info = super().from_pretrained(
             os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        # The published 4,096 is the context length, which generate() takes from config.json.
+        model.generation_config.max_length = None
         tower = "model.vision_tower."
         problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not key.startswith(tower)]
-        problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith("inv_freq")]
+        problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith(_BUFFERS)]
         problems += [
             f"{key} is {list(found)}, expected {list(expected)}"
             for key, found, expected in sorted(info["mismatched_keys"])
             if not key.startswith(tower)
         ]
         if problems:
-            raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+            raise CheckpointError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
         num_different = copy_vit_weights(model.get_vision_tower().vit, vit_weights, source=str(folder))
         if num_different:
             logger.info(

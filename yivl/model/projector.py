@@ -4,19 +4,21 @@ import re
 
 from torch import nn
 
+from yivl.errors import CheckpointError
+
 
 def build_projector(projector_type: str, vision_hidden: int, text_hidden: int) -> nn.Module:
     """Return the projector ``mm_projector_type`` names; Yi-VL's is ``mlp2x_gelu_Norm``.
 
-    Known are ``linear``, ``identity``, ``mlp<N>x_gelu`` (N linear layers with the exact GELU between them) and
-    ``mlp<N>x_gelu_Norm``, which puts a LayerNorm (eps 1e-5) after every linear layer. The positions in the sequence
+    Known are ``linear``, ``identity``, ``mlpNx_gelu`` (N linear layers with the exact GELU between them) and
+    ``mlpNx_gelu_Norm``, which puts a LayerNorm (eps 1e-5) after every linear layer. The positions in the sequence
     are the checkpoint format: ``mm_projector.{0,1,3,4}`` for Yi-VL.
     Source: 01-ai/Yi, VL/llava/model/multimodal_projector/builder.py.
 
     Shape: ``(num_images, num_patches, vision_hidden)`` to ``(num_images, num_patches, text_hidden)``.
 
     Raises:
-        ValueError: If the type is unknown.
+        CheckpointError: If the type is unknown.
     """
     if projector_type == "linear":
         return nn.Linear(vision_hidden, text_hidden)
@@ -24,8 +26,8 @@ def build_projector(projector_type: str, vision_hidden: int, text_hidden: int) -
         return nn.Identity()
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu(_Norm)?", projector_type)
     if match is None:
-        raise ValueError(
-            f"mm_projector_type={projector_type!r}; expected 'linear', 'identity', 'mlp<N>x_gelu' or 'mlp<N>x_gelu_Norm'"
+        raise CheckpointError(
+            f"mm_projector_type={projector_type!r}; expected 'linear', 'identity', 'mlpNx_gelu' or 'mlpNx_gelu_Norm'"
         )
     depth, has_norm = int(match[1]), match[2] is not None
     layers: list[nn.Module] = []

@@ -90,7 +90,8 @@ def save_checkpoint(
     with atomic_folder(folder) as target:
         fields = config.to_published_dict() | {"torch_dtype": str(weights["lm_head.weight"].dtype).split(".")[-1]}
         _write_json(target / "config.json", fields)
-        (target / "generation_config.json").write_text(model.generation_config.to_json_string(), encoding="utf-8")
+        generation = model.generation_config.to_diff_dict() | {"max_length": config.max_position_embeddings}
+        _write_json(target / "generation_config.json", generation)
         _save_shards(weights, target, max_shard_size)
         vit = target / "vit" / config.vit_name
         vit.mkdir(parents=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig
 
+from yivl.errors import CheckpointError
 from yivl.model.configuration import vit_folder
 
 StateDict = dict[str, torch.Tensor]
@@ -41,7 +42,7 @@ def read_vit_weights(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -
     """Return the ViT of a published checkpoint folder, from ``model.safetensors`` or ``pytorch_model.bin``.
 
     Raises:
-        FileNotFoundError: If the ViT folder holds neither.
+        CheckpointError: If the ViT folder holds neither.
     """
     return read_clip_weights(vit_folder(checkpoint, mm_vision_tower))
 
@@ -50,7 +51,7 @@ def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
     """Return the vision tensors of a CLIP or CLIP-vision folder; text tensors of a whole CLIP are left out.
 
     Raises:
-        FileNotFoundError: If the folder holds no weights.
+        CheckpointError: If the folder holds no weights.
     """
     path = Path(folder) / "model.safetensors"
     if path.is_file():
@@ -58,7 +59,7 @@ def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
     else:
         path = path.with_name("pytorch_model.bin")
         if not path.is_file():
-            raise FileNotFoundError(f"{folder}: no model.safetensors or pytorch_model.bin; the ViT weights are missing")
+            raise CheckpointError(f"{folder}: no model.safetensors or pytorch_model.bin; the ViT weights are missing")
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if any(key.startswith(_PREFIX) for key in state_dict):
         state_dict = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
@@ -69,7 +70,7 @@ def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, sou
     """Copy ``weights`` into the ViT and return how many tensors it held before in another value.
 
     Raises:
-        ValueError: If a key is missing, unexpected or of a wrong shape; nothing is copied then.
+        CheckpointError: If a key is missing, unexpected or of a wrong shape; nothing is copied then.
     """
     own = dict(vit.named_parameters())
     problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
@@ -80,7 +81,7 @@ def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, sou
         if own[key].shape != weights[key].shape
     ]
     if problems:
-        raise ValueError(f"{source}: the ViT weights do not fit its config.json: {'; '.join(problems)}")
+        raise CheckpointError(f"{source}: the ViT weights do not fit its config.json: {'; '.join(problems)}")
     num_different = 0
     with torch.no_grad():
         for key, parameter in own.items():
@@ -97,7 +98,7 @@ def open_clip_to_vit_weights(state_dict: Mapping[str, torch.Tensor]) -> StateDic
         state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone.
 
     Raises:
-        ValueError: If a visual key is unknown: the tower is no plain CLIP ViT.
+        CheckpointError: If a visual key is unknown: the tower is no plain CLIP ViT.
     """
     if any(key.startswith("visual.") for key in state_dict):
         state_dict = {key.removeprefix("visual."): v for key, v in state_dict.items() if key.startswith("visual.")}
@@ -126,7 +127,7 @@ def _rename(key: str, names: Mapping[str, str], full_key: str) -> str:
         return names[key]
     if module in names:
         return f"{names[module]}.{kind}"
-    raise ValueError(f"open_clip key visual.{full_key} is not part of a plain CLIP ViT")
+    raise CheckpointError(f"open_clip key visual.{full_key} is not part of a plain CLIP ViT")
 
 
 def open_clip_vision_config(vision_cfg: Mapping[str, Any], *, quick_gelu: bool = False) -> CLIPVisionConfig:

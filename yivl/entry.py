@@ -1,0 +1,138 @@
+"""What the entry scripts share: flags, loading, and one clear line for every mistake of the user.
+
+Only the standard library is imported at the top, so that ``--help`` answers at once.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from yivl.generation import Chat
+
+DEFAULT_MODEL = "01-ai/Yi-VL-6B"
+"""Source: 01-ai/Yi, VL/single_inference.py."""
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the model flags; abbreviations are off, so every spelling means one thing."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model-path",
+        default=DEFAULT_MODEL,
+        help="checkpoint folder in the published layout, LoRA adapter folder, or hub id (default: %(default)s)",
+    )
+    group.add_argument("--model-base", help="checkpoint a LoRA adapter in --model-path goes on")
+    group.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N (default: all GPUs, MPS or CPU)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="precision of the weights (default: that of the checkpoint)",
+    )
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--load-4bit", action="store_true", help="quantize the language model to 4 bits (nf4)")
+    bits.add_argument("--load-8bit", action="store_true", help="quantize the language model to 8 bits (int8)")
+    group.add_argument(
+        "--attn-implementation",
+        default="sdpa",
+        choices=("sdpa", "eager", "flash_attention_2"),
+        help="attention kernels (default: %(default)s)",
+    )
+    group.add_argument("--allow-remote", action="store_true", help="accept http(s) addresses as pictures")
+    return parser
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, *, top_p: float, max_new_tokens: int) -> None:
+    """Add the sampling flags; the defaults that differ between the release's scripts are given."""
+    group = parser.add_argument_group("answer")
+    group.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
+    group.add_argument(
+        "--top-p", "--top_p", type=float, default=top_p, help="probability mass sampled from (default: %(default)s)"
+    )
+    group.add_argument("--top-k", type=int, default=50, help="tokens sampled from, 0 is all (default: %(default)s)")
+    group.add_argument("--num-beams", "--num_beams", type=int, default=1, help="beam search (default: %(default)s)")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: %(default)s)")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help="length in tokens (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image | None"]:
+    """Return the fields of ``Sampling`` and the picture, so that a mistake in them costs no model load.
+
+    Raises:
+        YiVLError: If a value is out of range or the picture cannot be used.
+    """
+    from yivl.generation import Sampling
+    from yivl.image_processing import load_image
+
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    sampling = dataclasses.asdict(Sampling(**{name: getattr(arguments, name) for name in names}))
+    if arguments.image_file is None:
+        return sampling, None
+    return sampling, load_image(os.path.expanduser(arguments.image_file), allow_remote=arguments.allow_remote)
+
+
+def load_chat(arguments: argparse.Namespace, **chat: Any) -> "Chat":
+    """Load the model the flags describe."""
+    from transformers.utils import logging as transformers_logging
+
+    from yivl.generation import Chat
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "accelerate", "bitsandbytes"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    return Chat.from_pretrained(
+        os.path.expanduser(arguments.model_path),
+        device=arguments.device,
+        dtype=arguments.dtype,
+        model_base=arguments.model_base and os.path.expanduser(arguments.model_base),
+        load_in_4bit=arguments.load_4bit,
+        load_in_8bit=arguments.load_8bit,
+        attn_implementation=arguments.attn_implementation,
+        allow_remote=arguments.allow_remote,
+        **chat,
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an entry point: a mistake of the user is one line on stderr and exit code 2, a lack of memory code 1."""
+    from yivl.errors import YiVLError
+
+    try:
+        main()
+    except YiVLError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has left; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("not enough memory for this model; try --load-4bit, a smaller checkpoint, or --device cpu", 1)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell a lack of memory from other errors; PyTorch's CPU allocator has no exception type of its own."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 (the one line the user sees)
+    sys.exit(code)

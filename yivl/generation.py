@@ -1,0 +1,492 @@
+"""Chat: image and question to answer. The inference spine; every entry point goes through it and nothing else.
+
+``Chat`` owns the history and the key-value cache of one conversation. It knows nothing about terminals, pages or
+servers; several of them can share one ``LoadedModel``.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+
+from yivl.constants import IMAGE_TOKEN_INDEX, STOP_STRING, SYSTEM_PROMPT
+from yivl.conversation import Turn, render_chunks
+from yivl.errors import ContextLengthError, YiVLError
+from yivl.image_processing import ImageSource, load_image
+from yivl.model.cache import make_cache
+from yivl.model.loading import LoadedModel, load_model
+from yivl.tokenization import YiTokenizer, tokenize_chunks
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+_INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults are those of the release's ``single_inference.py``.
+
+    Raises:
+        YiVLError: If a value is out of range.
+    """
+
+    temperature: float = 0.2
+    """0 means greedy. Source: 01-ai/Yi, VL/single_inference.py."""
+    top_p: float = 1.0
+    """Probability mass that is sampled from; 1 means all."""
+    top_k: int = 50
+    """Number of tokens that are sampled from; 0 means all. Source: default of transformers, which the release used."""
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 1024
+    """Length of an answer, in tokens; shorter where the context ends. Source: 01-ai/Yi, VL/single_inference.py."""
+    seed: int | None = None
+    """Makes sampling repeatable; ``None`` draws anew each time."""
+
+    def __post_init__(self) -> None:
+        for name, is_valid, expected in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("num_beams", self.num_beams >= 1, "1 or more"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+        ):
+            if not is_valid:
+                raise YiVLError(f"{name}={getattr(self, name)!r}; expected {expected}")
+
+    def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int | None = None) -> GenerationConfig:
+        """Return the library's settings; every field is given, so nothing is filled from ``generation_config.json``."""
+        choice: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        if self.temperature > 0:
+            choice = {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+            }
+        return GenerationConfig(
+            **choice,
+            num_beams=self.num_beams,
+            repetition_penalty=self.repetition_penalty,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer and what it took."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    """Positions of the prompt, image patches included."""
+    cached_tokens: int
+    """Those of them that an earlier turn had already computed."""
+    new_tokens: int
+    seconds_to_first_token: float
+    """From the call, image preprocessing included."""
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate after the first token; 0 for a single token."""
+        decoding = self.seconds - self.seconds_to_first_token
+        return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A picture of the conversation, encoded once."""
+
+    features: torch.Tensor  # (num_patches, hidden)
+    serial: int  # tells pictures apart in the cache; never reused
+
+
+def cut_answer(text: str) -> str:
+    """Return what is shown of generated text: up to the stop string, outer whitespace removed."""
+    return text.split(STOP_STRING, 1)[0].strip()
+
+
+def stable_prefix(text: str) -> str:
+    """Return the part of unfinished text that no later token can change or remove."""
+    if STOP_STRING in text:
+        return cut_answer(text)
+    text = text.rstrip(_INCOMPLETE)  # bytes of a character that is still incomplete
+    for length in range(len(STOP_STRING) - 1, 0, -1):
+        if text.endswith(STOP_STRING[:length]):
+            text = text[:-length]
+            break
+    return text.strip()  # whitespace at the end may turn out to be outer
+
+
+class StopOnText(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row once its new text contains the stop string, however many tokens spell it."""
+
+    def __init__(self, tokenizer: YiTokenizer, prompt_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return ``(batch,)`` bool."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :].tolist(), skip_special_tokens=True)
+        return torch.tensor([STOP_STRING in text for text in texts], device=input_ids.device)
+
+
+class _StopOnEvent(StoppingCriteria):  # type: ignore[misc]
+    """Ends every row once the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return ``(batch,)`` bool."""
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
+    """Hands every new token to a callback; the first call carries the prompt and is left out."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token = on_token
+        self.saw_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receive ids from the library."""
+        if self.saw_prompt:
+            self.on_token(int(value))
+        self.saw_prompt = True
+
+    def end(self) -> None:
+        """Nothing is held back here."""
+
+
+class Chat:
+    """One conversation with one model.
+
+    A turn computes only what the conversation gained since the last one; each picture is encoded once.
+
+    Args:
+        loaded: The model, shared with other chats if wanted.
+        system: The system message.
+        reuse_cache: Keep keys and values between turns.
+        allow_remote: Accept http(s) addresses as pictures.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        system: str = SYSTEM_PROMPT,
+        reuse_cache: bool = True,
+        allow_remote: bool = False,
+    ) -> None:
+        self.loaded = loaded
+        self.system = system
+        self.allow_remote = allow_remote
+        self.last_answer: Answer | None = None
+        self._reuse_cache = reuse_cache
+        self._turns: list[Turn] = []
+        self._images: list[list[_Image]] = []  # of each turn
+        self._num_encoded = 0
+        self._cache: Cache | None = None
+        self._cached_keys: list[int] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str | os.PathLike[str],
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+        *,
+        system: str = SYSTEM_PROMPT,
+        allow_remote: bool = False,
+        **loading: Any,
+    ) -> "Chat":
+        """Load a checkpoint and start a conversation; ``loading`` goes to ``yivl.model.loading.load_model``."""
+        loaded = load_model(model_path, device=device, dtype=dtype, **loading)
+        return cls(loaded, system=system, allow_remote=allow_remote)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The finished turns, oldest first."""
+        return tuple(self._turns)
+
+    def reset(self) -> None:
+        """Forget the conversation and free its cache."""
+        self._turns, self._images = [], []
+        self._cache, self._cached_keys = None, []
+        self.last_answer = None
+
+    def undo(self) -> Turn | None:
+        """Take the last turn back and return it, or ``None`` if there is none."""
+        if not self._turns:
+            return None
+        self._images.pop()
+        return self._turns.pop()
+
+    def ask(
+        self,
+        question: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        stop_event: threading.Event | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Return the answer and add the turn to the conversation.
+
+        Args:
+            question: Plain text; placeholders and special tokens in it stay text.
+            image: One picture or several, shown before the question.
+            stop_event: Set it from another thread to end the answer early.
+            **sampling: Fields of ``Sampling``.
+
+        Raises:
+            ImageError: If a picture cannot be used.
+            ContextLengthError: If the conversation leaves no room for an answer.
+            YiVLError: If a sampling value is out of range.
+        """
+        return "".join(self.stream(question, image, stop_event=stop_event, **sampling))
+
+    def stream(
+        self,
+        question: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        stop_event: threading.Event | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Yield the answer in pieces as it is generated; arguments and errors are those of ``ask``.
+
+        Closing the iterator ends the generation. What was generated so far becomes the answer of the turn.
+        """
+        start = time.perf_counter()
+        settings = Sampling(**sampling)
+        images = [self._encode(source) for source in _as_list(image)]
+        return self._answer(Turn(question, num_images=len(images)), images, settings, stop_event, start)
+
+    def retry(self, *, stop_event: threading.Event | None = None, **sampling: Any) -> Iterator[str]:
+        """Answer the last question anew, streamed; the old answer is replaced.
+
+        Raises:
+            YiVLError: If there is no question yet.
+        """
+        if not self._turns:
+            raise YiVLError("there is no question to answer again")
+        settings, images = Sampling(**sampling), self._images[-1]
+        turn = Turn(self._turns[-1].question, num_images=len(images))
+        self.undo()
+        return self._answer(turn, images, settings, stop_event, time.perf_counter())
+
+    def answer_batch(
+        self, questions: Sequence[str], images: Sequence[ImageSource | None] | None = None, **sampling: Any
+    ) -> list[str]:
+        """Return the answers to independent single-turn questions, generated together; the conversation is not used.
+
+        Args:
+            questions: One per row.
+            images: One picture or ``None`` per row.
+            **sampling: Fields of ``Sampling``.
+
+        Raises:
+            ValueError: If the numbers of questions and images differ.
+        """
+        images = [None] * len(questions) if images is None else images
+        if len(images) != len(questions):
+            raise ValueError(f"{len(questions)} questions but {len(images)} images")
+        settings, tokenizer = Sampling(**sampling), self.loaded.tokenizer
+        encoded = [self._encode(image).features for image in images if image is not None]
+        rows = [
+            torch.tensor(self._tokenize([Turn(question, num_images=int(image is not None))]))
+            for question, image in zip(questions, images, strict=True)
+        ]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows])
+        attention_mask = (torch.arange(input_ids.shape[1]).flip(0) < lengths[:, None]).long()
+        num_patches = self.loaded.model.config.num_patches
+        longest = max(len(row) + int((row == IMAGE_TOKEN_INDEX).sum()) * (num_patches - 1) for row in rows)
+        with torch.inference_mode(), _seeded(settings.seed):
+            output = self.loaded.model.generate(
+                input_ids.to(self.loaded.model.device),
+                attention_mask=attention_mask.to(self.loaded.model.device),
+                image_features=torch.stack(encoded) if encoded else None,
+                generation_config=settings.generation_config(tokenizer, self._room(longest, settings)),
+                stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, input_ids.shape[1])]),
+            )
+        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :].tolist(), skip_special_tokens=True)
+        return [cut_answer(text) for text in texts]
+
+    def _encode(self, source: ImageSource) -> _Image:
+        image = load_image(source, allow_remote=self.allow_remote)
+        with torch.inference_mode():
+            features = self.loaded.model.encode_images(self.loaded.image_processor([image]))[0]
+        self._num_encoded += 1
+        return _Image(features, self._num_encoded)
+
+    def _tokenize(self, turns: Sequence[Turn]) -> list[int]:
+        messages = [message for turn in turns for message in turn.messages()]
+        return tokenize_chunks(render_chunks(messages, self.system), self.loaded.tokenizer)
+
+    def _room(self, prompt_length: int, settings: Sampling) -> int:
+        """Return how many tokens the answer may have."""
+        context: int = self.loaded.model.config.max_position_embeddings
+        if prompt_length >= context:
+            raise ContextLengthError(
+                f"the conversation takes {prompt_length} positions and the context has {context}; "
+                "start a new one, or ask with fewer or shorter turns"
+            )
+        return min(settings.max_new_tokens, context - prompt_length)
+
+    def _answer(
+        self,
+        turn: Turn,
+        images: list[_Image],
+        settings: Sampling,
+        stop_event: threading.Event | None,
+        start: float,
+    ) -> Iterator[str]:
+        """Check that the prompt fits, then return the iterator that generates in a thread of its own."""
+        turns, all_images = [*self._turns, turn], [image for group in [*self._images, images] for image in group]
+        input_ids = self._tokenize(turns)
+        keys = _position_keys(input_ids, all_images)
+        max_new_tokens = self._room(len(keys), settings)
+        event = stop_event or threading.Event()
+        pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+
+        def work() -> None:
+            try:
+                answer = self._generate(input_ids, keys, all_images, settings, max_new_tokens, event, start, pieces.put)
+                self._turns.append(Turn(turn.question, answer.text, turn.num_images))
+                self._images.append(images)
+                self.last_answer = answer
+                pieces.put(None)
+            except BaseException as error:  # handed to the caller's thread, which raises it
+                self._cache, self._cached_keys = None, []
+                pieces.put(error)
+
+        def iterate() -> Iterator[str]:
+            thread = threading.Thread(target=work, name="yivl-generate", daemon=True)
+            thread.start()
+            try:
+                while (piece := pieces.get()) is not None:
+                    if isinstance(piece, BaseException):
+                        raise piece
+                    yield piece
+            except (GeneratorExit, KeyboardInterrupt):
+                event.set()
+                raise
+            finally:
+                thread.join()
+
+        return iterate()
+
+    def _generate(
+        self,
+        input_ids: list[int],
+        keys: list[int],
+        images: list[_Image],
+        settings: Sampling,
+        max_new_tokens: int,
+        stop_event: threading.Event,
+        start: float,
+        emit: Callable[[str], None],
+    ) -> Answer:
+        """Generate one answer, emitting its text piece by piece, and keep the cache for the next turn."""
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        new_ids: list[int] = []
+        shown, first_token_at = "", 0.0
+
+        def on_token(token: int) -> None:
+            nonlocal shown, first_token_at
+            first_token_at = first_token_at or time.perf_counter()
+            new_ids.append(token)
+            stable = stable_prefix(tokenizer.decode(new_ids, skip_special_tokens=True))
+            if len(stable) > len(shown):
+                emit(stable[len(shown) :])
+                shown = stable
+
+        uses_beams = settings.num_beams > 1  # the library neither streams beams nor leaves a cache of one row
+        cache, num_cached = self._cache_for(keys) if not uses_beams else (None, 0)
+        prompt = torch.tensor([input_ids], device=model.device)
+        with torch.inference_mode(), _seeded(settings.seed):
+            output = model.generate(
+                prompt,
+                image_features=torch.stack([image.features for image in images]) if images else None,
+                generation_config=settings.generation_config(tokenizer, max_new_tokens),
+                stopping_criteria=StoppingCriteriaList(
+                    [StopOnText(tokenizer, len(input_ids)), _StopOnEvent(stop_event)]
+                ),
+                **({} if uses_beams else {"past_key_values": cache, "streamer": _TokenStreamer(on_token)}),
+            )
+        end = time.perf_counter()
+        new_ids = output[0, len(input_ids) :].tolist()
+        raw_text = tokenizer.decode(new_ids, skip_special_tokens=True)
+        text = cut_answer(raw_text)
+        emit(text[len(shown) :])
+        if cache is not None and self._reuse_cache:
+            self._cache, self._cached_keys = cache, (keys + new_ids)[: cache.get_seq_length()]
+        has_ended = STOP_STRING in raw_text or tokenizer.eos_token_id in new_ids
+        return Answer(
+            text=text,
+            finish_reason="stop" if has_ended else "cancelled" if stop_event.is_set() else "length",
+            prompt_tokens=len(keys),
+            cached_tokens=num_cached,
+            new_tokens=len(new_ids),
+            seconds_to_first_token=(first_token_at or end) - start,
+            seconds=end - start,
+        )
+
+    def _cache_for(self, keys: list[int]) -> tuple[Cache, int]:
+        """Return a cache that holds a prefix of the prompt, at most all but its last position, and its length."""
+        cache, self._cache = self._cache, None  # not valid for anyone else while it is being written
+        if cache is None:
+            return make_cache(self.loaded.model.config.num_hidden_layers), 0
+        shared = 0
+        for cached, wanted in zip(self._cached_keys, keys[:-1], strict=False):
+            if cached != wanted:
+                break
+            shared += 1
+        cache.crop(shared - cache.get_seq_length())
+        return cache, shared
+
+
+def _position_keys(input_ids: Sequence[int], images: Sequence[_Image]) -> list[int]:
+    """Return what each position of the fused sequence holds: a token id, or a negative number for its picture."""
+    keys: list[int] = []
+    remaining = iter(images)
+    for token in input_ids:
+        if token == IMAGE_TOKEN_INDEX:
+            image = next(remaining)
+            keys += [-image.serial] * len(image.features)
+        else:
+            keys.append(token)
+    return keys
+
+
+def _as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draw from a seed inside the block and leave the generators as they were; ``None`` changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

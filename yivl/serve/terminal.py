@@ -1,0 +1,191 @@
+"""The terminal chat: lines of text and a ``Chat`` in, a printed dialogue out."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image
+
+from yivl.constants import ASSISTANT, HUMAN
+from yivl.errors import YiVLError
+from yivl.generation import Chat, Sampling
+from yivl.image_processing import load_image
+
+HELP = """\
+/image PATH   show a picture with the next question
+/clear        forget the conversation and its pictures
+/retry        answer the last question again
+/save FILE    write the conversation as JSON
+/system TEXT  set the system message and start anew; without TEXT, print it
+/params       print the sampling parameters; /params temperature=0.7 top_p=0.9 sets some
+/help         this text
+/exit         leave (so does Ctrl-D)
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, not the program."""
+
+
+class Terminal:
+    """One person at a terminal or a pipe.
+
+    Args:
+        chat: The conversation.
+        sampling: Fields of ``Sampling`` to start with.
+        image: Picture of the first question.
+        read_line: Returns the next line for a prompt; raises ``EOFError`` at the end.
+        output: Where the dialogue goes.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        sampling: Mapping[str, Any],
+        *,
+        image: Image.Image | None = None,
+        read_line: Callable[[str], str] | None = None,
+        output: TextIO | None = None,
+    ) -> None:
+        self.chat = chat
+        self.sampling = dict(sampling)
+        self.pending_images = [] if image is None else [image]
+        self.read_line = read_line or make_reader()
+        self.output = output or sys.stdout
+
+    def run(self) -> None:
+        """Talk until ``/exit`` or the end of the input."""
+        while True:
+            try:
+                line = self._read()
+            except KeyboardInterrupt:
+                self._print()
+                continue
+            except EOFError:
+                self._print("exit...")
+                return
+            if line == "/exit":
+                self._print("exit...")
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split(maxsplit=1))
+                elif line:
+                    self._ask(line)
+            except YiVLError as error:
+                self._print(f"error: {error}")
+
+    def _read(self) -> str:
+        """Return one question; lines that end with a backslash are joined."""
+        lines = [self.read_line(f"{HUMAN}: ")]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self.read_line("... "))
+        return "\n".join(lines).strip()
+
+    def _ask(self, question: str) -> None:
+        pieces = self.chat.stream(question, self.pending_images, **self.sampling)
+        self.pending_images = []
+        self._show(pieces)
+
+    def _show(self, pieces: Iterator[str]) -> None:
+        self._print(f"{ASSISTANT}: ", end="")
+        try:
+            with closing(pieces):  # type: ignore[type-var]
+                for piece in pieces:
+                    self._print(piece, end="")
+        except KeyboardInterrupt:
+            self._print(" [stopped]", end="")
+        finally:
+            self._print()
+
+    def _command(self, name: str, argument: str = "") -> None:
+        actions: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/clear": self._clear,
+            "/retry": self._retry,
+            "/save": self._save,
+            "/system": self._system,
+            "/params": self._params,
+            "/help": lambda _: self._print(HELP),
+        }
+        if name not in actions:
+            raise YiVLError(f"unknown command {name}; /help lists them")
+        actions[name](argument.strip())
+
+    def _image(self, path: str) -> None:
+        if not path:
+            raise YiVLError("/image needs a path")
+        image = load_image(os.path.expanduser(path), allow_remote=self.chat.allow_remote)
+        self.pending_images.append(image)
+        self._print(f"{path} ({image.width}x{image.height} pixels) goes with the next question")
+
+    def _clear(self, _: str) -> None:
+        self.chat.reset()
+        self.pending_images = []
+
+    def _retry(self, _: str) -> None:
+        self._show(self.chat.retry(**self.sampling))
+
+    def _save(self, path: str) -> None:
+        if not path:
+            raise YiVLError("/save needs a file name")
+        conversation = {
+            "model": self.chat.loaded.name,
+            "system": self.chat.system,
+            "sampling": self.sampling,
+            "turns": [dataclasses.asdict(turn) for turn in self.chat.turns],
+        }
+        try:
+            Path(path).expanduser().write_text(
+                json.dumps(conversation, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+            )
+        except OSError as error:
+            raise YiVLError(f"{path}: cannot be written ({error.strerror})") from error
+        self._print(f"saved {len(self.chat.turns)} turns to {path}")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._clear("")
+            self.chat.system = text
+        else:
+            self._print(self.chat.system)
+
+    def _params(self, assignments: str) -> None:
+        changed = dict(self.sampling)
+        for assignment in assignments.split():
+            name, _, value = assignment.partition("=")
+            kind = {"temperature": float, "top_p": float, "repetition_penalty": float}.get(name, int)
+            if name not in changed:
+                raise YiVLError(f"unknown parameter {name}; known are {', '.join(changed)}")
+            try:
+                changed[name] = kind(value)
+            except ValueError as error:
+                raise YiVLError(f"{name}={value}: expected a number") from error
+        Sampling(**changed)
+        self.sampling = changed
+        self._print(" ".join(f"{name}={value}" for name, value in changed.items()))
+
+    def _print(self, text: str = "", end: str = "\n") -> None:
+        print(text, end=end, file=self.output, flush=True)
+
+
+def make_reader() -> Callable[[str], str]:
+    """Return a line editor with history in a terminal, and a plain reader that echoes the questions in a pipe."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import InMemoryHistory
+
+        session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        return session.prompt
+
+    def read(prompt: str) -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        line = line.rstrip("\n")
+        print(f"{prompt}{line}", flush=True)  # noqa: T201 (part of the dialogue)
+        return line
+
+    return read
