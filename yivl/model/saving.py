@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 _TOWER: Final = "model.vision_tower.vision_tower."
-_METADATA: Final = {"format": "pt"}  # transformers refuses safetensors files without it
+METADATA: Final = {"format": "pt"}  # transformers refuses safetensors files without it
 
 
 @contextmanager
@@ -89,15 +89,15 @@ def save_checkpoint(
     }
     with atomic_folder(folder) as target:
         fields = config.to_published_dict() | {"torch_dtype": str(weights["lm_head.weight"].dtype).split(".")[-1]}
-        _write_json(target / "config.json", fields)
+        write_json(target / "config.json", fields)
         generation = model.generation_config.to_diff_dict() | {"max_length": config.max_position_embeddings}
-        _write_json(target / "generation_config.json", generation)
+        write_json(target / "generation_config.json", generation)
         _save_shards(weights, target, max_shard_size)
         vit = target / "vit" / config.vit_name
         vit.mkdir(parents=True)
-        _write_json(vit / "config.json", config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]})
+        write_json(vit / "config.json", config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]})
         vit_weights = {key.removeprefix(_TOWER): value for key, value in weights.items() if key.startswith(_TOWER)}
-        save_file(vit_weights, vit / "model.safetensors", metadata=_METADATA)
+        save_file(vit_weights, vit / "model.safetensors", metadata=METADATA)
         if image_processor is not None:
             image_processor.save_pretrained(vit)
         if tokenizer is not None:
@@ -108,11 +108,12 @@ def _save_shards(weights: dict[str, torch.Tensor], folder: Path, max_shard_size:
     """Write ``model.safetensors``, or numbered shards and their index."""
     split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
-        save_file({key: weights[key] for key in keys}, folder / name, metadata=_METADATA)
+        save_file({key: weights[key] for key in keys}, folder / name, metadata=METADATA)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write readable JSON with sorted keys."""
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
