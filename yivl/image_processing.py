@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from yivl.errors import ImageError
+from yivl.errors import CheckpointError, ImageError
 
 AspectRatio = Literal["pad", "square"]
 """``pad``: centre on a square of the mean colour. ``square``: resize the short side and crop the centre."""
@@ -132,12 +132,12 @@ class ImageProcessor:
         aspect_ratio: What happens to pictures that are not square; read from the checkpoint's ``config.json``.
 
     Raises:
-        ValueError: If ``aspect_ratio`` is unknown.
+        CheckpointError: If ``aspect_ratio`` is unknown.
     """
 
     def __init__(self, clip_processor: CLIPImageProcessorPil, aspect_ratio: str = "pad") -> None:
         if aspect_ratio not in ("pad", "square"):
-            raise ValueError(f"image_aspect_ratio={aspect_ratio!r}; expected 'pad' or 'square'")
+            raise CheckpointError(f"image_aspect_ratio={aspect_ratio!r}; expected 'pad' or 'square'")
         self.clip_processor = clip_processor
         self.aspect_ratio = aspect_ratio
 
@@ -164,5 +164,11 @@ class ImageProcessor:
 
 
 def load_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:
-    """Return the CLIP preprocessing described by the ``preprocessor_config.json`` of a ViT folder."""
+    """Return the CLIP preprocessing described by the ``preprocessor_config.json`` of a ViT folder.
+
+    Raises:
+        CheckpointError: If the folder has none.
+    """
+    if not (Path(folder) / "preprocessor_config.json").is_file():
+        raise CheckpointError(f"{folder}: no preprocessor_config.json; download the whole ViT folder")
     return CLIPImageProcessorPil.from_pretrained(os.fspath(folder))

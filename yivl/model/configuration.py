@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from yivl.errors import CheckpointError
@@ -91,7 +92,10 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
             )
         vision = _read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
         fields.pop("model_type", None)
-        return cls(**fields, vision_config=CLIPVisionConfig(**vision))
+        try:
+            return cls(**fields, vision_config=CLIPVisionConfig(**vision))
+        except (StrictDataclassError, CheckpointError, TypeError) as error:
+            raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
 
     def to_published_dict(self) -> dict[str, Any]:
         """Return the fields of a published ``config.json``, readable by old transformers too (``rope_theta``)."""

@@ -4,15 +4,14 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.errors import CheckpointError
 from yivl.model.saving import METADATA, atomic_folder, write_json
 from yivl.model.vit_weights import open_clip_to_vit_weights, open_clip_vision_config
+from yivl.model.weight_files import read_weights
 
 # A second, unused ViT at 224 pixels lies in the ViT folder of the release.
 _LEFT_OUT = ("open_clip_pytorch_model.bin", "open_clip_config.json")
@@ -40,7 +39,8 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
             if path.suffix == ".bin":
                 place = place.with_name(_safetensors_name(path.name))
                 hashes[str(path.relative_to(source))] = sha256(path)
-                save_file(_read_bin(path), place, metadata=METADATA)
+                weights = {key: value.contiguous() for key, value in read_weights(path).items()}
+                save_file(weights, place, metadata=METADATA)
                 hashes[str(place.relative_to(folder))] = sha256(place)
             elif path.name.endswith(".bin.index.json"):
                 index = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
     Raises:
         CheckpointError: If a file cannot be read or the tower is no plain CLIP ViT.
     """
-    state_dict = load_file(weights) if weights.suffix == ".safetensors" else _read_bin(weights)
+    state_dict = read_weights(weights)
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
         model = fields.get("model_cfg", fields)
@@ -87,11 +87,3 @@ def sha256(path: Path) -> str:
 def _safetensors_name(name: str) -> str:
     """Return the name transformers looks for: ``pytorch_model-1-of-8.bin`` is ``model-1-of-8.safetensors``."""
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-
-
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state_dict: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load has no exception type of its own for damaged files
-        raise CheckpointError(f"{path}: cannot be read as PyTorch weights ({type(error).__name__})") from error
-    return {key: value.contiguous() for key, value in state_dict.items()}

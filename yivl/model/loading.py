@@ -10,7 +10,6 @@ from typing import Any, Final, Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -18,6 +17,7 @@ from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor, load_clip_processor
 from yivl.model.configuration import YiVLConfig, vit_folder
 from yivl.model.modeling import YiVLForCausalLM
+from yivl.model.weight_files import StateDict, read_weights
 from yivl.tokenization import YiTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -153,14 +153,11 @@ def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVL
     return model
 
 
-def _non_lora_trainables(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / "non_lora_trainables.safetensors"
-    if path.is_file():
-        return load_file(path)
-    path = path.with_suffix(".bin")
-    if path.is_file():
-        weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return weights
+def _non_lora_trainables(folder: Path) -> StateDict:
+    for suffix in ("safetensors", "bin"):
+        path = folder / f"non_lora_trainables.{suffix}"
+        if path.is_file():
+            return read_weights(path)
     return {}
 
 

@@ -28,6 +28,7 @@ from yivl.model.projector import build_projector
 from yivl.model.saving import save_checkpoint
 from yivl.model.vision_tower import VisionTower
 from yivl.model.vit_weights import copy_vit_weights, read_vit_weights
+from yivl.model.weight_files import check_checkpoint_files
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +278,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             CheckpointError: If a file of the layout is missing, or keys are missing, unexpected or of a wrong shape.
         """
         config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
+        check_checkpoint_files(folder)
         vit_weights = read_vit_weights(folder, config.mm_vision_tower)
         model, info = super().from_pretrained(
             os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

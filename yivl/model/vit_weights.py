@@ -6,18 +6,15 @@ Everything is brought to the names of ``CLIPVisionModel`` without its ``vision_m
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig
 
 from yivl.errors import CheckpointError
 from yivl.model.configuration import vit_folder
-
-StateDict = dict[str, torch.Tensor]
+from yivl.model.weight_files import StateDict, find_weights, read_weights
 
 _PREFIX = "vision_model."
 
@@ -53,14 +50,7 @@ def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
     Raises:
         CheckpointError: If the folder holds no weights.
     """
-    path = Path(folder) / "model.safetensors"
-    if path.is_file():
-        state_dict = load_file(path)
-    else:
-        path = path.with_name("pytorch_model.bin")
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: no model.safetensors or pytorch_model.bin; the ViT weights are missing")
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state_dict = read_weights(find_weights(folder))
     if any(key.startswith(_PREFIX) for key in state_dict):
         state_dict = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
     return {key: value for key, value in state_dict.items() if not key.endswith("position_ids")}

@@ -1,0 +1,137 @@
+"""Pictures that cannot be used: every one is a typed error of one line."""
+
+import http.server
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+from yivl import image_processing
+from yivl.errors import CheckpointError, ImageError
+from yivl.image_processing import ImageProcessor, expand2square, load_image, to_rgb
+
+PHOTO = GOLDEN / "images/photo_rgb.jpg"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and holds nothing."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND")
+    parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def animated_gif() -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+BAD = {
+    "text": (b"this is no picture", "not a picture that can be read"),
+    "empty file": (b"", "not a picture that can be read"),
+    "truncated": (PHOTO.read_bytes()[:9000], "damaged or truncated"),
+    "zero width": (png_header(0, 5), "not a picture|empty"),
+    "bomb": (png_header(60_000, 60_000), "more than 89,478,485 pixels"),
+    "smaller bomb": (png_header(10_000, 10_000), "more than 89,478,485 pixels"),
+    "animated": (animated_gif(), r"animated or multi-page \(2 frames\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_picture_is_named_in_one_line(case: str, tmp_path: Path) -> None:
+    data, message = BAD[case]
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=message) as caught:
+        load_image(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ImageError, match=r"^image bytes: "):
+        load_image(data)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        load_image(tmp_path / "nothing.png")
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(tmp_path)
+
+
+def test_pil_images_are_checked_too() -> None:
+    with pytest.raises(ImageError, match=r"empty \(0x4 pixels\)"):
+        load_image(Image.new("RGB", (0, 4)))
+    with Image.open(io.BytesIO(animated_gif())) as image, pytest.raises(ImageError, match="animated"):
+        load_image(image)
+
+
+def test_path_bytes_and_pil_give_the_same_picture() -> None:
+    with Image.open(PHOTO) as image:
+        pictures = [load_image(PHOTO), load_image(str(PHOTO)), load_image(PHOTO.read_bytes()), load_image(image)]
+    assert len({picture.tobytes() for picture in pictures}) == 1
+
+
+def test_a_photograph_with_embedded_previews_is_no_animation(tmp_path: Path) -> None:
+    still, preview = Image.new("RGB", (32, 24), "red"), Image.new("RGB", (8, 6), "red")
+    still.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[preview])
+    assert load_image(tmp_path / "camera.jpg").size == (32, 24)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A web server on this machine that knows one picture."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/photo.jpg" else 404)
+            self.end_headers()
+            if self.path == "/photo.jpg":
+                self.wfile.write(PHOTO.read_bytes())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_addresses_work_only_where_allowed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImageError, match="--allow-remote"):
+        load_image(f"{address}/photo.jpg")
+    assert load_image(f"{address}/photo.jpg", allow_remote=True).tobytes() == load_image(PHOTO).tobytes()
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        load_image(f"{address}/nothing.jpg", allow_remote=True)
+    monkeypatch.setattr(image_processing, "MAX_DOWNLOAD_BYTES", 100)
+    with pytest.raises(ImageError, match="more than 100 bytes"):
+        load_image(f"{address}/photo.jpg", allow_remote=True)
+
+
+@pytest.mark.parametrize("source", ["file:///etc/hostname", "ftp://127.0.0.1/x"])
+def test_other_schemes_are_file_names_that_do_not_exist(source: str) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        load_image(source, allow_remote=True)
+
+
+def test_padding_is_centred_and_rounds_down_at_the_top() -> None:
+    square = expand2square(Image.new("RGB", (2, 5), "white"), (1, 2, 3))
+    assert square.size == (5, 5)
+    assert [square.getpixel((x, 0)) for x in range(5)] == [(1, 2, 3), *[(255, 255, 255)] * 2, *[(1, 2, 3)] * 2]
+
+
+def test_float_pictures_are_clipped_not_wrapped() -> None:
+    image = Image.new("F", (2, 1))
+    image.putdata([-5.0, 300.0])
+    assert [to_rgb(image, (0, 0, 0)).getpixel((x, 0))[0] for x in range(2)] == [0, 255]
+
+
+def test_an_unknown_aspect_ratio_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="image_aspect_ratio='anyres'"):
+        ImageProcessor(None, "anyres")  # type: ignore[arg-type]
