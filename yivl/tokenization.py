@@ -89,7 +89,8 @@ def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool
     for index, chunk in enumerate(chunks):
         if index:
             ids.append(IMAGE_TOKEN_INDEX)
-        ids += tokenizer(chunk, add_special_tokens=False, split_special_tokens=text_is_data).input_ids
+        # verbose=False: the length that counts is that of the fused sequence, which the callers check.
+        ids += tokenizer(chunk, add_special_tokens=False, split_special_tokens=text_is_data, verbose=False).input_ids
     return ids
 
 
