@@ -153,7 +153,7 @@ def test_every_sampling_field_reaches_the_library(temperature: float, loaded: Lo
     sampling = Sampling(
         temperature=temperature, top_p=0.3, top_k=7, num_beams=2, repetition_penalty=1.5, max_new_tokens=9
     )
-    config = sampling.generation_config(loaded.tokenizer)
+    config = sampling.generation_config(loaded.tokenizer, sampling.max_new_tokens)
     assert config.do_sample == bool(temperature)
     assert (config.num_beams, config.repetition_penalty, config.max_new_tokens) == (2, 1.5, 9)
     if temperature:
@@ -185,12 +185,13 @@ def test_an_event_stops_the_answer_and_keeps_what_was_said(chat: Chat) -> None:
     assert chat.turns[-1].answer == "".join(pieces)
 
 
-def test_closing_the_iterator_stops_the_thread(chat: Chat) -> None:
+def test_closing_the_stream_stops_the_answer(chat: Chat) -> None:
     pieces = chat.stream("hello", temperature=0, max_new_tokens=500)
-    next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name == "yivl-generate"]
-    assert len(chat.turns) == 1
+    first = next(pieces)
+    pieces.close()
+    assert chat.turns[-1].answer == first
+    assert chat.last_answer is not None
+    assert chat.last_answer.finish_reason == "cancelled"
     assert chat.ask("And now?", **GREEDY) is not None
 
 
@@ -225,12 +226,34 @@ def test_an_error_while_generating_reaches_the_caller(chat: Chat, monkeypatch: p
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(chat.loaded.model, "generate", fail)
+    expected = Chat(chat.loaded).ask("hi", **GREEDY)
+    monkeypatch.setattr(chat.loaded.model.lm_head, "forward", fail)
     with pytest.raises(RuntimeError, match="boom"):
         chat.ask("hi", **GREEDY)
     monkeypatch.undo()
     assert chat.turns == ()
-    assert chat.ask("hi", **GREEDY) is not None
+    assert chat.ask("hi", **GREEDY) == expected
+
+
+def test_ctrl_c_in_the_middle_of_a_step_leaves_a_sound_conversation(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, reference = Chat(loaded), Chat(loaded)
+    pieces = chat.stream("hello", temperature=0, max_new_tokens=500)
+    next(pieces)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loaded.model.model.layers[2], "forward", interrupt)  # layers 0 and 1 have moved on by then
+    with pytest.raises(KeyboardInterrupt):
+        next(pieces)
+    monkeypatch.undo()
+    stopped = reference.stream("hello", temperature=0, max_new_tokens=500)
+    next(stopped)
+    stopped.close()
+    assert chat.turns == reference.turns
+    assert chat.ask("And now?", **GREEDY) == reference.ask("And now?", **GREEDY)
 
 
 def test_two_conversations_share_a_model_without_mixing(loaded: LoadedModel) -> None:

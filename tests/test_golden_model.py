@@ -151,10 +151,11 @@ def test_sampling_probabilities_equal_the_reference(name: str, loaded: LoadedMod
         top_p=settings["effective_top_p"] or 1.0,
         top_k=settings["effective_top_k"],
     )
-    config, _ = loaded.model._prepare_generation_config(sampling.generation_config(loaded.tokenizer))
-    processors: LogitsProcessorList = loaded.model._get_logits_processor(generation_config=config, device="cpu")
-    scores = processors(torch.zeros(1, 1, dtype=torch.long), recorded["logits"][None].clone())
-    torch.testing.assert_close(scores.softmax(-1)[0], recorded[f"probs__{name}"], atol=1e-5, rtol=0)
+    config, _ = loaded.model._prepare_generation_config(sampling.generation_config(loaded.tokenizer, 1))
+    library: LogitsProcessorList = loaded.model._get_logits_processor(generation_config=config, device="cpu")
+    for processors in (sampling.logits_processors(), library):  # of single answers, and of batches and beams
+        scores = processors(torch.zeros(1, 1, dtype=torch.long), recorded["logits"][None].clone())
+        torch.testing.assert_close(scores.softmax(-1)[0], recorded[f"probs__{name}"], atol=1e-5, rtol=0)
 
 
 PROJECTORS = golden_json("projectors")

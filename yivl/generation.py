@@ -5,18 +5,23 @@ servers; several of them can share one ``LoadedModel``.
 """
 
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from yivl.constants import IMAGE_TOKEN_INDEX, STOP_STRING, SYSTEM_PROMPT
 from yivl.conversation import Turn, render_chunks
@@ -64,21 +69,30 @@ class Sampling:
             if not is_valid:
                 raise YiVLError(f"{name}={getattr(self, name)!r}; expected {expected}")
 
-    def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int | None = None) -> GenerationConfig:
-        """Return the library's settings; every field is given, so nothing is filled from ``generation_config.json``."""
-        choice: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        if self.temperature > 0:
-            choice = {
-                "do_sample": True,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "top_k": self.top_k,
-            }
+    def logits_processors(self) -> LogitsProcessorList:
+        """Return what turns logits into those that are sampled from, in the order of the library."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature not in (0, 1):
+            processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.temperature > 0 and self.top_k > 0:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.temperature > 0 and self.top_p < 1:
+            processors.append(TopPLogitsWarper(self.top_p))
+        return processors
+
+    def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int) -> GenerationConfig:
+        """Return the same for ``generate``; every field is given, so none is filled from ``generation_config.json``."""
+        samples = self.temperature > 0
         return GenerationConfig(
-            **choice,
+            do_sample=samples,
+            temperature=self.temperature if samples else 1.0,
+            top_p=self.top_p if samples else 1.0,
+            top_k=self.top_k if samples else 50,
             num_beams=self.num_beams,
             repetition_penalty=self.repetition_penalty,
-            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
@@ -105,6 +119,21 @@ class Answer:
         """Rate after the first token; 0 for a single token."""
         decoding = self.seconds - self.seconds_to_first_token
         return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
+
+
+@dataclass
+class _Progress:
+    """An answer that is being generated."""
+
+    turn: Turn
+    images: list["_Image"]  # of this turn
+    keys: list[int]  # what each position of the fused prompt holds; see _position_keys
+    start: float
+    new_ids: list[int] = field(default_factory=list)
+    raw_text: str = ""
+    num_cached: int = 0
+    first_token_at: float = 0.0
+    finish_reason: FinishReason = "length"
 
 
 @dataclass(frozen=True)
@@ -143,34 +172,6 @@ class StopOnText(StoppingCriteria):  # type: ignore[misc]
         """Return ``(batch,)`` bool."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :].tolist(), skip_special_tokens=True)
         return torch.tensor([STOP_STRING in text for text in texts], device=input_ids.device)
-
-
-class _StopOnEvent(StoppingCriteria):  # type: ignore[misc]
-    """Ends every row once the event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Return ``(batch,)`` bool."""
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
-    """Hands every new token to a callback; the first call carries the prompt and is left out."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self.on_token = on_token
-        self.saw_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Receive ids from the library."""
-        if self.saw_prompt:
-            self.on_token(int(value))
-        self.saw_prompt = True
-
-    def end(self) -> None:
-        """Nothing is held back here."""
 
 
 class Chat:
@@ -227,7 +228,7 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation and free its cache."""
         self._turns, self._images = [], []
-        self._cache, self._cached_keys = None, []
+        self._drop_cache()
         self.last_answer = None
 
     def undo(self) -> Turn | None:
@@ -267,17 +268,18 @@ class Chat:
         *,
         stop_event: threading.Event | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer in pieces as it is generated; arguments and errors are those of ``ask``.
 
-        Closing the iterator ends the generation. What was generated so far becomes the answer of the turn.
+        Everything runs in the caller's thread, one step at a time. Closing the generator, or Ctrl-C, ends the answer;
+        what was generated so far becomes the answer of the turn.
         """
         start = time.perf_counter()
         settings = Sampling(**sampling)
         images = [self._encode(source) for source in _as_list(image)]
         return self._answer(Turn(question, num_images=len(images)), images, settings, stop_event, start)
 
-    def retry(self, *, stop_event: threading.Event | None = None, **sampling: Any) -> Iterator[str]:
+    def retry(self, *, stop_event: threading.Event | None = None, **sampling: Any) -> Generator[str, None, None]:
         """Answer the last question anew, streamed; the old answer is replaced.
 
         Raises:
@@ -356,110 +358,162 @@ class Chat:
         settings: Sampling,
         stop_event: threading.Event | None,
         start: float,
-    ) -> Iterator[str]:
-        """Check that the prompt fits, then return the iterator that generates in a thread of its own."""
-        turns, all_images = [*self._turns, turn], [image for group in [*self._images, images] for image in group]
-        input_ids = self._tokenize(turns)
-        keys = _position_keys(input_ids, all_images)
-        max_new_tokens = self._room(len(keys), settings)
-        event = stop_event or threading.Event()
-        pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+    ) -> Generator[str, None, None]:
+        """Check that the prompt fits, then return the generator that answers."""
+        input_ids = self._tokenize([*self._turns, turn])
+        all_images = [image for group in [*self._images, images] for image in group]
+        progress = _Progress(turn, images, _position_keys(input_ids, all_images), start)
+        max_new_tokens = self._room(len(progress.keys), settings)
+        features = torch.stack([image.features for image in all_images]) if all_images else None
+        choose = self._beam_tokens if settings.num_beams > 1 else self._tokens
+        return self._run(progress, choose(progress, input_ids, features, settings, max_new_tokens), stop_event)
 
-        def work() -> None:
-            try:
-                answer = self._generate(input_ids, keys, all_images, settings, max_new_tokens, event, start, pieces.put)
-                self._turns.append(Turn(turn.question, answer.text, turn.num_images))
-                self._images.append(images)
-                self.last_answer = answer
-                pieces.put(None)
-            except BaseException as error:  # handed to the caller's thread, which raises it
-                self._cache, self._cached_keys = None, []
-                pieces.put(error)
+    def _run(
+        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event | None
+    ) -> Generator[str, None, None]:
+        """Turn tokens into pieces of text until something ends the answer, then keep the turn."""
+        try:
+            yield from self._pieces(progress, tokens, stop_event)
+        except GeneratorExit:
+            progress.finish_reason = "cancelled"
+            self._finish(progress)
+            raise
+        except KeyboardInterrupt:
+            self._drop_cache()  # it may have come in the middle of a step
+            progress.finish_reason = "cancelled"
+            self._finish(progress)
+            raise
+        except BaseException:
+            self._drop_cache()
+            raise
+        self._finish(progress)
 
-        def iterate() -> Iterator[str]:
-            thread = threading.Thread(target=work, name="yivl-generate", daemon=True)
-            thread.start()
-            try:
-                while (piece := pieces.get()) is not None:
-                    if isinstance(piece, BaseException):
-                        raise piece
-                    yield piece
-            except (GeneratorExit, KeyboardInterrupt):
-                event.set()
-                raise
-            finally:
-                thread.join()
+    def _pieces(
+        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event | None
+    ) -> Generator[str, None, None]:
+        tokenizer, shown = self.loaded.tokenizer, ""
+        for token in tokens:
+            progress.first_token_at = progress.first_token_at or time.perf_counter()
+            progress.new_ids.append(token)
+            progress.raw_text = tokenizer.decode(progress.new_ids, skip_special_tokens=True)
+            if token == tokenizer.eos_token_id or STOP_STRING in progress.raw_text:
+                progress.finish_reason = "stop"
+                break
+            if stop_event is not None and stop_event.is_set():
+                progress.finish_reason = "cancelled"
+                break
+            stable = stable_prefix(progress.raw_text)
+            if len(stable) > len(shown):
+                piece, shown = stable[len(shown) :], stable
+                yield piece
+        if rest := cut_answer(progress.raw_text)[len(shown) :]:
+            yield rest
 
-        return iterate()
+    def _finish(self, progress: _Progress) -> None:
+        """Add the turn to the conversation and note what it took."""
+        end, text = time.perf_counter(), cut_answer(progress.raw_text)
+        self._turns.append(Turn(progress.turn.question, text, progress.turn.num_images))
+        self._images.append(progress.images)
+        self.last_answer = Answer(
+            text=text,
+            finish_reason=progress.finish_reason,
+            prompt_tokens=len(progress.keys),
+            cached_tokens=progress.num_cached,
+            new_tokens=len(progress.new_ids),
+            seconds_to_first_token=(progress.first_token_at or end) - progress.start,
+            seconds=end - progress.start,
+        )
+        if self._cache is not None and self._reuse_cache:
+            self._cached_keys = (progress.keys + progress.new_ids)[: self._cache.get_seq_length()]
+        else:
+            self._drop_cache()
 
-    def _generate(
+    def _tokens(
         self,
+        progress: _Progress,
         input_ids: list[int],
-        keys: list[int],
-        images: list[_Image],
+        features: torch.Tensor | None,
         settings: Sampling,
         max_new_tokens: int,
-        stop_event: threading.Event,
-        start: float,
-        emit: Callable[[str], None],
-    ) -> Answer:
-        """Generate one answer, emitting its text piece by piece, and keep the cache for the next turn."""
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        new_ids: list[int] = []
-        shown, first_token_at = "", 0.0
+    ) -> Iterator[int]:
+        """Yield new tokens one by one; a token is computed only when it is asked for."""
+        model, processors = self.loaded.model, settings.logits_processors()
+        generator = None if settings.seed is None else torch.Generator(model.device).manual_seed(settings.seed)
+        cache, progress.num_cached = self._cache_for(progress.keys)
+        logits = self._prefill(input_ids, features, cache, progress.num_cached)
+        # Logits processors index the vocabulary with the ids, so -200 cannot stay in them.
+        seen = torch.tensor([[max(token, 0) for token in input_ids]], device=logits.device)
+        while True:
+            scores = processors(seen, logits)
+            if settings.temperature > 0:
+                token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            yield int(token)
+            seen = torch.cat([seen, token], dim=1)
+            if seen.shape[1] - len(input_ids) == max_new_tokens:
+                return
+            logits = self._step(token, cache)
 
-        def on_token(token: int) -> None:
-            nonlocal shown, first_token_at
-            first_token_at = first_token_at or time.perf_counter()
-            new_ids.append(token)
-            stable = stable_prefix(tokenizer.decode(new_ids, skip_special_tokens=True))
-            if len(stable) > len(shown):
-                emit(stable[len(shown) :])
-                shown = stable
+    @torch.inference_mode()
+    def _prefill(
+        self, input_ids: list[int], features: torch.Tensor | None, cache: Cache, num_cached: int
+    ) -> torch.Tensor:
+        """Feed what the cache does not hold yet; return the logits of the last position, ``(1, vocabulary)``."""
+        model = self.loaded.model
+        fused = model.fuse(torch.tensor([input_ids], device=model.device), image_features=features)
+        return (
+            model(
+                inputs_embeds=fused.inputs_embeds[:, num_cached:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
 
-        uses_beams = settings.num_beams > 1  # the library neither streams beams nor leaves a cache of one row
-        cache, num_cached = self._cache_for(keys) if not uses_beams else (None, 0)
-        prompt = torch.tensor([input_ids], device=model.device)
+    @torch.inference_mode()
+    def _step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Feed one token; return the logits after it, ``(1, vocabulary)``."""
+        model = self.loaded.model
+        return model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True).logits[:, -1].float()
+
+    def _beam_tokens(
+        self,
+        _: _Progress,
+        input_ids: list[int],
+        features: torch.Tensor | None,
+        settings: Sampling,
+        max_new_tokens: int,
+    ) -> Iterator[int]:
+        """Yield the tokens of a beam search, which are known only at its end; no cache is kept."""
+        self._drop_cache()
+        tokenizer, model = self.loaded.tokenizer, self.loaded.model
         with torch.inference_mode(), _seeded(settings.seed):
             output = model.generate(
-                prompt,
-                image_features=torch.stack([image.features for image in images]) if images else None,
+                torch.tensor([input_ids], device=model.device),
+                image_features=features,
                 generation_config=settings.generation_config(tokenizer, max_new_tokens),
-                stopping_criteria=StoppingCriteriaList(
-                    [StopOnText(tokenizer, len(input_ids)), _StopOnEvent(stop_event)]
-                ),
-                **({} if uses_beams else {"past_key_values": cache, "streamer": _TokenStreamer(on_token)}),
+                stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, len(input_ids))]),
             )
-        end = time.perf_counter()
-        new_ids = output[0, len(input_ids) :].tolist()
-        raw_text = tokenizer.decode(new_ids, skip_special_tokens=True)
-        text = cut_answer(raw_text)
-        emit(text[len(shown) :])
-        if cache is not None and self._reuse_cache:
-            self._cache, self._cached_keys = cache, (keys + new_ids)[: cache.get_seq_length()]
-        has_ended = STOP_STRING in raw_text or tokenizer.eos_token_id in new_ids
-        return Answer(
-            text=text,
-            finish_reason="stop" if has_ended else "cancelled" if stop_event.is_set() else "length",
-            prompt_tokens=len(keys),
-            cached_tokens=num_cached,
-            new_tokens=len(new_ids),
-            seconds_to_first_token=(first_token_at or end) - start,
-            seconds=end - start,
-        )
+        yield from output[0, len(input_ids) :].tolist()
+
+    def _drop_cache(self) -> None:
+        self._cache, self._cached_keys = None, []
 
     def _cache_for(self, keys: list[int]) -> tuple[Cache, int]:
         """Return a cache that holds a prefix of the prompt, at most all but its last position, and its length."""
-        cache, self._cache = self._cache, None  # not valid for anyone else while it is being written
-        if cache is None:
-            return make_cache(self.loaded.model.config.num_hidden_layers), 0
         shared = 0
         for cached, wanted in zip(self._cached_keys, keys[:-1], strict=False):
             if cached != wanted:
                 break
             shared += 1
-        cache.crop(shared - cache.get_seq_length())
-        return cache, shared
+        if self._cache is None:
+            self._cache = make_cache(self.loaded.model.config.num_hidden_layers)
+        self._cache.crop(shared - self._cache.get_seq_length())
+        self._cached_keys = keys[:shared]
+        return self._cache, shared
 
 
 def _position_keys(input_ids: Sequence[int], images: Sequence[_Image]) -> list[int]:

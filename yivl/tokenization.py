@@ -47,6 +47,7 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> str:
         tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
+        tokens = [token for token in tokens if token is not None]  # an id of a padded vocabulary has no text
         special = set(self.all_special_tokens)
         if skip_special_tokens:
             tokens = [token for token in tokens if token not in special]

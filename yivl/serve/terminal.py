@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,10 +89,10 @@ class Terminal:
         self.pending_images = []
         self._show(pieces)
 
-    def _show(self, pieces: Iterator[str]) -> None:
+    def _show(self, pieces: Generator[str, None, None]) -> None:
         self._print(f"{ASSISTANT}: ", end="")
         try:
-            with closing(pieces):  # type: ignore[type-var]
+            with closing(pieces):
                 for piece in pieces:
                     self._print(piece, end="")
         except KeyboardInterrupt:

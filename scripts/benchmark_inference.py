@@ -1,0 +1,348 @@
+"""Measure loading, first token, decoding and a four-turn chat of a randomly initialised Yi-VL, beside their bounds.
+
+python scripts/benchmark_inference.py --shape medium --dtype bfloat16
+
+Everything is measured in one run on one machine, medians over --repeats, so that the ratios mean something:
+"ours" against the bound (bytes read per token / memory bandwidth, FLOPs of the prompt / matrix-product rate) and
+against the lineage's way of doing the same with the same libraries: the whole ViT, logits of every prompt position,
+the library's default cache and kernels, and a chat that feeds its whole history and its picture again every turn.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests/golden"
+NEW_TOKENS = 32
+QUESTIONS = ("What is in this image?", "What are they doing?", "What are they eating?", "Describe it in detail.")
+
+TINY_VIT = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 4}
+MEDIUM_VIT = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 8}
+VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "vision": TINY_VIT,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 64000,
+    },
+    "medium": {
+        "vision": MEDIUM_VIT,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 64000,
+    },
+    # Source: 01-ai/Yi-VL-6B, config.json.
+    "6b": {
+        "vision": VIT_H,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 64000,
+    },
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="medium", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per figure (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--load-only", type=Path, help=argparse.SUPPRESS)  # the child that loads and reports its memory
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    arguments = parse_args()
+    if arguments.load_only:
+        report_loading(arguments.load_only, arguments.device)
+        return
+
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        write_random_checkpoint(arguments.shape, arguments.dtype, folder)
+        results = {
+            "machine": machine(arguments.device),
+            "shape": arguments.shape,
+            "dtype": arguments.dtype,
+            "repeats": arguments.repeats,
+            "loading": measure_loading(folder, arguments.device),
+            **measure_answers(folder, arguments),
+        }
+    print(json.dumps(rounded(results), indent=2))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    facts = {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if device.startswith("cuda") else {}
+    return facts | gpu | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
+    """Write a randomly initialised checkpoint in the published layout, in at least four shards."""
+    import torch
+    from transformers import CLIPVisionConfig
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from yivl.model.configuration import YiVLConfig
+    from yivl.model.modeling import YiVLForCausalLM
+    from yivl.model.saving import save_checkpoint
+    from yivl.tokenization import load_tokenizer
+
+    fields = dict(SHAPES[shape])
+    vision = CLIPVisionConfig(
+        **fields.pop("vision"), image_size=448, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5
+    )
+    config = YiVLConfig(
+        **fields,
+        vision_config=vision,
+        mm_hidden_size=vision.hidden_size,
+        mm_vision_tower="./vit/random",
+        max_position_embeddings=4096,
+        rope_theta=5e6,
+        rms_norm_eps=1e-5,
+        dtype=dtype,
+    )
+    torch.set_default_dtype(getattr(torch, dtype))
+    model = YiVLForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 448}, crop_size={"height": 448, "width": 448})
+    save_checkpoint(
+        model,
+        folder,
+        tokenizer=load_tokenizer(GOLDEN / "checkpoint"),
+        image_processor=processor,
+        max_shard_size=size // 4,
+    )
+
+
+def measure_loading(folder: Path, device: str) -> dict[str, Any]:
+    """Load in a process of its own, so that its peak memory is that of loading."""
+    command = [sys.executable, __file__, "--load-only", str(folder), "--device", device]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    size = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+    facts: dict[str, Any] = json.loads(output) | {"checkpoint_bytes": size}
+    return facts | {"peak_over_checkpoint": facts["peak_bytes"] / size}
+
+
+def report_loading(folder: Path, device: str) -> None:
+    """Load and print seconds and the memory that loading added at its peak (resident set, mapped files included)."""
+    from yivl.model.loading import load_model
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    load_model(folder, device=device)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024}))
+
+
+def median_seconds(work: Callable[[], object], repeats: int, device: str) -> float:
+    """Return the median over ``repeats`` runs after one that warms up."""
+    import torch
+
+    def finish() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    work()
+    seconds = []
+    for _ in range(repeats):
+        finish()
+        start = time.perf_counter()
+        work()
+        finish()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure first token, decoding and chat turns, ours and the lineage's way, and what the machine could do."""
+    import torch
+    from PIL import Image
+
+    from yivl.generation import Chat
+    from yivl.model.loading import load_model
+
+    loaded = load_model(folder, device=arguments.device)
+    model, repeats, device = loaded.model, arguments.repeats, arguments.device
+    with torch.no_grad():  # neither the stop string nor the end of text ever leads, so all answers have one length
+        model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
+        model.lm_head.weight[len(loaded.tokenizer) :] = 0  # the tokenizer of the golden model is a small one
+    photo = Image.open(GOLDEN / "images/photo_rgb.jpg")
+    bandwidth, matmul_rate = machine_rates(model.dtype, device, repeats)
+
+    four_turns(Chat(loaded), photo)  # warm up
+    ours = [four_turns(Chat(loaded), photo) for _ in range(repeats)]
+    refed = [four_turns(Chat(loaded, reuse_cache=False), photo) for _ in range(repeats)]
+    chat = Chat(loaded)
+    first, rates = [], []
+    for _ in range(repeats):
+        chat.reset()
+        chat.ask(QUESTIONS[0], photo, temperature=0, max_new_tokens=128)
+        answer = chat.last_answer
+        assert answer is not None
+        first.append(answer.seconds_to_first_token)
+        rates.append(answer.tokens_per_second)
+    prompt_tokens = answer.prompt_tokens
+
+    flops = prompt_flops(model.config, prompt_tokens)
+    bytes_per_token = decoded_bytes(model)
+    lineage = lineage_way(loaded, photo, repeats, device)
+    ttft, rate = statistics.median(first), statistics.median(rates)
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident_peak()
+    return {
+        "bandwidth_bytes_per_s": bandwidth,
+        "matmul_flops_per_s": matmul_rate,
+        "peak_bytes": peak,
+        "prompt_tokens": prompt_tokens,
+        "first_token": {
+            "seconds": ttft,
+            "prompt_flops": flops,
+            "times_the_bound": ttft / (flops / matmul_rate),
+            "lineage_seconds": lineage["first_token"],
+            "lineage_over_ours": lineage["first_token"] / ttft,
+        },
+        "decode": {
+            "tokens_per_s": rate,
+            "bytes_per_token": bytes_per_token,
+            "times_the_bound": (1 / rate) / (bytes_per_token / bandwidth),
+            "lineage_tokens_per_s": lineage["tokens_per_s"],
+            "ours_over_lineage": rate / lineage["tokens_per_s"],
+        },
+        "chat": {
+            "new_tokens_per_turn": NEW_TOKENS,
+            "turn_seconds": by_turn(ours, 1),
+            "refed_turn_seconds": by_turn(refed, 1),
+            "first_token_seconds": by_turn(ours, 0),
+            "refed_first_token_seconds": by_turn(refed, 0),
+            "first_token_over_refed": [a / b for a, b in zip(by_turn(ours, 0), by_turn(refed, 0), strict=True)],
+        },
+    }
+
+
+def four_turns(chat: Any, photo: Any) -> list[tuple[float, float]]:
+    """Ask the four questions, the picture with the first; return (first token, whole turn) in seconds for each."""
+    seconds = []
+    for index, question in enumerate(QUESTIONS):
+        chat.ask(question, None if index else photo, temperature=0, max_new_tokens=NEW_TOKENS)
+        seconds.append((chat.last_answer.seconds_to_first_token, chat.last_answer.seconds))
+    return seconds
+
+
+def by_turn(chats: list[list[tuple[float, float]]], what: int) -> list[float]:
+    """Return the medians over chats of one figure of every turn: 0 first token, 1 whole turn."""
+    return [statistics.median(chat[turn][what] for chat in chats) for turn in range(len(QUESTIONS))]
+
+
+def lineage_way(loaded: Any, photo: Any, repeats: int, device: str) -> dict[str, float]:
+    """Return what the same answer takes the way the lineage computes it, on the same libraries."""
+    import torch
+    from transformers import DynamicCache
+
+    from yivl.conversation import Turn, render_chunks
+    from yivl.tokenization import tokenize_chunks
+
+    model = loaded.model
+    ids = tokenize_chunks(render_chunks(Turn(QUESTIONS[0], num_images=1).messages()), loaded.tokenizer)
+    input_ids = torch.tensor([ids], device=model.device)
+
+    def prompt() -> tuple[Any, Any]:
+        pixels = loaded.image_processor([photo]).to(model.device, model.dtype)
+        tower, cache = model.get_vision_tower(), DynamicCache(config=model.config)
+        features = tower.vit(pixels, output_hidden_states=True).hidden_states[tower.num_layers][:, 1:]
+        fused = model.fuse(input_ids, image_features=model.model.mm_projector(features))
+        hidden = model.model(inputs_embeds=fused.inputs_embeds, past_key_values=cache).last_hidden_state
+        return model.lm_head(hidden).float()[:, -1:].argmax(-1), cache
+
+    def decode(token: Any, cache: Any) -> None:
+        for _ in range(NEW_TOKENS):
+            hidden = model.model(input_ids=token, past_key_values=cache).last_hidden_state
+            token = model.lm_head(hidden).float().argmax(-1)
+
+    with torch.inference_mode():
+        first = median_seconds(prompt, repeats, device)
+        both = median_seconds(lambda: decode(*prompt()), repeats, device)
+    return {"first_token": first, "tokens_per_s": NEW_TOKENS / (both - first)}
+
+
+def machine_rates(dtype: Any, device: str, repeats: int) -> tuple[float, float]:
+    """Return memory bandwidth in bytes/s (reading) and matrix-product rate in FLOP/s."""
+    import torch
+
+    with torch.inference_mode():
+        vector = torch.ones(100_000_000, device=device)
+        bandwidth = vector.numel() * 4 / median_seconds(vector.sum, 3 * repeats, device)
+        size = 4096
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        return bandwidth, 2 * size**3 / median_seconds(lambda: a @ b, repeats, device)
+
+
+def prompt_flops(config: Any, prompt_tokens: int) -> float:
+    """Return the FLOPs of the matrix products that a prompt with one picture needs (attention halved: causal)."""
+    vision = config.vision_config
+    positions, width = config.num_patches + 1, vision.hidden_size
+    layer = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * positions**2 * width
+    tower = config.num_vision_layers * layer + 2 * positions * 3 * vision.patch_size**2 * width
+    projector = 2 * config.num_patches * (width * config.hidden_size + config.hidden_size**2)
+    hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
+    weights = 2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * config.intermediate_size
+    decoder = config.num_hidden_layers * (2 * prompt_tokens * weights + 2 * prompt_tokens**2 * hidden)
+    return float(tower + projector + decoder + 2 * hidden * config.vocab_size)
+
+
+def decoded_bytes(model: Any) -> int:
+    """Return the bytes of the weights that one new token reads (without the key-value cache)."""
+    modules = (model.model.layers, model.model.norm, model.lm_head)
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def resident_peak() -> int:
+    """Return the largest resident set of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rounded(value: Any) -> Any:
+    """Return the results with four significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
