@@ -11,7 +11,7 @@ the library's default cache and kernels, and a chat that feeds its whole history
 import argparse
 import json
 import platform
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -93,7 +93,8 @@ def main() -> None:
             "shape": arguments.shape,
             "dtype": arguments.dtype,
             "repeats": arguments.repeats,
-            "loading": measure_loading(folder, arguments.device),
+            "loading_safetensors": measure_loading(folder, arguments.device),
+            "loading_bin": measure_loading(with_bin_shards(folder), arguments.device),
             **measure_answers(folder, arguments),
         }
     print(json.dumps(rounded(results), indent=2))
@@ -149,11 +150,26 @@ def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
     )
 
 
+def with_bin_shards(folder: Path) -> Path:
+    """Return a copy of a checkpoint with ``.bin`` shards, as the released ones have."""
+    import torch
+    from safetensors.torch import load_file
+
+    target = folder.with_name("bin")
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("model-*", "model.safetensors.index.json"))
+    for shard in folder.glob("model-*.safetensors"):
+        torch.save(load_file(shard), target / f"pytorch_{shard.stem}.bin")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {key: f"pytorch_{Path(name).stem}.bin" for key, name in index["weight_map"].items()}
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return target
+
+
 def measure_loading(folder: Path, device: str) -> dict[str, Any]:
     """Load in a process of its own, so that its peak memory is that of loading."""
     command = [sys.executable, __file__, "--load-only", str(folder), "--device", device]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    size = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("*model-0*"))
     facts: dict[str, Any] = json.loads(output) | {"checkpoint_bytes": size}
     return facts | {"peak_over_checkpoint": facts["peak_bytes"] / size}
 
@@ -162,12 +178,11 @@ def report_loading(folder: Path, device: str) -> None:
     """Load and print seconds and the memory that loading added at its peak (resident set, mapped files included)."""
     from yivl.model.loading import load_model
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     start = time.perf_counter()
     load_model(folder, device=device)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": resident_peak() - before}))
 
 
 def median_seconds(work: Callable[[], object], repeats: int, device: str) -> float:
@@ -220,7 +235,7 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
     prompt_tokens = answer.prompt_tokens
 
     flops = prompt_flops(model.config, prompt_tokens)
-    bytes_per_token = decoded_bytes(model)
+    bytes_per_token = decoded_bytes(model, prompt_tokens)
     lineage = lineage_way(loaded, photo, repeats, device)
     ttft, rate = statistics.median(first), statistics.median(rates)
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident_peak()
@@ -324,15 +339,18 @@ def prompt_flops(config: Any, prompt_tokens: int) -> float:
     return float(tower + projector + decoder + 2 * hidden * config.vocab_size)
 
 
-def decoded_bytes(model: Any) -> int:
-    """Return the bytes of the weights that one new token reads (without the key-value cache)."""
-    modules = (model.model.layers, model.model.norm, model.lm_head)
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+def decoded_bytes(model: Any, prompt_tokens: int) -> int:
+    """Return the bytes that one new token reads: decoder weights, and the keys and values of the prompt."""
+    config, modules = model.config, (model.model.layers, model.model.norm, model.lm_head)
+    weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    return int(weights + prompt_tokens * position)
 
 
 def resident_peak() -> int:
-    """Return the largest resident set of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the largest resident set of this process so far, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def rounded(value: Any) -> Any:

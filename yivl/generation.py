@@ -462,22 +462,18 @@ class Chat:
         """Feed what the cache does not hold yet; return the logits of the last position, ``(1, vocabulary)``."""
         model = self.loaded.model
         fused = model.fuse(torch.tensor([input_ids], device=model.device), image_features=features)
-        return (
-            model(
-                inputs_embeds=fused.inputs_embeds[:, num_cached:],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-        )
+        new_embeds = fused.inputs_embeds[:, num_cached:]
+        logits: torch.Tensor = model(
+            inputs_embeds=new_embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+        return logits[:, -1].float()
 
     @torch.inference_mode()
     def _step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Feed one token; return the logits after it, ``(1, vocabulary)``."""
         model = self.loaded.model
-        return model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits: torch.Tensor = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True).logits
+        return logits[:, -1].float()
 
     def _beam_tokens(
         self,
