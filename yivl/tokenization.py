@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
-from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from yivl.constants import ASSISTANT, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
+from yivl.conversation import Turn, render_chunks
 from yivl.errors import CheckpointError
 
 _WORD_START = "▁"
@@ -114,3 +116,42 @@ def tokenizer_image_token(
     skipped = int(first[:1] == [tokenizer.bos_token_id])
     ids = first + [token for chunk in rest for token in [image_token_index, *chunk[skipped:]]]
     return torch.tensor(ids, dtype=torch.long) if return_tensors else ids
+
+
+@dataclass(frozen=True)
+class EncodedTurns:
+    """A finished conversation in tokens."""
+
+    input_ids: list[int]
+    """With ``-200`` at image slots."""
+    is_target: list[bool]
+    """True at each answer and the stop string that ends it, and nowhere else."""
+
+
+def encode_turns(turns: Sequence[Turn], tokenizer: Any, system: str = SYSTEM_PROMPT) -> EncodedTurns:
+    """Return the ids of finished turns and which of them the model learns to produce.
+
+    The ids before an answer are, token for token, those that ``Chat`` would feed to have it generated; this is checked,
+    because a tokenizer that joins text across that border would train one prompt and answer another.
+
+    Raises:
+        ValueError: If a turn has no answer.
+        CheckpointError: If the tokenizer joins tokens across the beginning or the end of an answer.
+    """
+    messages = [message for turn in turns for message in turn.messages()]
+    input_ids = tokenize_chunks(render_chunks(messages, system), tokenizer)
+    is_target = [False] * len(input_ids)
+    for index, turn in enumerate(turns):
+        if turn.answer is None:
+            raise ValueError(f"turn {index} has no answer")
+        question, finished = 2 * index + 1, 2 * index + 2
+        prompt = tokenize_chunks(render_chunks([*messages[:question], (ASSISTANT, None)], system), tokenizer)
+        # Up to the stop string, without the blank that leads to the next role.
+        chunks = render_chunks(messages[:finished], system)
+        answered = tokenize_chunks([*chunks[:-1], chunks[-1].removesuffix(" ")], tokenizer)
+        if input_ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
+            raise CheckpointError(
+                "the tokenizer joins tokens across the border of an answer; use the tokenizer.model of a Yi model"
+            )
+        is_target[len(prompt) : len(answered)] = [True] * (len(answered) - len(prompt))
+    return EncodedTurns(input_ids, is_target)
