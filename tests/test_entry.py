@@ -102,6 +102,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "temperature": (("--temperature", "-1"), "error: temperature=-1.0; expected 0 or more"),
     "4 bits": (("--load-4bit", "--device", "cpu"), "error: 4 bits on a CPU need layer widths"),
     "base without adapter": (("--model-base", "x"), "error: .*: no adapter_config.json"),
+    "no such device": (("--device", "gpu"), "error: device='gpu'; expected auto, cpu, mps, cuda"),
+    "no mps": (("--device", "mps"), "error: device='mps': PyTorch finds no such device"),
+    "no flash attention": (("--attn-implementation", "flash_attention_2"), "error: flash_attention_2 needs"),
     "too long": (("--question", "word " * 5000), "error: the conversation takes"),
 }
 

@@ -107,6 +107,7 @@ def test_a_batch_gives_the_answers_of_single_questions(loaded: LoadedModel) -> N
     batch = Chat(loaded).answer_batch(QUESTIONS, images, **GREEDY)
     assert batch == [Chat(loaded).ask(q, image, **GREEDY) for q, image in zip(QUESTIONS, images, strict=True)]
     assert Chat(loaded).answer_batch(QUESTIONS[2:], **GREEDY) == [Chat(loaded).ask(q, **GREEDY) for q in QUESTIONS[2:]]
+    assert Chat(loaded).answer_batch([]) == []
     with pytest.raises(ValueError, match="4 questions but 1 images"):
         Chat(loaded).answer_batch(QUESTIONS, [PHOTO])
 

@@ -305,6 +305,8 @@ class Chat:
         Raises:
             ValueError: If the numbers of questions and images differ.
         """
+        if not questions:
+            return []
         images = [None] * len(questions) if images is None else images
         if len(images) != len(questions):
             raise ValueError(f"{len(questions)} questions but {len(images)} images")

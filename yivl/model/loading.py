@@ -12,8 +12,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import BitsAndBytesConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import is_flash_attn_2_available
 
-from yivl.errors import CheckpointError
+from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
 from yivl.model.configuration import YiVLConfig, vit_folder
 from yivl.model.modeling import YiVLForCausalLM
@@ -64,6 +65,7 @@ def load_model(
 
     Raises:
         CheckpointError: If a folder or file is missing, no hub id matches, or the weights do not fit.
+        YiVLError: If the device or the attention kernels are not to be had here.
         ValueError: If the arguments contradict each other.
     """
     if load_in_4bit and load_in_8bit:
@@ -74,6 +76,8 @@ def load_model(
         adapter, folder = folder, resolve_checkpoint(model_base or _adapter_base(folder))
     elif model_base is not None:
         raise CheckpointError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
+    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
     if load_in_4bit and _device_map(device) == {"": "cpu"}:
         _check_widths(YiVLConfig.from_folder(folder))
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
@@ -171,11 +175,16 @@ def _adapter_base(folder: Path) -> str:
 def _device_map(device: str | dict[str, Any]) -> str | dict[str, Any]:
     if isinstance(device, dict):
         return device
-    if device != "auto":
-        return {"": device}
-    if torch.cuda.is_available():
-        return "auto"
-    return {"": "mps" if torch.backends.mps.is_available() else "cpu"}
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "auto" if has["cuda"] else {"": "mps" if has["mps"] else "cpu"}
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise YiVLError(f"device={device!r}; expected auto, cpu, mps, cuda or cuda:N") from error
+    if not has.get(kind, True):
+        raise YiVLError(f"device={device!r}: PyTorch finds no such device here; use --device cpu")
+    return {"": device}
 
 
 def _image_processor(model: YiVLForCausalLM, folder: Path) -> ImageProcessor:

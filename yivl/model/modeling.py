@@ -120,16 +120,17 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Raises:
             ValueError: If placeholders and images differ in number.
         """
-        if image_features is None and images is not None and len(images):
-            image_features = self.encode_images(images)
-        embedding = self.get_input_embeddings().weight
-        if image_features is None:
-            image_features = embedding.new_zeros(0, self.config.num_patches, self.config.hidden_size)
+        num_patches: int = self.config.num_patches
         expanded = expand_placeholders(
-            input_ids, image_features.shape[1], attention_mask=attention_mask, labels=labels, padding_side=padding_side
+            input_ids, num_patches, attention_mask=attention_mask, labels=labels, padding_side=padding_side
         )
         text_ids = expanded.input_ids.masked_fill(expanded.input_ids == IMAGE_TOKEN_INDEX, 0)
-        inputs_embeds = merge_features(expanded.input_ids, self.get_input_embeddings()(text_ids), image_features)
+        text_embeds: torch.Tensor = self.get_input_embeddings()(text_ids)
+        if image_features is None and images is not None and len(images):
+            image_features = self.encode_images(images)
+        if image_features is None:
+            image_features = text_embeds.new_zeros(0, num_patches, text_embeds.shape[-1])
+        inputs_embeds = merge_features(expanded.input_ids, text_embeds, image_features)
         if self.training and not len(image_features) and torch.distributed.is_initialized():
             inputs_embeds = inputs_embeds + self._untouched_vision()
         return Fused(
