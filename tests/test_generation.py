@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from yivl.constants import STOP_STRING
 from yivl.errors import ContextLengthError, ImageError, YiVLError
-from yivl.generation import Chat, Sampling, cut_answer, stable_prefix
+from yivl.generation import Chat
 from yivl.model.loading import LoadedModel, load_model
+from yivl.sampling import Sampling
+from yivl.stopping import cut_answer, stable_prefix
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"

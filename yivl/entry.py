@@ -74,8 +74,8 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
     Raises:
         YiVLError: If a value is out of range or the picture cannot be used.
     """
-    from yivl.generation import Sampling
     from yivl.image_processing import load_image
+    from yivl.sampling import Sampling
 
     names = [field.name for field in dataclasses.fields(Sampling)]
     sampling = dataclasses.asdict(Sampling(**{name: getattr(arguments, name) for name in names}))

@@ -10,18 +10,11 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from yivl.constants import IMAGE_TOKEN_INDEX, STOP_STRING, SYSTEM_PROMPT
 from yivl.conversation import Turn, render_chunks
@@ -29,74 +22,11 @@ from yivl.errors import ContextLengthError, YiVLError
 from yivl.image_processing import ImageSource, load_image
 from yivl.model.cache import make_cache
 from yivl.model.loading import LoadedModel, load_model
-from yivl.tokenization import YiTokenizer, tokenize_chunks
+from yivl.sampling import Sampling
+from yivl.stopping import StopOnText, cut_answer, stable_prefix
+from yivl.tokenization import tokenize_chunks
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-_INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The defaults are those of the release's ``single_inference.py``.
-
-    Raises:
-        YiVLError: If a value is out of range.
-    """
-
-    temperature: float = 0.2
-    """0 means greedy. Source: 01-ai/Yi, VL/single_inference.py."""
-    top_p: float = 1.0
-    """Probability mass that is sampled from; 1 means all."""
-    top_k: int = 50
-    """Number of tokens that are sampled from; 0 means all. Source: default of transformers, which the release used."""
-    num_beams: int = 1
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 1024
-    """Length of an answer, in tokens; shorter where the context ends. Source: 01-ai/Yi, VL/single_inference.py."""
-    seed: int | None = None
-    """Makes sampling repeatable; ``None`` draws anew each time."""
-
-    def __post_init__(self) -> None:
-        for name, is_valid, expected in (
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("num_beams", self.num_beams >= 1, "1 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-        ):
-            if not is_valid:
-                raise YiVLError(f"{name}={getattr(self, name)!r}; expected {expected}")
-
-    def logits_processors(self) -> LogitsProcessorList:
-        """Return what turns logits into those that are sampled from, in the order of the library."""
-        processors = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature not in (0, 1):
-            processors.append(TemperatureLogitsWarper(self.temperature))
-        if self.temperature > 0 and self.top_k > 0:
-            processors.append(TopKLogitsWarper(self.top_k))
-        if self.temperature > 0 and self.top_p < 1:
-            processors.append(TopPLogitsWarper(self.top_p))
-        return processors
-
-    def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int) -> GenerationConfig:
-        """Return the same for ``generate``; every field is given, so none is filled from ``generation_config.json``."""
-        samples = self.temperature > 0
-        return GenerationConfig(
-            do_sample=samples,
-            temperature=self.temperature if samples else 1.0,
-            top_p=self.top_p if samples else 1.0,
-            top_k=self.top_k if samples else 50,
-            num_beams=self.num_beams,
-            repetition_penalty=self.repetition_penalty,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
 
 
 @dataclass(frozen=True)
@@ -142,36 +72,6 @@ class _Image:
 
     features: torch.Tensor  # (num_patches, hidden)
     serial: int  # tells pictures apart in the cache; never reused
-
-
-def cut_answer(text: str) -> str:
-    """Return what is shown of generated text: up to the stop string, outer whitespace removed."""
-    return text.split(STOP_STRING, 1)[0].strip()
-
-
-def stable_prefix(text: str) -> str:
-    """Return the part of unfinished text that no later token can change or remove."""
-    if STOP_STRING in text:
-        return cut_answer(text)
-    text = text.rstrip(_INCOMPLETE)  # bytes of a character that is still incomplete
-    for length in range(len(STOP_STRING) - 1, 0, -1):
-        if text.endswith(STOP_STRING[:length]):
-            text = text[:-length]
-            break
-    return text.strip()  # whitespace at the end may turn out to be outer
-
-
-class StopOnText(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once its new text contains the stop string, however many tokens spell it."""
-
-    def __init__(self, tokenizer: YiTokenizer, prompt_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Return ``(batch,)`` bool."""
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :].tolist(), skip_special_tokens=True)
-        return torch.tensor([STOP_STRING in text for text in texts], device=input_ids.device)
 
 
 class Chat:

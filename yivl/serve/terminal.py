@@ -13,8 +13,9 @@ from PIL import Image
 
 from yivl.constants import ASSISTANT, HUMAN
 from yivl.errors import YiVLError
-from yivl.generation import Chat, Sampling
+from yivl.generation import Chat
 from yivl.image_processing import load_image
+from yivl.sampling import Sampling
 
 HELP = """\
 /image PATH   show a picture with the next question
