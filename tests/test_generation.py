@@ -238,6 +238,21 @@ def test_an_error_while_generating_reaches_the_caller(chat: Chat, monkeypatch: p
     assert chat.ask("hi", **GREEDY) == expected
 
 
+def test_a_retry_that_fails_keeps_the_old_answer(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.ask("What is this?", PHOTO, **GREEDY)
+    before = chat.turns
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(chat.loaded.model.lm_head, "forward", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        list(chat.retry(**GREEDY))
+    monkeypatch.undo()
+    assert chat.turns == before
+    assert "".join(chat.retry(**GREEDY)) == before[0].answer
+
+
 def test_ctrl_c_in_the_middle_of_a_step_leaves_a_sound_conversation(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ class _Progress:
 
     turn: Turn
     images: list["_Image"]  # of this turn
+    history: int  # finished turns that come before it; later ones are replaced
     keys: list[int]  # what each position of the fused prompt holds; see _position_keys
     start: float
     new_ids: list[int] = field(default_factory=list)
@@ -177,10 +178,11 @@ class Chat:
         start = time.perf_counter()
         settings = Sampling(**sampling)
         images = [self._encode(source) for source in _as_list(image)]
-        return self._answer(Turn(question, num_images=len(images)), images, settings, stop_event, start)
+        turn = Turn(question, num_images=len(images))
+        return self._answer(turn, images, settings, stop_event, start, history=len(self._turns))
 
     def retry(self, *, stop_event: threading.Event | None = None, **sampling: Any) -> Generator[str, None, None]:
-        """Answer the last question anew, streamed; the old answer is replaced.
+        """Answer the last question anew, streamed; the new answer replaces the old one once there is one.
 
         Raises:
             YiVLError: If there is no question yet.
@@ -189,8 +191,7 @@ class Chat:
             raise YiVLError("there is no question to answer again")
         settings, images = Sampling(**sampling), self._images[-1]
         turn = Turn(self._turns[-1].question, num_images=len(images))
-        self.undo()
-        return self._answer(turn, images, settings, stop_event, time.perf_counter())
+        return self._answer(turn, images, settings, stop_event, time.perf_counter(), history=len(self._turns) - 1)
 
     def answer_batch(
         self, questions: Sequence[str], images: Sequence[ImageSource | None] | None = None, **sampling: Any
@@ -260,11 +261,13 @@ class Chat:
         settings: Sampling,
         stop_event: threading.Event | None,
         start: float,
+        *,
+        history: int,
     ) -> Generator[str, None, None]:
-        """Check that the prompt fits, then return the generator that answers."""
-        input_ids = self._tokenize([*self._turns, turn])
-        all_images = [image for group in [*self._images, images] for image in group]
-        progress = _Progress(turn, images, _position_keys(input_ids, all_images), start)
+        """Check that the prompt fits, then return the generator that answers after ``history`` turns."""
+        input_ids = self._tokenize([*self._turns[:history], turn])
+        all_images = [image for group in [*self._images[:history], images] for image in group]
+        progress = _Progress(turn, images, history, _position_keys(input_ids, all_images), start)
         max_new_tokens = self._room(len(progress.keys), settings)
         features = torch.stack([image.features for image in all_images]) if all_images else None
         choose = self._beam_tokens if settings.num_beams > 1 else self._tokens
@@ -314,8 +317,8 @@ class Chat:
     def _finish(self, progress: _Progress) -> None:
         """Add the turn to the conversation and note what it took."""
         end, text = time.perf_counter(), cut_answer(progress.raw_text)
-        self._turns.append(Turn(progress.turn.question, text, progress.turn.num_images))
-        self._images.append(progress.images)
+        self._turns[progress.history :] = [Turn(progress.turn.question, text, progress.turn.num_images)]
+        self._images[progress.history :] = [progress.images]
         self.last_answer = Answer(
             text=text,
             finish_reason=progress.finish_reason,
