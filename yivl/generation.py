@@ -23,7 +23,7 @@ from yivl.image_processing import ImageSource, load_image
 from yivl.model.cache import make_cache
 from yivl.model.loading import LoadedModel, load_model
 from yivl.sampling import Sampling
-from yivl.stopping import StopOnText, cut_answer, stable_prefix
+from yivl.stopping import StopOnEvent, StopOnText, cut_answer, stable_prefix
 from yivl.tokenization import tokenize_chunks
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -105,6 +105,7 @@ class Chat:
         self._num_encoded = 0
         self._cache: Cache | None = None
         self._cached_keys: list[int] = []
+        self._stream: Generator[str, None, None] | None = None
 
     @classmethod
     def from_pretrained(
@@ -128,12 +129,14 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation and free its cache."""
+        self._close_stream()
         self._turns, self._images = [], []
         self._drop_cache()
         self.last_answer = None
 
     def undo(self) -> Turn | None:
         """Take the last turn back and return it, or ``None`` if there is none."""
+        self._close_stream()
         if not self._turns:
             return None
         self._images.pop()
@@ -173,10 +176,11 @@ class Chat:
         """Yield the answer in pieces as it is generated; arguments and errors are those of ``ask``.
 
         Everything runs in the caller's thread, one step at a time. Closing the generator, or Ctrl-C, ends the answer;
-        what was generated so far becomes the answer of the turn.
+        what was generated so far becomes the answer of the turn. The next call on this chat ends it too.
         """
         start = time.perf_counter()
         settings = Sampling(**sampling)
+        self._close_stream()
         images = [self._encode(source) for source in _as_list(image)]
         turn = Turn(question, num_images=len(images))
         return self._answer(turn, images, settings, stop_event, start, history=len(self._turns))
@@ -187,6 +191,7 @@ class Chat:
         Raises:
             YiVLError: If there is no question yet.
         """
+        self._close_stream()
         if not self._turns:
             raise YiVLError("there is no question to answer again")
         settings, images = Sampling(**sampling), self._images[-1]
@@ -271,10 +276,19 @@ class Chat:
         max_new_tokens = self._room(len(progress.keys), settings)
         features = torch.stack([image.features for image in all_images]) if all_images else None
         choose = self._beam_tokens if settings.num_beams > 1 else self._tokens
-        return self._run(progress, choose(progress, input_ids, features, settings, max_new_tokens), stop_event)
+        event = stop_event or threading.Event()
+        tokens = choose(progress, input_ids, features, settings, max_new_tokens, event)
+        self._stream = self._run(progress, tokens, event)
+        return self._stream
+
+    def _close_stream(self) -> None:
+        """End an answer that was left unfinished: two at once would write into one cache."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def _run(
-        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event | None
+        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event
     ) -> Generator[str, None, None]:
         """Turn tokens into pieces of text until something ends the answer, then keep the turn."""
         try:
@@ -294,7 +308,7 @@ class Chat:
         self._finish(progress)
 
     def _pieces(
-        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event | None
+        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event
     ) -> Generator[str, None, None]:
         tokenizer, shown = self.loaded.tokenizer, ""
         for token in tokens:
@@ -304,7 +318,7 @@ class Chat:
             if token == tokenizer.eos_token_id or STOP_STRING in progress.raw_text:
                 progress.finish_reason = "stop"
                 break
-            if stop_event is not None and stop_event.is_set():
+            if stop_event.is_set():
                 progress.finish_reason = "cancelled"
                 break
             stable = stable_prefix(progress.raw_text)
@@ -315,7 +329,9 @@ class Chat:
             yield rest
 
     def _finish(self, progress: _Progress) -> None:
-        """Add the turn to the conversation and note what it took."""
+        """Add the turn to the conversation and note what it took; one that ended before its first token never was."""
+        if progress.finish_reason == "cancelled" and not progress.new_ids:
+            return
         end, text = time.perf_counter(), cut_answer(progress.raw_text)
         self._turns[progress.history :] = [Turn(progress.turn.question, text, progress.turn.num_images)]
         self._images[progress.history :] = [progress.images]
@@ -340,6 +356,7 @@ class Chat:
         features: torch.Tensor | None,
         settings: Sampling,
         max_new_tokens: int,
+        _: threading.Event,
     ) -> Iterator[int]:
         """Yield new tokens one by one; a token is computed only when it is asked for."""
         model, processors = self.loaded.model, settings.logits_processors()
@@ -356,7 +373,7 @@ class Chat:
                 token = scores.argmax(-1, keepdim=True)
             yield int(token)
             seen = torch.cat([seen, token], dim=1)
-            if seen.shape[1] - len(input_ids) == max_new_tokens:
+            if seen.shape[1] - len(input_ids) >= max_new_tokens:
                 return
             logits = self._step(token, cache)
 
@@ -387,6 +404,7 @@ class Chat:
         features: torch.Tensor | None,
         settings: Sampling,
         max_new_tokens: int,
+        stop_event: threading.Event,
     ) -> Iterator[int]:
         """Yield the tokens of a beam search, which are known only at its end; no cache is kept."""
         self._drop_cache()
@@ -396,7 +414,9 @@ class Chat:
                 torch.tensor([input_ids], device=model.device),
                 image_features=features,
                 generation_config=settings.generation_config(tokenizer, max_new_tokens),
-                stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, len(input_ids))]),
+                stopping_criteria=StoppingCriteriaList(
+                    [StopOnText(tokenizer, len(input_ids)), StopOnEvent(stop_event)]
+                ),
             )
         yield from output[0, len(input_ids) :].tolist()
 
@@ -412,7 +432,8 @@ class Chat:
             shared += 1
         if self._cache is None:
             self._cache = make_cache(self.loaded.model.config.num_hidden_layers)
-        self._cache.crop(shared - self._cache.get_seq_length())
+        if surplus := self._cache.get_seq_length() - shared:  # crop(0) empties the cache in older transformers
+            self._cache.crop(-surplus)
         self._cached_keys = keys[:shared]
         return self._cache, shared
 

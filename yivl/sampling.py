@@ -1,5 +1,6 @@
 """How the next token is chosen: the fields, and what the library makes of them."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import GenerationConfig
@@ -24,7 +25,7 @@ class Sampling:
     """
 
     temperature: float = 0.2
-    """0 means greedy. Source: 01-ai/Yi, VL/single_inference.py."""
+    """0 means greedy; below 0.001 float32 overflows. Source: 01-ai/Yi, VL/single_inference.py."""
     top_p: float = 1.0
     """Probability mass that is sampled from; 1 means all."""
     top_k: int = 50
@@ -37,13 +38,16 @@ class Sampling:
     """Makes sampling repeatable; ``None`` draws anew each time."""
 
     def __post_init__(self) -> None:
+        is_temperature = self.temperature == 0 or 1e-3 <= self.temperature < math.inf
+        is_length = isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1
         for name, is_valid, expected in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", is_temperature, "0 (greedy) or 0.001 and more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("num_beams", self.num_beams >= 1, "1 or more"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
+            ("max_new_tokens", is_length, "a whole number from 1"),
         ):
             if not is_valid:
                 raise YiVLError(f"{name}={getattr(self, name)!r}; expected {expected}")

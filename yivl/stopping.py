@@ -1,5 +1,6 @@
 """Where an answer ends, and which part of a growing one can be shown."""
 
+import threading
 from typing import Any, Final
 
 import torch
@@ -39,3 +40,14 @@ class StopOnText(StoppingCriteria):  # type: ignore[misc]
         """Return ``(batch,)`` bool."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :].tolist(), skip_special_tokens=True)
         return torch.tensor([STOP_STRING in text for text in texts], device=input_ids.device)
+
+
+class StopOnEvent(StoppingCriteria):  # type: ignore[misc]
+    """Ends every row once the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return ``(batch,)`` bool."""
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
