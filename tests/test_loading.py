@@ -23,6 +23,8 @@ from yivl.model.configuration import YiVLConfig
 from yivl.model.loading import LoadedModel, load_model
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.saving import save_checkpoint
+from yivl.model.vision_tower import ViT
+from yivl.model.vit_weights import copy_vit_weights
 
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
 PROMPT = torch.tensor([[294, 332, 725, -200, 19, 748]])
@@ -333,6 +335,14 @@ def test_over_several_devices_the_tower_stays_in_one_piece() -> None:
     tower = {device for name, device in plan.items() if name.startswith("model.vision_tower")}
     assert len(tower) == 1
     assert all("layers" not in name.removeprefix("model.layers.") for name in plan)
+
+
+def test_a_vit_without_a_place_is_one_clear_line(loaded: LoadedModel) -> None:
+    vit = loaded.model.get_vision_tower().vit
+    with torch.device("meta"):
+        offloaded = ViT(vit.config)
+    with pytest.raises(CheckpointError, match="the device has no memory for the ViT"):
+        copy_vit_weights(offloaded, vit.state_dict(), source="here")
 
 
 def test_a_gpu_that_is_too_small_keeps_the_vision_modules() -> None:

@@ -201,16 +201,10 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             elif images is not None:
                 raise ValueError("images cannot follow a filled cache; generate() takes the whole sequence instead")
         kernels: AbstractContextManager[None] = nullcontext()
-        is_dynamic = not (torch.compiler.is_compiling() or past_key_values is None or past_key_values.is_compileable)
-        if is_step and is_dynamic and attention_mask is not None and attention_mask.ndim == 2:
-            # The lineage counts an image as one position here; what the cache holds beyond the mask is visible.
-            missing = past_key_values.get_seq_length() + 1 - attention_mask.shape[1]
-            attention_mask = nn.functional.pad(attention_mask, (max(missing, 0), 0), value=1)
-        if input_ids is not None and is_step and is_dynamic and self.device.type == "cpu":
-            if self.config._attn_implementation == "sdpa":
-                attention_mask = explicit_mask(attention_mask, len(input_ids), past_key_values.get_seq_length() + 1)
-            if len(input_ids) == 1 and self.dtype == torch.bfloat16:
-                kernels = native_matrix_vector
+        # With static shapes the mask is complete already, and the compiler does better than we.
+        if is_step and input_ids is not None and not (torch.compiler.is_compiling() or past_key_values.is_compileable):
+            num_keys = past_key_values.get_seq_length() + 1
+            attention_mask, kernels = self._prepare_step(len(input_ids), num_keys, attention_mask)
         with kernels:
             outputs = self.model(
                 input_ids=input_ids,
@@ -234,6 +228,21 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prepare_step(
+        self, num_rows: int, num_keys: int, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, AbstractContextManager[None]]:
+        """Return mask and kernels of a one-token step whose cache will hold ``num_keys`` positions."""
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # The lineage counts an image as one position here; what the cache holds beyond the mask is visible.
+            missing = max(num_keys - attention_mask.shape[1], 0)
+            attention_mask = nn.functional.pad(attention_mask, (missing, 0), value=1)
+        if self.device.type != "cpu":
+            return attention_mask, nullcontext()
+        if self.config._attn_implementation == "sdpa":
+            attention_mask = explicit_mask(attention_mask, num_rows, num_keys)
+        is_matrix_vector = num_rows == 1 and self.dtype == torch.bfloat16
+        return attention_mask, native_matrix_vector if is_matrix_vector else nullcontext()
 
     @torch.no_grad()
     def generate(
