@@ -4,13 +4,12 @@ python cli.py --model-path tests/golden/checkpoint --image-file images/cat.jpg
 """
 
 import argparse
-import sys
 
 from yivl import entry
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; names and defaults of the release are kept."""
+    """Return the flags; model path, picture, temperature and length are those of the release."""
     parser = entry.make_parser(__doc__)
     parser.add_argument("--image-file", "--image", help="picture of the first question; /image shows more")
     # top-p 0.8: the release's cli.py passes none, so its generation_config.json decides.
@@ -30,5 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show Chinese must not end the chat
     entry.run(main)

@@ -19,7 +19,7 @@ def requirements() -> list[str]:
 setup(
     name="yivl",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "yivl/__init__.py").read_text(encoding="utf-8"))[1],
-    description="Yi-VL, a bilingual (English, Chinese) vision-language model: inference and training",
+    description="Yi-VL, a bilingual (English, Chinese) vision-language model",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -6,13 +6,12 @@ python single_inference.py --model-path tests/golden/checkpoint --image-file ima
 import argparse
 import dataclasses
 import json
-import sys
 
 from yivl import entry
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; the first eight are those of the release."""
+    """Return the flags; those of the release keep their names and defaults."""
     parser = entry.make_parser(__doc__)
     parser.add_argument("--image-file", "--image", help="path (or address, see --allow-remote); none asks without one")
     parser.add_argument("--question", default="Describe the picture in detail.", help="(default: %(default)s)")
@@ -47,5 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show Chinese must not end the answer
     entry.run(main)

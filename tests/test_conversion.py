@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,7 @@ def test_the_command_converts_a_checkpoint_and_prints_hashes(tmp_path: Path, loa
     assert len(lines) == 6
     for line in lines:
         digest, name = line.split("  ")
-        path = (CHECKPOINT if name.endswith(".bin") else target) / name
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        assert hashlib.sha256(Path(name).read_bytes()).hexdigest() == digest
     assert not list(target.rglob("*.bin*"))
     converted = load_model(target, device="cpu").model.state_dict()
     for key, value in loaded.model.state_dict().items():
@@ -53,10 +53,29 @@ def test_nothing_to_convert_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_conversion_replaces_neither_its_source_nor_other_peoples_files(tmp_path: Path) -> None:
+    source = shutil.copytree(CHECKPOINT, tmp_path / "models/yi")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/precious.txt").write_text("precious")
+    (tmp_path / "file").write_text("a file")
+    before = sorted(tmp_path.rglob("*"))
+    for target, message in (
+        (source, "is or contains"),
+        (tmp_path / "models", "is or contains"),
+        (tmp_path / "home", "holds more than a checkpoint"),
+        (tmp_path / "file", "is a file"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            bin_to_safetensors(Path(source), target)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        bin_to_safetensors(tmp_path / "nothing", tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_damaged_file_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source/pytorch_model.bin").write_bytes(b"cut off")
-    with pytest.raises(CheckpointError, match="damaged or cut off"):
+    with pytest.raises(CheckpointError, match="damaged, cut off"):
         bin_to_safetensors(tmp_path / "source", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -1,5 +1,6 @@
 """The entry scripts as a person runs them: output, exit codes, one line for every mistake."""
 
+import io
 import json
 import logging
 import os
@@ -18,12 +19,13 @@ import pytest
 import torch
 from conftest import CHECKPOINT, GOLDEN
 
-from yivl import entry
+from yivl import entry, generation
 from yivl.errors import YiVLError
 from yivl.generation import Chat
+from yivl.image_processing import load_image
 from yivl.model.loading import LoadedModel, load_model
 from yivl.model.saving import save_checkpoint
-from yivl.serve.terminal import HELP
+from yivl.serve.terminal import HELP, Terminal
 
 ROOT = GOLDEN.parents[1]
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
@@ -65,13 +67,58 @@ def test_single_inference_prints_json(expected: str) -> None:
     assert 0 < fields["seconds_to_first_token"] <= fields["seconds"]
 
 
-def test_the_flags_reach_the_model() -> None:
-    flags = ("--device", "cpu", "--dtype", "bfloat16", "--attn-implementation", "eager", "--seed", "3", "--top-k", "5")
-    results = [run("single_inference.py", *MODEL, *flags, "--max-new-tokens", "5", "--json") for _ in range(2)]
-    first, second = (json.loads(result.stdout)["outputs"] for result in results)
-    assert first == second
-    result = run("single_inference.py", *MODEL, "--load-8bit", "--json", *ANSWER)
+def test_the_flags_reach_the_model(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "attn-implementation": "eager",
+        "model-base": "b",
+        "temperature": "2",
+    }
+    flags |= {"seed": "3", "top-k": "5", "top-p": "0.7", "num-beams": "2", "repetition-penalty": "1.5"}
+    flags |= {"max-new-tokens": "7", "model-path": "m"}
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    seen: dict[str, Any] = {}
+
+    def spy(model_path: str, **loading: Any) -> LoadedModel:
+        seen.update(loading, model_path=model_path)
+        return loaded
+
+    monkeypatch.setattr(generation, "load_model", spy)
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(sys, "argv", ["single_inference.py", *arguments, "--load-8bit", "--allow-remote"])
+    parsed = runpy.run_path(str(ROOT / "single_inference.py"))["parse_args"]()
+    sampling, image = entry.check_inputs(parsed)
+    chat = entry.load_chat(parsed)
+    assert seen == {
+        "model_path": "m",
+        "model_base": "b",
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "attn_implementation": "eager",
+        "load_in_4bit": False,
+        "load_in_8bit": True,
+    }
+    assert chat.allow_remote
+    assert image is None
+    assert sampling == {
+        "temperature": 2.0,
+        "top_p": 0.7,
+        "top_k": 5,
+        "num_beams": 2,
+        "repetition_penalty": 1.5,
+        "max_new_tokens": 7,
+        "seed": 3,
+    }
+
+
+def test_eight_bits_answer_quietly() -> None:
+    result = run(
+        "single_inference.py", *MODEL, "--load-8bit", "--image-file", str(PHOTO), "--question", QUESTION, *ANSWER
+    )
     assert result.returncode == 0, result.stderr
+    assert "MatMul8bitLt" not in result.stderr
+    assert re.search(r"^outputs: .+$", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("script", ["single_inference.py", "cli.py", "scripts/convert.py"])
@@ -99,9 +146,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "no model": (("--model-path", "no/such"), "error: no/such: no such folder"),
     "no layout": (("--model-path", "tests"), "error: tests/config.json: no such file"),
-    "temperature": (("--temperature", "-1"), "error: temperature=-1.0; expected 0 or more"),
+    "temperature": (("--temperature", "-1"), "error: temperature=-1.0; expected 0 .greedy. or 0.001 and more"),
     "4 bits": (("--load-4bit", "--device", "cpu"), "error: 4 bits on a CPU need layer widths"),
     "base without adapter": (("--model-base", "x"), "error: .*: no adapter_config.json"),
+    "no such device": (("--device", "gpu"), "error: device='gpu'; expected auto, cpu, mps, cuda"),
+    "no mps": (("--device", "mps"), "error: device='mps': PyTorch finds no such device"),
+    "no flash attention": (("--attn-implementation", "flash_attention_2"), "error: flash_attention_2 needs"),
     "too long": (("--question", "word " * 5000), "error: the conversation takes"),
 }
 
@@ -164,9 +214,11 @@ def test_a_lack_of_memory_is_one_clear_line(
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
-    command = f"{sys.executable} single_inference.py --model-path {CHECKPOINT} --stream --max-new-tokens 300 | true"
-    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = f"set -o pipefail; {sys.executable} single_inference.py --model-path {CHECKPOINT} --stream | true"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "error" not in result.stderr.lower()
     assert "Traceback" not in result.stderr
+    assert result.returncode == 0
 
 
 def test_cli_in_a_pipe_prints_the_published_dialogue(expected: str) -> None:
@@ -175,16 +227,38 @@ def test_cli_in_a_pipe_prints_the_published_dialogue(expected: str) -> None:
     assert result.stdout == (f"Human: {QUESTION}\nAssistant: {expected}\nHuman: \nHuman: /exit\nexit...\n")
 
 
+@pytest.mark.parametrize("redirect", ["<&-", "< /dev/null"])
+def test_cli_without_input_leaves(redirect: str) -> None:
+    command = f"{sys.executable} cli.py --model-path {CHECKPOINT} {redirect}"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "exit...\n")
+
+
+def test_text_in_another_encoding_is_no_traceback() -> None:
+    command = [sys.executable, "cli.py", *MODEL, *ANSWER]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, input=b"caf\xe9\nok\n", check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(b"Assistant:") == 2
+
+
+def test_a_full_disk_is_one_clear_line() -> None:
+    command = f"{sys.executable} single_inference.py --model-path {CHECKPOINT} --stream --max-new-tokens 5 > /dev/full"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "error: output: No space left on device" in result.stderr
+
+
 def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
     saved = tmp_path / "chat.json"
     lines = [
-        f"/image {PHOTO}",
+        f'/image "{PHOTO}"',
         QUESTION,
         "a question \\",
         "in two lines",
         "/retry",
         f"/save {saved}",
-        "/params temperature=1.5 top_k=3",
+        "/params temperature=1.5 top_k=3 seed=7",
+        "/params seed=none",
         "/params colour=1",
         "/params top_k=many",
         "/params top_p=9",
@@ -212,7 +286,9 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
     for expected_line in (
         f"{PHOTO} (320x213 pixels) goes with the next question",
         f"saved 2 turns to {saved}",
-        "temperature=1.5 top_p=0.8 top_k=3 num_beams=1 repetition_penalty=1.0 max_new_tokens=12 seed=None",
+        "temperature=1.5 top_p=0.8 top_k=3 num_beams=1 repetition_penalty=1.0 max_new_tokens=12 seed=7\n",
+        "max_new_tokens=12 seed=None\n",
+        "a new conversation, without pictures",
         "error: unknown parameter colour",
         "error: top_k=many: expected a number",
         "error: top_p=9.0; expected above 0 and at most 1",
@@ -302,6 +378,20 @@ def test_cli_in_a_terminal_stops_an_answer_with_ctrl_c_and_leaves_with_ctrl_d(ta
     finally:
         if terminal.process.poll() is None:
             terminal.process.send_signal(signal.SIGKILL)
+
+
+def test_ctrl_c_while_a_picture_is_read_does_not_leave(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, output = iter(["hello", "/exit now"]), io.StringIO()
+    chat = Chat(loaded)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "_encode", interrupt)
+    terminal = Terminal(chat, {}, image=load_image(PHOTO), read_line=lambda _: next(lines), output=output)
+    terminal.run()
+    assert output.getvalue() == "\nexit...\n"
+    assert len(terminal.pending_images) == 1
 
 
 def test_errors_are_value_errors() -> None:

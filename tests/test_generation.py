@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from yivl.constants import STOP_STRING
 from yivl.errors import ContextLengthError, ImageError, YiVLError
-from yivl.generation import Chat, Sampling, cut_answer, stable_prefix
+from yivl.generation import Chat
 from yivl.model.loading import LoadedModel, load_model
+from yivl.sampling import Sampling
+from yivl.stopping import cut_answer, stable_prefix
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
@@ -44,6 +46,16 @@ def test_reusing_the_cache_changes_no_answer(image_turn: int, loaded: LoadedMode
         assert with_cache.last_answer.cached_tokens > 0 or index == 0
     assert without.last_answer is not None
     assert without.last_answer.cached_tokens == 0
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_prompt_that_continues_the_cache_exactly_is_answered_right(length: int, loaded: LoadedModel) -> None:
+    """One token of answer: the cache ends where the next prompt still agrees with it."""
+    with_cache, without = Chat(loaded), Chat(loaded, reuse_cache=False)
+    for question in QUESTIONS:
+        for chat in (with_cache, without):
+            chat.ask(question, temperature=0, max_new_tokens=length)
+        assert with_cache.turns == without.turns
 
 
 def test_a_turn_computes_only_what_is_new_and_encodes_no_picture_again(chat: Chat) -> None:
@@ -107,6 +119,7 @@ def test_a_batch_gives_the_answers_of_single_questions(loaded: LoadedModel) -> N
     batch = Chat(loaded).answer_batch(QUESTIONS, images, **GREEDY)
     assert batch == [Chat(loaded).ask(q, image, **GREEDY) for q, image in zip(QUESTIONS, images, strict=True)]
     assert Chat(loaded).answer_batch(QUESTIONS[2:], **GREEDY) == [Chat(loaded).ask(q, **GREEDY) for q in QUESTIONS[2:]]
+    assert Chat(loaded).answer_batch([]) == []
     with pytest.raises(ValueError, match="4 questions but 1 images"):
         Chat(loaded).answer_batch(QUESTIONS, [PHOTO])
 
@@ -125,7 +138,9 @@ def test_beams_and_penalty_answer_and_the_conversation_goes_on(loaded: LoadedMod
     chat = Chat(loaded)
     beams = chat.ask("What is this?", WIDE, num_beams=4, **GREEDY)
     chat.ask("And now?", **GREEDY)
+    greedy = Chat(loaded).ask("What is this?", WIDE, **GREEDY)
     assert beams
+    assert beams != greedy
     plain = Chat(loaded).ask("请描述这张图片。", PHOTO, temperature=0, max_new_tokens=30)
     penalized = Chat(loaded).ask("请描述这张图片。", PHOTO, temperature=0, max_new_tokens=30, repetition_penalty=5.0)
     assert penalized != plain
@@ -135,12 +150,18 @@ def test_beams_and_penalty_answer_and_the_conversation_goes_on(loaded: LoadedMod
     ("field", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 1e-40),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("seed", -1),
+        ("seed", 2**70),
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_k", -1),
         ("num_beams", 0),
         ("repetition_penalty", 0.0),
         ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
     ],
 )
 def test_sampling_values_out_of_range_are_refused(field: str, value: float, chat: Chat) -> None:
@@ -183,6 +204,17 @@ def test_an_event_stops_the_answer_and_keeps_what_was_said(chat: Chat) -> None:
     assert chat.last_answer.finish_reason == "cancelled"
     assert chat.last_answer.new_tokens < 20
     assert chat.turns[-1].answer == "".join(pieces)
+
+
+def test_an_event_stops_a_beam_search(chat: Chat) -> None:
+    event, steps = threading.Event(), []
+    hook = chat.loaded.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    event.set()
+    chat.ask("hello", num_beams=3, temperature=0, max_new_tokens=50, stop_event=event)
+    hook.remove()
+    assert len(steps) < 5
+    assert chat.last_answer is not None
+    assert chat.last_answer.finish_reason == "cancelled"
 
 
 def test_closing_the_stream_stops_the_answer(chat: Chat) -> None:
@@ -233,6 +265,52 @@ def test_an_error_while_generating_reaches_the_caller(chat: Chat, monkeypatch: p
     monkeypatch.undo()
     assert chat.turns == ()
     assert chat.ask("hi", **GREEDY) == expected
+
+
+def test_the_next_question_ends_an_answer_that_was_left_unfinished(loaded: LoadedModel) -> None:
+    chat, reference = Chat(loaded), Chat(loaded)
+    left = chat.stream("hello", temperature=0, max_new_tokens=500)
+    first = next(left)
+    answer = chat.ask("And now?", **GREEDY)
+    assert list(left) == []
+    assert [turn.answer for turn in chat.turns] == [first, answer]
+    stopped = reference.stream("hello", temperature=0, max_new_tokens=500)
+    next(stopped)
+    stopped.close()
+    assert reference.ask("And now?", **GREEDY) == answer
+
+
+def test_a_question_cancelled_before_its_first_token_never_was(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.ask("What is this?", PHOTO, **GREEDY)
+    before = chat.turns
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.loaded.model.lm_head, "forward", interrupt)
+    for begin in (lambda: chat.retry(**GREEDY), lambda: chat.stream("And now?", **GREEDY)):
+        with pytest.raises(KeyboardInterrupt):
+            next(begin())
+        assert chat.turns == before
+
+
+def test_halves_of_characters_are_no_error(chat: Chat) -> None:
+    assert chat.ask("caf\udce9 \ud83d", **GREEDY) is not None
+
+
+def test_a_retry_that_fails_keeps_the_old_answer(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.ask("What is this?", PHOTO, **GREEDY)
+    before = chat.turns
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(chat.loaded.model.lm_head, "forward", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        list(chat.retry(**GREEDY))
+    monkeypatch.undo()
+    assert chat.turns == before
+    assert "".join(chat.retry(**GREEDY)) == before[0].answer
 
 
 def test_ctrl_c_in_the_middle_of_a_step_leaves_a_sound_conversation(

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers.generation.logits_process import LogitsProcessorList
 
 from yivl.errors import CheckpointError
-from yivl.generation import Sampling
 from yivl.mm_utils import KeywordsStoppingCriteria
 from yivl.model.loading import LoadedModel, load_model
 from yivl.model.projector import build_projector
+from yivl.sampling import Sampling
 
 GENERATION = golden_json("generation")
 PAIRS = GENERATION["pairs"]

@@ -4,6 +4,7 @@ import http.server
 import io
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ BAD = {
     "empty file": (b"", "not a picture that can be read"),
     "truncated": (PHOTO.read_bytes()[:9000], "damaged or truncated"),
     "zero width": (png_header(0, 5), "not a picture|empty"),
+    "thin bomb": (png_header(65_000, 1), "more than 9,459 pixels on a side"),
+    "damaged animation": (animated_gif()[:-12] + b"\x2c" * 12, "damaged|animated|not a picture"),
     "bomb": (png_header(60_000, 60_000), "more than 89,478,485 pixels"),
     "smaller bomb": (png_header(10_000, 10_000), "more than 89,478,485 pixels"),
     "animated": (animated_gif(), r"animated or multi-page \(2 frames\)"),
@@ -62,6 +65,10 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         load_image(tmp_path / "nothing.png")
     with pytest.raises(ImageError, match="cannot be read"):
         load_image(tmp_path)
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image("nul\0byte.png")
+    with pytest.raises(ImageError, match="the path of the picture is empty"):
+        load_image("")
 
 
 def test_pil_images_are_checked_too() -> None:
@@ -89,8 +96,11 @@ def address() -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/photo.jpg" else 404)
+            self.send_response(404 if self.path == "/nothing.jpg" else 200)
             self.end_headers()
+            for _ in range(50 if self.path == "/trickle.jpg" else 0):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
             if self.path == "/photo.jpg":
                 self.wfile.write(PHOTO.read_bytes())
 
@@ -109,6 +119,11 @@ def test_addresses_work_only_where_allowed(address: str, monkeypatch: pytest.Mon
     assert load_image(f"{address}/photo.jpg", allow_remote=True).tobytes() == load_image(PHOTO).tobytes()
     with pytest.raises(ImageError, match="cannot be fetched"):
         load_image(f"{address}/nothing.jpg", allow_remote=True)
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        load_image(f"{address}/a b.jpg", allow_remote=True)
+    monkeypatch.setattr(image_processing, "DOWNLOAD_TIMEOUT", 0.5)
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        load_image(f"{address}/trickle.jpg", allow_remote=True)
     monkeypatch.setattr(image_processing, "MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(ImageError, match="more than 100 bytes"):
         load_image(f"{address}/photo.jpg", allow_remote=True)

@@ -17,12 +17,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig
 
-from yivl.errors import CheckpointError
+from yivl.errors import CheckpointError, YiVLError
 from yivl.model import loading
 from yivl.model.configuration import YiVLConfig
 from yivl.model.loading import LoadedModel, load_model
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.saving import save_checkpoint
+from yivl.model.vision_tower import ViT
+from yivl.model.vit_weights import copy_vit_weights
 
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
 PROMPT = torch.tensor([[294, 332, 725, -200, 19, 748]])
@@ -62,6 +64,10 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"{VIT}: no model.safetensors",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model"),
+    "a tokenizer that is none": (
+        lambda f: (f / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1"),
+        "tokenizer.model: not a SentencePiece model, or a git-lfs pointer",
+    ),
     "no image processor": (lambda f: (f / VIT / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("pytorch_model*")], "no weights"),
     "a shard is missing": (lambda f: (f / SECOND).unlink(), SECOND),
@@ -88,6 +94,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         r"embeddings.position_embedding.weight is \[5, 48\], expected \[17, 48\]",
     ),
+    "no tower named": (lambda f: edit_json(f / "config.json", mm_vision_tower=None), "no mm_vision_tower"),
     "projector type": (
         lambda f: edit_json(f / "config.json", mm_projector_type="qformer"),
         "mm_projector_type='qformer'",
@@ -129,12 +136,18 @@ def test_code_in_a_pickled_file_does_not_run(folder: Path, monkeypatch: pytest.M
     edit_bin(folder / VIT / "pytorch_model.bin", lambda weights: weights.update({"vision_model.x": Payload()}))
     with pytest.raises(CheckpointError, match="cannot be read as weights"):
         load_model(folder, device="cpu")
+    shutil.copyfile(CHECKPOINT / VIT / "pytorch_model.bin", folder / VIT / "pytorch_model.bin")
+    edit_bin(folder / SECOND, lambda weights: weights.update({"model.x": Payload()}))
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        load_model(folder, device="cpu")
     assert not (folder / "pwned").exists()
 
 
 def test_a_missing_folder_that_is_no_hub_model_says_what_to_give() -> None:
-    with pytest.raises(CheckpointError, match="no such folder, and no model of that name"):
+    with pytest.raises(CheckpointError, match=r"no such folder, and no model of that name.*\(\w+: .+\)$"):
         load_model("nowhere/at-all")
+    with pytest.raises(CheckpointError, match="the model path is empty"):
+        load_model("")
 
 
 def test_a_hub_id_is_downloaded_once_and_loaded(
@@ -235,8 +248,10 @@ def test_quantization_skips_tower_projector_and_lm_head(bits: str, kind: type, t
 
 
 def test_impossible_quantization_is_refused() -> None:
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(YiVLError, match="exclude each other"):
         load_model(CHECKPOINT, load_in_4bit=True, load_in_8bit=True)
+    with pytest.raises(YiVLError, match="dtype='fp16'; expected one of auto, float32"):
+        load_model(CHECKPOINT, dtype="fp16")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="multiples of 64, this model has 176"):
         load_model(CHECKPOINT, device="cpu", load_in_4bit=True)
 
@@ -278,6 +293,13 @@ def test_the_lineage_form_of_trained_tensors_is_read(adapter: tuple[Path, torch.
 def test_a_bad_adapter_is_named(adapter: tuple[Path, torch.Tensor]) -> None:
     folder, _ = adapter
     edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
+    edit_json(folder / "adapter_config.json", target_modules=["no_such_layer"])
+    with pytest.raises(CheckpointError, match="not an adapter of this model"):
+        load_model(folder, model_base=CHECKPOINT, device="cpu")
+    edit_json(folder / "adapter_config.json", target_modules=["q_proj"])
+    with pytest.raises(CheckpointError, match=r"not an adapter of this model: \d+ keys differ"):
+        load_model(folder, model_base=CHECKPOINT, device="cpu")
+    edit_json(folder / "adapter_config.json", target_modules=r"model\.layers\.\d+\..*_proj")
     with pytest.raises(CheckpointError, match="--model-base"):
         load_model(folder, device="cpu")
     save_file({"model.nothing": torch.zeros(1)}, folder / "non_lora_trainables.safetensors")
@@ -285,6 +307,18 @@ def test_a_bad_adapter_is_named(adapter: tuple[Path, torch.Tensor]) -> None:
         load_model(folder, model_base=CHECKPOINT, device="cpu")
     with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
         load_model(CHECKPOINT, model_base=CHECKPOINT, device="cpu")
+
+
+def test_targets_named_by_their_last_part_leave_the_vit_alone(adapter: tuple[Path, torch.Tensor]) -> None:
+    """The lineage's adapters: ``q_proj`` is also a name in the ViT."""
+    folder, expected = adapter
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    edit_json(folder / "adapter_config.json", target_modules=names)
+    model = load_model(folder, model_base=CHECKPOINT, device="cpu").model
+    torch.testing.assert_close(logits_of(model), expected)
+    assert not [name for name, _ in model.get_vision_tower().named_parameters() if "lora" in name]
+    with pytest.raises(CheckpointError, match="merge the adapter first"):
+        model.save_pretrained(folder.parent / "saved")
 
 
 def test_over_several_devices_the_tower_stays_in_one_piece() -> None:
@@ -301,6 +335,28 @@ def test_over_several_devices_the_tower_stays_in_one_piece() -> None:
     tower = {device for name, device in plan.items() if name.startswith("model.vision_tower")}
     assert len(tower) == 1
     assert all("layers" not in name.removeprefix("model.layers.") for name in plan)
+
+
+def test_a_vit_without_a_place_is_one_clear_line(loaded: LoadedModel) -> None:
+    vit = loaded.model.get_vision_tower().vit
+    with torch.device("meta"):
+        offloaded = ViT(vit.config)
+    with pytest.raises(CheckpointError, match="the device has no memory for the ViT"):
+        copy_vit_weights(offloaded, vit.state_dict(), source="here")
+
+
+def test_a_gpu_that_is_too_small_keeps_the_vision_modules() -> None:
+    with torch.device("meta"):
+        model = YiVLForCausalLM(YiVLConfig.from_folder(GOLDEN / "yi-vl-34b"))
+    plan = infer_auto_device_map(
+        model,
+        max_memory={0: "30GB", "cpu": "80GB"},
+        no_split_module_classes=model._no_split_modules,
+        dtype=torch.bfloat16,
+    )
+    vision = {device for name, device in plan.items() if "vision_tower" in name or "mm_projector" in name}
+    assert vision == {0}
+    assert "cpu" in plan.values()
 
 
 @pytest.mark.gpu

@@ -1,17 +1,19 @@
 """The model beyond the golden vectors: batches, padding, caches, precisions, compilation."""
 
 import os
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from conftest import CHECKPOINT, GOLDEN
 from torch import multiprocessing
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from yivl.constants import IGNORE_INDEX
 from yivl.image_processing import load_image
 from yivl.model.configuration import YiVLConfig
+from yivl.model.cpu_decoding import native_matrix_vector
 from yivl.model.loading import LoadedModel, load_model
 from yivl.model.modeling import YiVLForCausalLM
 
@@ -70,6 +72,7 @@ def test_images_may_be_a_list_of_single_or_stacked_pictures(loaded: LoadedModel,
     expected = loaded.model.encode_images(images)
     for form in (list(images), [images[:1], images[1:]], [images[0], images[1:]], images[None]):
         torch.testing.assert_close(loaded.model.encode_images(form), expected)
+    torch.testing.assert_close(loaded.model.encode_images(images[0]), expected[:1])
 
 
 def test_an_unmasked_pad_id_is_an_ordinary_token(loaded: LoadedModel) -> None:
@@ -114,6 +117,54 @@ def test_generation_without_a_length_ends_with_the_context(loaded: LoadedModel) 
     model.config.max_position_embeddings = 30
     output = model.generate(torch.tensor([PROMPTS[0]]), images=torch.zeros(1, 3, 56, 56), eos_token_id=1023)
     assert output.shape[1] == 30 - 15  # the prompt's one image takes 15 positions more than its id
+
+
+@pytest.mark.parametrize("form", ["keyword", "config"])
+def test_a_length_is_counted_in_ids(form: str, loaded: LoadedModel, images: torch.Tensor) -> None:
+    length = len(PROMPTS[0]) + 7
+    config = GenerationConfig(max_length=length, do_sample=False, eos_token_id=1023, pad_token_id=0)
+    settings = {"max_length": length, "do_sample": False, "eos_token_id": 1023}
+    settings = {"generation_config": config} if form == "config" else settings
+    output = loaded.model.generate(torch.tensor([PROMPTS[0]]), images=images[:1], **settings)
+    assert output.shape[1] == length
+
+
+def test_beams_are_those_of_a_search_over_plain_embeddings(loaded: LoadedModel, images: torch.Tensor) -> None:
+    model, prompt = loaded.model, torch.tensor([PROMPTS[0]])
+    settings: dict[str, Any] = {"num_beams": 4, "do_sample": False, "max_new_tokens": 8, "eos_token_id": 1023}
+    beams = model.generate(prompt, images=images[:1], **settings)
+    fused = model.fuse(prompt, images[:1])
+    with torch.no_grad():
+        plain = super(YiVLForCausalLM, model).generate(
+            inputs_embeds=fused.inputs_embeds, attention_mask=fused.attention_mask, **settings
+        )
+    assert beams[0, len(PROMPTS[0]) :].tolist() == plain[0].tolist()
+    greedy = model.generate(prompt, images=images[:1], **(settings | {"num_beams": 1}))
+    assert beams.tolist() != greedy.tolist()
+
+
+def test_the_decoding_loop_of_the_lineage_works(loaded: LoadedModel, images: torch.Tensor) -> None:
+    """Images and a mask that counts ids are passed at every step; the reference ignores and extends them."""
+    model, ids = loaded.model, torch.tensor([PROMPTS[0]])
+    expected = model.generate(ids, images=images[:1], do_sample=False, max_new_tokens=5, eos_token_id=1023)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        output = model(ids, images=images[:1], attention_mask=mask, use_cache=True)
+        tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]
+        for _ in range(4):
+            mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], dim=1)
+            output = model(tokens[-1], images=images[:1], attention_mask=mask, past_key_values=output.past_key_values)
+            tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+    assert torch.cat(tokens, dim=1).tolist() == expected[:, ids.shape[1] :].tolist()
+
+
+def test_kernels_come_back_when_the_last_user_leaves() -> None:
+    with native_matrix_vector:
+        native_matrix_vector.__enter__()
+        assert not torch.backends.mkldnn.enabled
+        native_matrix_vector.__exit__()
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled
 
 
 def test_a_prompt_step_with_an_empty_cache_takes_images(loaded: LoadedModel, images: torch.Tensor) -> None:
@@ -210,6 +261,7 @@ def test_the_cpu_decoding_kernels_change_no_numbers(images: torch.Tensor) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
 def test_a_decoding_step_compiles_without_graph_breaks(loaded: LoadedModel, images: torch.Tensor) -> None:
     model, prompt = loaded.model, torch.tensor([PROMPTS[0]])
     expected = model.generate(prompt, images=images[:1], do_sample=False, max_new_tokens=6, eos_token_id=1023)

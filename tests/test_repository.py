@@ -18,6 +18,7 @@ LAYERS = (
     ("constants", "errors"),
     ("conversation", "image_processing"),
     ("tokenization",),
+    ("sampling", "stopping"),
     ("model",),
     ("generation", "data"),
     ("mm_utils", "serve", "train", "eval"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig
 
+from yivl.errors import CheckpointError
+from yivl.model.configuration import YiVLConfig
 from yivl.model.loading import LoadedModel, load_model
 from yivl.model.saving import atomic_folder, save_checkpoint
 
@@ -120,9 +123,83 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     for text in ("old", "new"):
         with atomic_folder(target) as folder:
             (folder / text).write_text(text)
-    assert [path.name for path in target.iterdir()] == ["new"]
+            (folder / "config.json").write_text("{}")
+    # What is no weight file is carried over; weights are replaced as a whole.
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "new", "old"]
     assert list(target.parent.iterdir()) == [target]
-    assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_old_weights_go_and_other_files_stay(saved: Path, loaded: LoadedModel) -> None:
+    (saved / "README.md").write_text("mine")
+    loaded.model.save_pretrained(saved)  # no tokenizer and no image processor are given this time
+    assert (saved / "README.md").read_text() == "mine"
+    assert [path.name for path in saved.glob("model*")] == ["model.safetensors"]
+    again = load_model(saved, device="cpu")
+    with torch.no_grad():
+        expected = loaded.model(PROMPT, images=IMAGE).logits
+        torch.testing.assert_close(again.model(PROMPT, images=IMAGE).logits, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", "checkpoint-1/config.json"])
+def test_a_folder_that_holds_more_than_a_checkpoint_is_left_alone(
+    stranger: str, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    target = tmp_path / "run"
+    (target / stranger).parent.mkdir(parents=True)
+    (target / stranger).write_text("precious")
+    with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
+        loaded.model.save_pretrained(target)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [target / stranger]
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with atomic_folder(target) as folder:
+        (folder / "config.json").write_text("old")
+    rename = Path.rename
+
+    def fail(self: Path, to: Path) -> Path:
+        if self.name.startswith(".target.") and not self.name.endswith(".old"):
+            raise OSError("cannot rename")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="cannot rename"), atomic_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/config.json").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_processes_of_a_distributed_run_write_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+    loaded.model.save_pretrained(tmp_path / "out", is_main_process=False, state_dict={})
+    assert not (tmp_path / "out").exists()
+
+
+def test_rope_scaling_survives(tmp_path: Path) -> None:
+    fields = json.loads((CHECKPOINT / "config.json").read_text()) | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "scaled"))
+    (source / "config.json").write_text(json.dumps(fields))
+    assert YiVLConfig.from_folder(source).to_published_dict()["rope_scaling"] == fields["rope_scaling"]
+
+
+def test_what_is_saved_has_the_permissions_of_other_files(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in [saved, *saved.rglob("*")]:
+        expected = tmp_path / ("folder" if path.is_dir() else "file")
+        assert path.stat().st_mode == expected.stat().st_mode, path
 
 
 WRITER = """
@@ -138,10 +215,10 @@ with atomic_folder(sys.argv[1]) as folder:
 def test_a_killed_writer_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "target"
     with atomic_folder(target) as folder:
-        (folder / "whole").write_text("whole")
+        (folder / "config.json").write_text("whole")
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert [path.name for path in target.iterdir()] == ["config.json"]

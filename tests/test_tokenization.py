@@ -50,6 +50,10 @@ def test_an_empty_answer_stays_a_closed_turn() -> None:
     assert chunk == "S\n\n### Human: a\n### Assistant: \n### Human: b\n### Assistant:"
 
 
+def test_an_id_beyond_the_vocabulary_has_no_text(loaded: LoadedModel) -> None:
+    assert loaded.tokenizer.decode([268, 5000, 267]) == "the a"
+
+
 def test_unknown_tensor_kinds_are_refused(loaded: LoadedModel) -> None:
     with pytest.raises(ValueError, match="return_tensors='np'"):
         tokenizer_image_token("a", loaded.tokenizer, return_tensors="np")

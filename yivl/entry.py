@@ -5,6 +5,7 @@ Only the standard library is imported at the top, so that ``--help`` answers at 
 
 import argparse
 import dataclasses
+import io
 import logging
 import os
 import sys
@@ -74,8 +75,8 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
     Raises:
         YiVLError: If a value is out of range or the picture cannot be used.
     """
-    from yivl.generation import Sampling
     from yivl.image_processing import load_image
+    from yivl.sampling import Sampling
 
     names = [field.name for field in dataclasses.fields(Sampling)]
     sampling = dataclasses.asdict(Sampling(**{name: getattr(arguments, name) for name in names}))
@@ -84,7 +85,7 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
     return sampling, load_image(os.path.expanduser(arguments.image_file), allow_remote=arguments.allow_remote)
 
 
-def load_chat(arguments: argparse.Namespace, **chat: Any) -> "Chat":
+def load_chat(arguments: argparse.Namespace) -> "Chat":
     """Load the model the flags describe."""
     from transformers.utils import logging as transformers_logging
 
@@ -92,7 +93,7 @@ def load_chat(arguments: argparse.Namespace, **chat: Any) -> "Chat":
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "accelerate", "bitsandbytes"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     return Chat.from_pretrained(
@@ -104,7 +105,6 @@ def load_chat(arguments: argparse.Namespace, **chat: Any) -> "Chat":
         load_in_8bit=arguments.load_8bit,
         attn_implementation=arguments.attn_implementation,
         allow_remote=arguments.allow_remote,
-        **chat,
     )
 
 
@@ -112,6 +112,10 @@ def run(main: Callable[[], None]) -> None:
     """Run an entry point: a mistake of the user is one line on stderr and exit code 2, a lack of memory code 1."""
     from yivl.errors import YiVLError
 
+    for stream in (sys.stdin, sys.stdout):
+        # A terminal that cannot show Chinese, or a question in another encoding, must not end the program.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except YiVLError as error:
@@ -121,6 +125,10 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         # The reader of our output has left; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that may not be written
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; run ./scripts/setup.sh and then .venv/bin/python instead of {sys.executable}", 1)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -10,18 +10,11 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from yivl.constants import IMAGE_TOKEN_INDEX, STOP_STRING, SYSTEM_PROMPT
 from yivl.conversation import Turn, render_chunks
@@ -29,74 +22,11 @@ from yivl.errors import ContextLengthError, YiVLError
 from yivl.image_processing import ImageSource, load_image
 from yivl.model.cache import make_cache
 from yivl.model.loading import LoadedModel, load_model
-from yivl.tokenization import YiTokenizer, tokenize_chunks
+from yivl.sampling import Sampling
+from yivl.stopping import StopOnEvent, StopOnText, cut_answer, stable_prefix
+from yivl.tokenization import tokenize_chunks
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-_INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The defaults are those of the release's ``single_inference.py``.
-
-    Raises:
-        YiVLError: If a value is out of range.
-    """
-
-    temperature: float = 0.2
-    """0 means greedy. Source: 01-ai/Yi, VL/single_inference.py."""
-    top_p: float = 1.0
-    """Probability mass that is sampled from; 1 means all."""
-    top_k: int = 50
-    """Number of tokens that are sampled from; 0 means all. Source: default of transformers, which the release used."""
-    num_beams: int = 1
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 1024
-    """Length of an answer, in tokens; shorter where the context ends. Source: 01-ai/Yi, VL/single_inference.py."""
-    seed: int | None = None
-    """Makes sampling repeatable; ``None`` draws anew each time."""
-
-    def __post_init__(self) -> None:
-        for name, is_valid, expected in (
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("num_beams", self.num_beams >= 1, "1 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-        ):
-            if not is_valid:
-                raise YiVLError(f"{name}={getattr(self, name)!r}; expected {expected}")
-
-    def logits_processors(self) -> LogitsProcessorList:
-        """Return what turns logits into those that are sampled from, in the order of the library."""
-        processors = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature not in (0, 1):
-            processors.append(TemperatureLogitsWarper(self.temperature))
-        if self.temperature > 0 and self.top_k > 0:
-            processors.append(TopKLogitsWarper(self.top_k))
-        if self.temperature > 0 and self.top_p < 1:
-            processors.append(TopPLogitsWarper(self.top_p))
-        return processors
-
-    def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int) -> GenerationConfig:
-        """Return the same for ``generate``; every field is given, so none is filled from ``generation_config.json``."""
-        samples = self.temperature > 0
-        return GenerationConfig(
-            do_sample=samples,
-            temperature=self.temperature if samples else 1.0,
-            top_p=self.top_p if samples else 1.0,
-            top_k=self.top_k if samples else 50,
-            num_beams=self.num_beams,
-            repetition_penalty=self.repetition_penalty,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +57,7 @@ class _Progress:
 
     turn: Turn
     images: list["_Image"]  # of this turn
+    history: int  # finished turns that come before it; later ones are replaced
     keys: list[int]  # what each position of the fused prompt holds; see _position_keys
     start: float
     new_ids: list[int] = field(default_factory=list)
@@ -142,36 +73,6 @@ class _Image:
 
     features: torch.Tensor  # (num_patches, hidden)
     serial: int  # tells pictures apart in the cache; never reused
-
-
-def cut_answer(text: str) -> str:
-    """Return what is shown of generated text: up to the stop string, outer whitespace removed."""
-    return text.split(STOP_STRING, 1)[0].strip()
-
-
-def stable_prefix(text: str) -> str:
-    """Return the part of unfinished text that no later token can change or remove."""
-    if STOP_STRING in text:
-        return cut_answer(text)
-    text = text.rstrip(_INCOMPLETE)  # bytes of a character that is still incomplete
-    for length in range(len(STOP_STRING) - 1, 0, -1):
-        if text.endswith(STOP_STRING[:length]):
-            text = text[:-length]
-            break
-    return text.strip()  # whitespace at the end may turn out to be outer
-
-
-class StopOnText(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once its new text contains the stop string, however many tokens spell it."""
-
-    def __init__(self, tokenizer: YiTokenizer, prompt_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Return ``(batch,)`` bool."""
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :].tolist(), skip_special_tokens=True)
-        return torch.tensor([STOP_STRING in text for text in texts], device=input_ids.device)
 
 
 class Chat:
@@ -204,6 +105,7 @@ class Chat:
         self._num_encoded = 0
         self._cache: Cache | None = None
         self._cached_keys: list[int] = []
+        self._stream: Generator[str, None, None] | None = None
 
     @classmethod
     def from_pretrained(
@@ -227,12 +129,14 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation and free its cache."""
+        self._close_stream()
         self._turns, self._images = [], []
         self._drop_cache()
         self.last_answer = None
 
     def undo(self) -> Turn | None:
         """Take the last turn back and return it, or ``None`` if there is none."""
+        self._close_stream()
         if not self._turns:
             return None
         self._images.pop()
@@ -272,25 +176,27 @@ class Chat:
         """Yield the answer in pieces as it is generated; arguments and errors are those of ``ask``.
 
         Everything runs in the caller's thread, one step at a time. Closing the generator, or Ctrl-C, ends the answer;
-        what was generated so far becomes the answer of the turn.
+        what was generated so far becomes the answer of the turn. The next call on this chat ends it too.
         """
         start = time.perf_counter()
         settings = Sampling(**sampling)
+        self._close_stream()
         images = [self._encode(source) for source in _as_list(image)]
-        return self._answer(Turn(question, num_images=len(images)), images, settings, stop_event, start)
+        turn = Turn(question, num_images=len(images))
+        return self._answer(turn, images, settings, stop_event, start, history=len(self._turns))
 
     def retry(self, *, stop_event: threading.Event | None = None, **sampling: Any) -> Generator[str, None, None]:
-        """Answer the last question anew, streamed; the old answer is replaced.
+        """Answer the last question anew, streamed; the new answer replaces the old one once there is one.
 
         Raises:
             YiVLError: If there is no question yet.
         """
+        self._close_stream()
         if not self._turns:
             raise YiVLError("there is no question to answer again")
         settings, images = Sampling(**sampling), self._images[-1]
         turn = Turn(self._turns[-1].question, num_images=len(images))
-        self.undo()
-        return self._answer(turn, images, settings, stop_event, time.perf_counter())
+        return self._answer(turn, images, settings, stop_event, time.perf_counter(), history=len(self._turns) - 1)
 
     def answer_batch(
         self, questions: Sequence[str], images: Sequence[ImageSource | None] | None = None, **sampling: Any
@@ -305,6 +211,8 @@ class Chat:
         Raises:
             ValueError: If the numbers of questions and images differ.
         """
+        if not questions:
+            return []
         images = [None] * len(questions) if images is None else images
         if len(images) != len(questions):
             raise ValueError(f"{len(questions)} questions but {len(images)} images")
@@ -358,18 +266,29 @@ class Chat:
         settings: Sampling,
         stop_event: threading.Event | None,
         start: float,
+        *,
+        history: int,
     ) -> Generator[str, None, None]:
-        """Check that the prompt fits, then return the generator that answers."""
-        input_ids = self._tokenize([*self._turns, turn])
-        all_images = [image for group in [*self._images, images] for image in group]
-        progress = _Progress(turn, images, _position_keys(input_ids, all_images), start)
+        """Check that the prompt fits, then return the generator that answers after ``history`` turns."""
+        input_ids = self._tokenize([*self._turns[:history], turn])
+        all_images = [image for group in [*self._images[:history], images] for image in group]
+        progress = _Progress(turn, images, history, _position_keys(input_ids, all_images), start)
         max_new_tokens = self._room(len(progress.keys), settings)
         features = torch.stack([image.features for image in all_images]) if all_images else None
         choose = self._beam_tokens if settings.num_beams > 1 else self._tokens
-        return self._run(progress, choose(progress, input_ids, features, settings, max_new_tokens), stop_event)
+        event = stop_event or threading.Event()
+        tokens = choose(progress, input_ids, features, settings, max_new_tokens, event)
+        self._stream = self._run(progress, tokens, event)
+        return self._stream
+
+    def _close_stream(self) -> None:
+        """End an answer that was left unfinished: two at once would write into one cache."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def _run(
-        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event | None
+        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event
     ) -> Generator[str, None, None]:
         """Turn tokens into pieces of text until something ends the answer, then keep the turn."""
         try:
@@ -389,7 +308,7 @@ class Chat:
         self._finish(progress)
 
     def _pieces(
-        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event | None
+        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event
     ) -> Generator[str, None, None]:
         tokenizer, shown = self.loaded.tokenizer, ""
         for token in tokens:
@@ -399,7 +318,7 @@ class Chat:
             if token == tokenizer.eos_token_id or STOP_STRING in progress.raw_text:
                 progress.finish_reason = "stop"
                 break
-            if stop_event is not None and stop_event.is_set():
+            if stop_event.is_set():
                 progress.finish_reason = "cancelled"
                 break
             stable = stable_prefix(progress.raw_text)
@@ -410,10 +329,12 @@ class Chat:
             yield rest
 
     def _finish(self, progress: _Progress) -> None:
-        """Add the turn to the conversation and note what it took."""
+        """Add the turn to the conversation and note what it took; one that ended before its first token never was."""
+        if progress.finish_reason == "cancelled" and not progress.new_ids:
+            return
         end, text = time.perf_counter(), cut_answer(progress.raw_text)
-        self._turns.append(Turn(progress.turn.question, text, progress.turn.num_images))
-        self._images.append(progress.images)
+        self._turns[progress.history :] = [Turn(progress.turn.question, text, progress.turn.num_images)]
+        self._images[progress.history :] = [progress.images]
         self.last_answer = Answer(
             text=text,
             finish_reason=progress.finish_reason,
@@ -435,6 +356,7 @@ class Chat:
         features: torch.Tensor | None,
         settings: Sampling,
         max_new_tokens: int,
+        _: threading.Event,
     ) -> Iterator[int]:
         """Yield new tokens one by one; a token is computed only when it is asked for."""
         model, processors = self.loaded.model, settings.logits_processors()
@@ -451,7 +373,7 @@ class Chat:
                 token = scores.argmax(-1, keepdim=True)
             yield int(token)
             seen = torch.cat([seen, token], dim=1)
-            if seen.shape[1] - len(input_ids) == max_new_tokens:
+            if seen.shape[1] - len(input_ids) >= max_new_tokens:
                 return
             logits = self._step(token, cache)
 
@@ -482,6 +404,7 @@ class Chat:
         features: torch.Tensor | None,
         settings: Sampling,
         max_new_tokens: int,
+        stop_event: threading.Event,
     ) -> Iterator[int]:
         """Yield the tokens of a beam search, which are known only at its end; no cache is kept."""
         self._drop_cache()
@@ -491,7 +414,9 @@ class Chat:
                 torch.tensor([input_ids], device=model.device),
                 image_features=features,
                 generation_config=settings.generation_config(tokenizer, max_new_tokens),
-                stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, len(input_ids))]),
+                stopping_criteria=StoppingCriteriaList(
+                    [StopOnText(tokenizer, len(input_ids)), StopOnEvent(stop_event)]
+                ),
             )
         yield from output[0, len(input_ids) :].tolist()
 
@@ -507,7 +432,8 @@ class Chat:
             shared += 1
         if self._cache is None:
             self._cache = make_cache(self.loaded.model.config.num_hidden_layers)
-        self._cache.crop(shared - self._cache.get_seq_length())
+        if surplus := self._cache.get_seq_length() - shared:  # crop(0) empties the cache in older transformers
+            self._cache.crop(-surplus)
         self._cached_keys = keys[:shared]
         return self._cache, shared
 

@@ -4,9 +4,11 @@ The pixels are those of the release's ``single_inference.py`` for RGB pictures. 
 (other modes, EXIF, one-pixel sides) this module does the obviously right thing; docs/fidelity.md has a row for each.
 """
 
+import http.client
 import io
+import math
 import os
-import urllib.error
+import time
 import urllib.request
 import warnings
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.errors import CheckpointError, ImageError
@@ -27,13 +29,14 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 """A path, an http(s) address (only where allowed), the bytes of an image file, or a PIL image."""
 
 MAX_IMAGE_PIXELS: Final = 89_478_485
-"""Width times height above which a picture is refused before it is decoded. Source: Pillow's own warning threshold."""
+"""Size of the square around a picture above which it is refused before it is decoded: 9,459 pixels on a side. The
+square counts because padding fills it, however thin the picture. Source: Pillow's own warning threshold."""
 
 MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
 """Largest picture fetched from an address, in bytes. Source: ours."""
 
 DOWNLOAD_TIMEOUT: Final = 20.0
-"""Seconds without an answer after which a fetch is given up. Source: ours."""
+"""Seconds after which a fetch is given up, in all and without an answer. Source: ours."""
 
 
 def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Image:
@@ -52,7 +55,7 @@ def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Imag
             image = Image.open(io.BytesIO(data))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the picture first") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever their formats come upon
         raise ImageError(f"{name}: not a picture that can be read; use JPEG, PNG, WebP, BMP or TIFF") from error
     return _upright(image, name)
 
@@ -63,35 +66,52 @@ def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:
         if not allow_remote:
             raise ImageError(f"{name}: remote pictures are off; download the file or pass --allow-remote")
         try:
-            with urllib.request.urlopen(name, timeout=DOWNLOAD_TIMEOUT) as response:
-                data = response.read(MAX_DOWNLOAD_BYTES + 1)
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise ImageError(f"{name}: cannot be fetched ({error})") from error
-        if len(data) > MAX_DOWNLOAD_BYTES:
-            raise ImageError(f"{name}: more than {MAX_DOWNLOAD_BYTES:,} bytes")
-        return name, data
+            return name, _fetch(name)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ImageError(f"{name}: cannot be fetched ({' '.join(str(error).split())})") from error
+    if not name:
+        raise ImageError("the path of the picture is empty")
     try:
         return name, Path(name).read_bytes()
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', error)})") from error
+
+
+def _fetch(address: str) -> bytes:
+    """Return what an http(s) address holds, within the limits of size and time."""
+    deadline = time.monotonic() + DOWNLOAD_TIMEOUT
+    data = bytearray()
+    with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT) as response:
+        while block := response.read1(2**16):
+            data += block
+            if len(data) > MAX_DOWNLOAD_BYTES:
+                raise ValueError(f"more than {MAX_DOWNLOAD_BYTES:,} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not done after {DOWNLOAD_TIMEOUT:.0f} seconds")
+    return bytes(data)
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     """Return the decoded picture with its EXIF orientation applied, after the checks that need only the header."""
     if not image.width or not image.height:
         raise ImageError(f"{name}: the picture is empty ({image.width}x{image.height} pixels)")
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the picture first")
-    frames = getattr(image, "n_frames", 1)
-    # An MPO file is a still photograph followed by previews or a stereo partner; its first frame is the picture.
-    if frames > 1 and image.format != "MPO":
-        raise ImageError(f"{name}: animated or multi-page ({frames} frames); save the frame you mean as its own file")
+    if max(image.size) ** 2 > MAX_IMAGE_PIXELS:
+        longest = math.isqrt(MAX_IMAGE_PIXELS)
+        raise ImageError(f"{name}: more than {longest:,} pixels on a side; shrink the picture first")
     try:
+        frames = getattr(image, "n_frames", 1)
+        # An MPO file is a still photograph followed by previews or a stereo partner; its first frame is the picture.
+        if frames > 1 and image.format != "MPO":
+            raise ImageError(
+                f"{name}: animated or multi-page ({frames} frames); save the frame you mean as its own file"
+            )
         image.load()
         return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except ImageError:
+        raise
+    except Exception as error:  # as above
         raise ImageError(f"{name}: damaged or truncated picture; save or download it again") from error
 
 

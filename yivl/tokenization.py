@@ -36,6 +36,8 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
         target.mkdir(parents=True, exist_ok=True)
         source = Path(self.vocab_file).parent
         names = [name for name in _FILES if (source / name).is_file()]
+        if "tokenizer.model" not in names:
+            raise CheckpointError(f"{source}: the tokenizer files this model was loaded with are gone")
         if source.resolve() != target.resolve():
             for name in names:
                 shutil.copyfile(source / name, target / name)
@@ -75,10 +77,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
     differently from the release.
 
     Raises:
-        CheckpointError: If the folder has no ``tokenizer.model``.
+        CheckpointError: If the folder has no ``tokenizer.model``, or a damaged one.
     """
-    if not (Path(folder) / "tokenizer.model").is_file():
+    path = Path(folder) / "tokenizer.model"
+    if not path.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model; a Yi-VL checkpoint folder holds one")
+    try:
+        SentencePieceProcessor(model_file=os.fspath(path))
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a SentencePiece model, or a git-lfs pointer; download it again") from error
     return YiTokenizer.from_pretrained(os.fspath(folder), add_prefix_space=False)  # type: ignore[no-any-return]
 
 
@@ -92,8 +99,9 @@ def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool
     for index, chunk in enumerate(chunks):
         if index:
             ids.append(IMAGE_TOKEN_INDEX)
+        text = chunk.encode("utf-8", "replace").decode("utf-8")  # halves of characters, from a broken encoding
         # verbose=False: the length that counts is that of the fused sequence, which the callers check.
-        ids += tokenizer(chunk, add_special_tokens=False, split_special_tokens=text_is_data, verbose=False).input_ids
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=text_is_data, verbose=False).input_ids
     return ids
 
 

@@ -85,12 +85,12 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: If a file is missing, is not valid JSON or describes another kind of model.
         """
-        fields = _read_json(Path(folder) / "config.json")
-        if "mm_vision_tower" not in fields:
+        fields = read_json(Path(folder) / "config.json")
+        if not isinstance(fields.get("mm_vision_tower"), str):
             raise CheckpointError(
                 f"{folder}/config.json: no mm_vision_tower; this is no checkpoint in the Yi-VL layout"
             )
-        vision = _read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
+        vision = read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
         fields.pop("model_type", None)
         try:
             return cls(**fields, vision_config=CLIPVisionConfig(**vision))
@@ -99,13 +99,15 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
 
     def to_published_dict(self) -> dict[str, Any]:
         """Return the fields of a published ``config.json``, readable by old transformers too (``rope_theta``)."""
+        rope = dict(self.rope_parameters)
+        kind = rope.pop("rope_type", "default")
         fields = {key: value for key, value in self.to_dict().items() if key not in _UNPUBLISHED}
         fields |= {
             "architectures": [PUBLISHED_ARCHITECTURE],
             "model_type": self.model_type,
             "mm_vision_tower": f"./vit/{self.vit_name}",
-            "rope_theta": self.rope_parameters["rope_theta"],
-            "rope_scaling": None,
+            "rope_theta": rope.pop("rope_theta"),
+            "rope_scaling": None if kind == "default" else {"type": kind, **rope},
             "torch_dtype": str(self.dtype or torch.float32).removeprefix("torch."),
             "use_cache": True,
         }
@@ -122,7 +124,12 @@ def vit_folder(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> Path
     return Path(checkpoint) / mm_vision_tower
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: If the file is missing or holds no JSON object.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a checkpoint in the Yi-VL layout has one")
     try:

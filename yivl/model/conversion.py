@@ -23,11 +23,16 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
     Values, shards and both copies of the ViT stay as they are; one shard is in memory at a time.
 
     Returns:
-        SHA-256 of every weight file read and written, by its path below the folders.
+        SHA-256 of every weight file read and written, by its path.
 
     Raises:
-        CheckpointError: If ``source`` holds no ``.bin`` weights, or a file is damaged.
+        CheckpointError: If ``source`` holds no ``.bin`` weights, a file is damaged, or ``target`` would replace
+            ``source`` or something that is no checkpoint.
     """
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder")
+    if source.resolve() == target.resolve() or target.resolve() in source.resolve().parents:
+        raise CheckpointError(f"{target}: is or contains {source}; give another folder to write")
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in _LEFT_OUT]
     if not any(path.suffix == ".bin" for path in files):
         raise CheckpointError(f"{source}: no .bin weights to convert")
@@ -38,10 +43,10 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
             place.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".bin":
                 place = place.with_name(_safetensors_name(path.name))
-                hashes[str(path.relative_to(source))] = sha256(path)
+                hashes[str(path)] = sha256(path)
                 weights = {key: value.contiguous() for key, value in read_weights(path).items()}
                 save_file(weights, place, metadata=METADATA)
-                hashes[str(place.relative_to(folder))] = sha256(place)
+                hashes[str(target / place.relative_to(folder))] = sha256(place)
             elif path.name.endswith(".bin.index.json"):
                 index = json.loads(path.read_text(encoding="utf-8"))
                 index["weight_map"] = {key: _safetensors_name(name) for key, name in index["weight_map"].items()}

@@ -1,25 +1,39 @@
 """What makes one-token steps on a CPU run at the speed of the memory. Numbers stay the same; docs/benchmarks.md."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from typing import Final
 
 import torch
 
 
-@contextmanager
-def native_matrix_vector() -> Iterator[None]:
-    """Multiply matrix and vector with PyTorch's own kernels instead of oneDNN's.
+class _NativeKernels:
+    """Switches oneDNN off while anyone is inside; the switch is one per process, so the users are counted."""
 
-    oneDNN's bfloat16 kernels are made for matrices: with a single row they reach two thirds of the memory bandwidth,
-    the native ones nearly all of it. The switch is one per process: another thread that multiplies matrices
-    meanwhile gets the right numbers, only slower.
-    """
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.before = True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.before = bool(torch.backends.mkldnn.enabled)
+                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                torch.backends.mkldnn.enabled = self.before  # type: ignore[assignment]
+
+
+native_matrix_vector: Final = _NativeKernels()
+"""Multiplies matrix and vector with PyTorch's own kernels instead of oneDNN's.
+
+oneDNN's bfloat16 kernels are made for matrices: with a single row they reach two thirds of the memory bandwidth, the
+native ones nearly all of it. Another thread that multiplies matrices meanwhile gets the right numbers, only slower.
+"""
 
 
 def explicit_mask(attention_mask: torch.Tensor | None, num_rows: int, num_keys: int) -> torch.Tensor:

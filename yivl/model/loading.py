@@ -1,23 +1,22 @@
 """A checkpoint folder, hub id or LoRA adapter to a model ready to answer: device, dtype, quantization."""
 
-import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import BitsAndBytesConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import is_flash_attn_2_available
 
-from yivl.errors import CheckpointError
+from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
-from yivl.model.configuration import YiVLConfig, vit_folder
+from yivl.model.configuration import YiVLConfig, read_json, vit_folder
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.model.weight_files import StateDict, read_weights
+from yivl.model.weight_files import StateDict, find_weights, read_weights
 from yivl.tokenization import YiTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,25 +63,33 @@ def load_model(
 
     Raises:
         CheckpointError: If a folder or file is missing, no hub id matches, or the weights do not fit.
-        ValueError: If the arguments contradict each other.
+        YiVLError: If the device or the attention kernels are not to be had here, or arguments contradict each other.
     """
     if load_in_4bit and load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        raise YiVLError("load_in_4bit and load_in_8bit exclude each other")
+    if isinstance(dtype, str) and dtype not in get_args(Dtype):
+        raise YiVLError(f"dtype={dtype!r}; expected one of {', '.join(get_args(Dtype))}")
     folder = resolve_checkpoint(model_path)
     adapter = None
     if (folder / "adapter_config.json").is_file():
         adapter, folder = folder, resolve_checkpoint(model_base or _adapter_base(folder))
     elif model_base is not None:
         raise CheckpointError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
+    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
+    # The small files first: what is wrong with them is known before minutes of loading.
+    config, tokenizer = YiVLConfig.from_folder(folder), load_tokenizer(folder)
+    clip_processor = load_clip_processor(vit_folder(folder, config.mm_vision_tower))
+    image_processor = ImageProcessor(clip_processor, config.image_aspect_ratio)
     if load_in_4bit and _device_map(device) == {"": "cpu"}:
-        _check_widths(YiVLConfig.from_folder(folder))
+        _check_widths(config)
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
     if load_in_4bit or load_in_8bit:
         kwargs["quantization_config"] = quantization_config(four_bits=load_in_4bit, dtype=dtype, folder=folder)
-    model = YiVLForCausalLM.from_pretrained(folder, attn_implementation=attn_implementation, **kwargs)
+    model = YiVLForCausalLM.from_pretrained(folder, config=config, attn_implementation=attn_implementation, **kwargs)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    return LoadedModel(model.eval(), load_tokenizer(folder), _image_processor(model, folder), _name(model_path))
+    return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
 
 
 def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
@@ -91,6 +98,8 @@ def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: If there is no such folder and no such repository can be reached.
     """
+    if not os.fspath(model_path):
+        raise CheckpointError("the model path is empty; give a checkpoint folder or a hub id")
     folder = Path(model_path)
     if folder.is_dir():
         return folder
@@ -100,15 +109,22 @@ def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{model_path}: no such folder, and no model of that name could be downloaded; give a checkpoint folder in "
-            "the published layout or a hub id such as 01-ai/Yi-VL-6B"
+            f"the published layout or a hub id such as 01-ai/Yi-VL-6B ({_reason(error)})"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a download failed: the first error of the chain, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no further word'}"
 
 
 def quantization_config(*, four_bits: bool, dtype: Dtype | torch.dtype, folder: Path) -> BitsAndBytesConfig:
     """Return the bitsandbytes settings; vision tower, projector and ``lm_head`` stay unquantized."""
     if not four_bits:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
-    published = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("torch_dtype", "float32")
+    published = read_json(folder / "config.json").get("torch_dtype", "float32")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -135,11 +151,26 @@ def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVL
     the lineage's ``.bin``) with published key names.
 
     Raises:
-        CheckpointError: If a trained tensor has no place in the model.
+        CheckpointError: If the folder holds no adapter of this model, or a trained tensor has no place in it.
     """
-    from peft import PeftModel  # slow to import, and few loads need it
+    from peft import PeftConfig, PeftModel  # slow to import, and few loads need it
 
-    model = PeftModel.from_pretrained(model, os.fspath(folder)).get_base_model()
+    weights = read_weights(find_weights(folder, ("adapter_model.safetensors", "adapter_model.bin")))
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(folder))
+        if not any("vision_tower" in key for key in weights):
+            # The lineage names targets by their last part, which the ViT shares; its adapters never held the ViT.
+            config.exclude_modules = r".*vision_tower.*"
+        adapted = PeftModel.from_pretrained(model, os.fspath(folder), config=config)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{folder}: not an adapter of this model ({error})") from error
+    wanted = {key.replace(".default.", ".") for key, _ in adapted.named_parameters() if ".lora_" in key}
+    if wanted != weights.keys():
+        strange = sorted(wanted ^ weights.keys())
+        raise CheckpointError(
+            f"{folder}: not an adapter of this model: {len(strange)} keys differ, such as {strange[0]}"
+        )
+    model = adapted.get_base_model()
     trained = _non_lora_trainables(Path(folder))
     own = dict(model.named_parameters())
     # peft wraps a module that carries an adapter; its own weight then sits one level deeper.
@@ -162,7 +193,7 @@ def _non_lora_trainables(folder: Path) -> StateDict:
 
 
 def _adapter_base(folder: Path) -> str:
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
     return str(base)
@@ -171,16 +202,16 @@ def _adapter_base(folder: Path) -> str:
 def _device_map(device: str | dict[str, Any]) -> str | dict[str, Any]:
     if isinstance(device, dict):
         return device
-    if device != "auto":
-        return {"": device}
-    if torch.cuda.is_available():
-        return "auto"
-    return {"": "mps" if torch.backends.mps.is_available() else "cpu"}
-
-
-def _image_processor(model: YiVLForCausalLM, folder: Path) -> ImageProcessor:
-    clip_processor: CLIPImageProcessorPil = load_clip_processor(vit_folder(folder, model.config.mm_vision_tower))
-    return ImageProcessor(clip_processor, model.config.image_aspect_ratio)
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "auto" if has["cuda"] else {"": "mps" if has["mps"] else "cpu"}
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise YiVLError(f"device={device!r}; expected auto, cpu, mps, cuda or cuda:N") from error
+    if not has.get(kind, True):
+        raise YiVLError(f"device={device!r}: PyTorch finds no such device here; use --device cpu")
+    return {"": device}
 
 
 def _name(model_path: str | os.PathLike[str]) -> str:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from yivl.constants import IGNORE_INDEX
 
@@ -25,7 +26,7 @@ def supervised_loss(
         num_items_in_batch: Supervised tokens of the whole optimizer step; the sum is divided by it. ``None`` divides
             by the supervised tokens at hand.
     """
-    targets = labels[:, 1:]
+    targets = labels[:, 1:].to(hidden_states.device)  # layers may be spread over devices
     is_supervised = targets != IGNORE_INDEX
     hidden_states, targets = hidden_states[:, :-1][is_supervised], targets[is_supervised]
 
@@ -34,7 +35,7 @@ def supervised_loss(
         return nn.functional.cross_entropy(logits, chunk_targets.to(logits.device), reduction="sum")
 
     # One (possibly empty) chunk at least, so that the loss is always part of the graph.
-    starts = range(0, max(len(targets), 1), CHUNK_SIZE)
+    starts = range(0, _num_chunks(len(targets), hidden_states.device) * CHUNK_SIZE, CHUNK_SIZE)
     total = torch.stack(
         [
             checkpoint(chunk_loss, hidden_states[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE], use_reentrant=False)
@@ -42,3 +43,11 @@ def supervised_loss(
         ]
     ).sum()
     return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _num_chunks(num_targets: int, device: torch.device) -> int:
+    """Return how often ``lm_head`` runs; under ZeRO-3 every process must gather its weights equally often."""
+    count = torch.tensor(max(-(-num_targets // CHUNK_SIZE), 1), device=device)
+    if is_deepspeed_zero3_enabled():
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+    return int(count)

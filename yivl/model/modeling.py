@@ -6,6 +6,7 @@ and generation are the library's own.
 
 import logging
 import os
+import pickle
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -61,6 +63,11 @@ class YiVLModel(LlamaModel):  # type: ignore[misc]
         self.mm_projector = build_projector(  # checkpoint key
             config.mm_projector_type, config.mm_hidden_size, config.hidden_size
         )
+        # First in line, so that a device map that runs out of GPU memory moves decoder layers away, not the ViT.
+        for name in [name for name, _ in self.named_children() if name not in ("vision_tower", "mm_projector")]:
+            module = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, module)
         self.post_init()
 
 
@@ -90,6 +97,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """
         if not isinstance(images, torch.Tensor):
             images = torch.cat([image.unsqueeze(0) if image.ndim == 3 else image for image in images])
+        images = images.unsqueeze(0) if images.ndim == 3 else images
         weight = self.model.vision_tower.vit.embeddings.class_embedding
         # An offloaded tower has no device of its own; its hooks move the pixels.
         device = None if weight.device.type == "meta" else weight.device
@@ -120,18 +128,20 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Raises:
             ValueError: If placeholders and images differ in number.
         """
-        if image_features is None and images is not None and len(images):
-            image_features = self.encode_images(images)
-        embedding = self.get_input_embeddings().weight
-        if image_features is None:
-            image_features = embedding.new_zeros(0, self.config.num_patches, self.config.hidden_size)
+        num_patches: int = self.config.num_patches
         expanded = expand_placeholders(
-            input_ids, image_features.shape[1], attention_mask=attention_mask, labels=labels, padding_side=padding_side
+            input_ids, num_patches, attention_mask=attention_mask, labels=labels, padding_side=padding_side
         )
         text_ids = expanded.input_ids.masked_fill(expanded.input_ids == IMAGE_TOKEN_INDEX, 0)
-        inputs_embeds = merge_features(expanded.input_ids, self.get_input_embeddings()(text_ids), image_features)
-        if self.training and not len(image_features) and torch.distributed.is_initialized():
-            inputs_embeds = inputs_embeds + self._untouched_vision()
+        text_embeds: torch.Tensor = self.get_input_embeddings()(text_ids)
+        if image_features is None and images is not None and len(images):
+            image_features = self.encode_images(images)
+        if image_features is None:
+            image_features = text_embeds.new_zeros(0, num_patches, text_embeds.shape[-1])
+        inputs_embeds = merge_features(expanded.input_ids, text_embeds, image_features)
+        must_agree = torch.distributed.is_initialized() and (self.training or is_deepspeed_zero3_enabled())
+        if must_agree and not len(image_features):
+            inputs_embeds = inputs_embeds + self._untouched_vision().to(inputs_embeds)
         return Fused(
             inputs_embeds, expanded.attention_mask, position_ids_from_mask(expanded.attention_mask), expanded.labels
         )
@@ -139,11 +149,11 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def _untouched_vision(self) -> torch.Tensor:
         """Return a zero that depends on tower and projector.
 
-        With several processes every one must run the same modules: under ZeRO-3 a rank whose batch holds no picture
-        would otherwise never join the others in gathering their weights, and all would hang.
+        With several processes every one must run the same modules in the same order, embeddings first: under ZeRO-3 a
+        rank whose batch holds no picture would otherwise gather other weights than the rest, and all would hang.
         """
         size = self.config.vision_config.image_size
-        return self.encode_images(self.get_input_embeddings().weight.new_zeros(1, 3, size, size)).sum() * 0
+        return self.encode_images(torch.zeros(1, 3, size, size)).sum() * 0
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -171,7 +181,8 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             inputs_embeds: ``(batch, fused, hidden)`` instead of ``input_ids``.
             labels: ``(batch, seq)`` int64, ``IGNORE_INDEX`` where no loss is taken.
             use_cache: Whether to return a cache.
-            images: One picture per placeholder; rows without a placeholder take none.
+            images: One picture per placeholder; rows without a placeholder take none. Ignored by one-token steps with
+                a cache, as in the lineage.
             logits_to_keep: Compute logits only for that many last positions, or for these; 0 means all.
             skip_logits: Return no logits beside the loss; by default true while training with labels.
             num_items_in_batch: Supervised tokens of the optimizer step, the divisor of the loss.
@@ -180,7 +191,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Raises:
             ValueError: If placeholders and images differ in number, or images follow a filled cache.
         """
-        is_step = input_ids is not None and input_ids.shape[1] == 1 and images is None and labels is None
+        is_step = input_ids is not None and input_ids.shape[1] == 1 and past_key_values is not None and labels is None
         if input_ids is not None and not is_step:
             if past_key_values is None or not past_key_values.get_seq_length():
                 fused = self.fuse(input_ids, images, attention_mask=attention_mask, labels=labels)
@@ -190,11 +201,10 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             elif images is not None:
                 raise ValueError("images cannot follow a filled cache; generate() takes the whole sequence instead")
         kernels: AbstractContextManager[None] = nullcontext()
-        if is_step and input_ids is not None and self._decodes_on_cpu(past_key_values):
-            if self.config._attn_implementation == "sdpa":
-                attention_mask = explicit_mask(attention_mask, len(input_ids), past_key_values.get_seq_length() + 1)
-            if len(input_ids) == 1 and self.dtype == torch.bfloat16:
-                kernels = native_matrix_vector()
+        # With static shapes the mask is complete already, and the compiler does better than we.
+        if is_step and input_ids is not None and not (torch.compiler.is_compiling() or past_key_values.is_compileable):
+            num_keys = past_key_values.get_seq_length() + 1
+            attention_mask, kernels = self._prepare_step(len(input_ids), num_keys, attention_mask)
         with kernels:
             outputs = self.model(
                 input_ids=input_ids,
@@ -219,10 +229,20 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             attentions=outputs.attentions,
         )
 
-    def _decodes_on_cpu(self, cache: Any) -> bool:
-        """Tell whether to help a one-token step; with static shapes the compiler does better."""
-        is_static = torch.compiler.is_compiling() or cache is None or cache.is_compileable
-        return not is_static and self.device.type == "cpu"
+    def _prepare_step(
+        self, num_rows: int, num_keys: int, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, AbstractContextManager[None]]:
+        """Return mask and kernels of a one-token step whose cache will hold ``num_keys`` positions."""
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # The lineage counts an image as one position here; what the cache holds beyond the mask is visible.
+            missing = max(num_keys - attention_mask.shape[1], 0)
+            attention_mask = nn.functional.pad(attention_mask, (missing, 0), value=1)
+        if self.device.type != "cpu":
+            return attention_mask, nullcontext()
+        if self.config._attn_implementation == "sdpa":
+            attention_mask = explicit_mask(attention_mask, num_rows, num_keys)
+        is_matrix_vector = num_rows == 1 and self.dtype == torch.bfloat16
+        return attention_mask, native_matrix_vector if is_matrix_vector else nullcontext()
 
     @torch.no_grad()
     def generate(
@@ -252,8 +272,12 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         fused = self.fuse(
             input_ids, images, attention_mask=attention_mask, image_features=image_features, padding_side="left"
         )
-        if not kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
-            kwargs["max_new_tokens"] = self.config.max_position_embeddings - fused.inputs_embeds.shape[1]
+        settings = kwargs.get("generation_config")
+        max_length = kwargs.pop("max_length", getattr(settings, "max_length", None))
+        if kwargs.get("max_new_tokens", getattr(settings, "max_new_tokens", None)) is None:
+            # A length in ids, as callers count it, or the end of the context; the library would count patches too.
+            room = self.config.max_position_embeddings - fused.inputs_embeds.shape[1]
+            kwargs["max_new_tokens"] = room if max_length is None else max(max_length - input_ids.shape[1], 1)
         if kwargs.get("use_cache", True) and not kwargs.keys() & {"past_key_values", "cache_implementation"}:
             kwargs["past_key_values"] = make_cache(self.config.num_hidden_layers)
         # Logits processors index the vocabulary with the prompt ids, so -200 cannot stay in them.
@@ -280,9 +304,12 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
         check_checkpoint_files(folder)
         vit_weights = read_vit_weights(folder, config.mm_vision_tower)
-        model, info = super().from_pretrained(
-            os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{folder}: a .bin shard holds more than tensors; it was not read") from error
         # The published 4,096 is the context length, which generate() takes from config.json.
         model.generation_config.max_length = None
         tower = "model.vision_tower."
@@ -305,6 +332,15 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             )
         return model  # type: ignore[no-any-return]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the published layout atomically; see ``yivl.model.saving.save_checkpoint`` for the arguments."""
-        save_checkpoint(self, save_directory, **kwargs)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Write the published layout atomically; see ``yivl.model.saving.save_checkpoint`` for the other arguments.
+
+        Args:
+            save_directory: Replaced if it holds a checkpoint.
+            is_main_process: Only the main process of a distributed run writes.
+            **kwargs: Of ``save_checkpoint``.
+        """
+        if is_main_process:
+            save_checkpoint(self, save_directory, **kwargs)

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from yivl.errors import CheckpointError
+
 _TOWER: Final = "model.vision_tower.vision_tower."
 METADATA: Final = {"format": "pt"}  # transformers refuses safetensors files without it
 
@@ -23,28 +25,60 @@ METADATA: Final = {"format": "pt"}  # transformers refuses safetensors files wit
 def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of ``folder`` when the block ends well, and vanishes otherwise.
 
-    A reader sees the old folder or the whole new one. Files that are only in the old folder are gone afterwards.
+    A reader sees the old folder or the whole new one. Only an empty folder or a checkpoint is replaced, and of a
+    checkpoint all but the weights is carried over (a README, a licence, the tokenizer) unless it was written anew.
+
+    Raises:
+        CheckpointError: If ``folder`` is a file, or holds something beside a checkpoint.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = temporary.with_name(f"{temporary.name}.old")
     try:
-        temporary.chmod(0o755)
         yield temporary
+        _carry_over(target, temporary)
+        umask = os.umask(0)  # the only way to read it is to set it
+        os.umask(umask)
         for path in [*temporary.rglob("*"), temporary]:
+            # mkdtemp and safetensors write for the owner alone; a checkpoint is shared as any other file.
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             _fsync(path)
         if target.exists():
             # Two folders cannot be swapped in one step everywhere; the old one steps aside for an instant.
-            aside = temporary.with_name(f"{temporary.name}.old")
             target.rename(aside)
+        try:
             temporary.rename(target)
-            shutil.rmtree(aside)
-        else:
-            temporary.rename(target)
+        except OSError:
+            if aside.exists():
+                aside.rename(target)
+            raise
         _fsync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what is no checkpoint, or holds more than one (``checkpoint-100/`` of a training run)."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; give a folder to write")
+    others = [path.name for path in target.iterdir() if path.is_dir() and path.name != "vit"]
+    if any(target.iterdir()) and (others or not (target / "config.json").is_file()):
+        raise CheckpointError(f"{target}: holds more than a checkpoint; give an empty or new folder to write")
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Copy the files of ``old`` that are not weights and have no successor in ``new``."""
+    for path in old.rglob("*") if old.is_dir() else ():
+        place = new / path.relative_to(old)
+        is_weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and not place.exists() and place.parent.is_dir():
+            shutil.copy2(path, place)
 
 
 def _fsync(path: Path) -> None:
@@ -79,14 +113,17 @@ def save_checkpoint(
         max_shard_size: Bytes, or text such as ``"5GB"``.
 
     Raises:
-        ValueError: If the model is quantized: its weights are not those of the published layout.
+        CheckpointError: If the model is quantized or carries an adapter: its weights are not those of the published
+            layout; or if ``folder`` may not be replaced.
     """
     if getattr(model, "is_quantized", False):
-        raise ValueError("a quantized model cannot be saved in the published layout; save the unquantized one")
-    config = model.config
+        raise CheckpointError("a quantized model cannot be saved in the published layout; save the unquantized one")
     weights = {
         key: value.contiguous() for key, value in (model.state_dict() if state_dict is None else state_dict).items()
     }
+    if any(".lora_" in key for key in weights):
+        raise CheckpointError("a model that carries an adapter cannot be saved; merge the adapter first")
+    config = model.config
     with atomic_folder(folder) as target:
         fields = config.to_published_dict() | {"torch_dtype": str(weights["lm_head.weight"].dtype).split(".")[-1]}
         write_json(target / "config.json", fields)

@@ -60,9 +60,12 @@ def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, sou
     """Copy ``weights`` into the ViT and return how many tensors it held before in another value.
 
     Raises:
-        CheckpointError: If a key is missing, unexpected or of a wrong shape; nothing is copied then.
+        CheckpointError: If a key is missing, unexpected or of a wrong shape, or the ViT was offloaded; nothing is
+            copied then.
     """
     own = dict(vit.named_parameters())
+    if any(parameter.device.type == "meta" for parameter in own.values()):
+        raise CheckpointError(f"{source}: the device has no memory for the ViT; quantize the model or use --device cpu")
     problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
     problems += [f"unexpected {key}" for key in sorted(weights.keys() - own.keys())]
     problems += [

@@ -18,16 +18,16 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def find_weights(folder: str | os.PathLike[str]) -> Path:
-    """Return the one weight file of a folder, ``model.safetensors`` or ``pytorch_model.bin``.
+def find_weights(folder: str | os.PathLike[str], names: tuple[str, ...] = _WHOLE) -> Path:
+    """Return the first weight file of a folder among ``names``.
 
     Raises:
-        CheckpointError: If there is neither.
+        CheckpointError: If there is none.
     """
-    for name in _WHOLE:
+    for name in names:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise CheckpointError(f"{folder}: no {' or '.join(_WHOLE)}; the weights are missing")
+    raise CheckpointError(f"{folder}: no {' or '.join(names)}; the weights are missing")
 
 
 def read_weights(path: Path) -> StateDict:
@@ -53,7 +53,7 @@ def check_weight_file(path: Path) -> None:
         CheckpointError: If the file is missing or damaged.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; download the missing shard")
+        raise CheckpointError(f"{path}: no such file; download it")
     is_whole = True
     if path.suffix == ".safetensors":
         try:
@@ -64,7 +64,7 @@ def check_weight_file(path: Path) -> None:
     else:
         is_whole = zipfile.is_zipfile(path)
     if not is_whole:
-        raise CheckpointError(f"{path}: damaged or cut off; download it again")
+        raise CheckpointError(f"{path}: damaged, cut off or a git-lfs pointer; download it again")
 
 
 def check_checkpoint_files(folder: str | os.PathLike[str]) -> None:

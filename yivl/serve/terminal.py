@@ -13,8 +13,9 @@ from PIL import Image
 
 from yivl.constants import ASSISTANT, HUMAN
 from yivl.errors import YiVLError
-from yivl.generation import Chat, Sampling
+from yivl.generation import Chat
 from yivl.image_processing import load_image
+from yivl.sampling import Sampling
 
 HELP = """\
 /image PATH   show a picture with the next question
@@ -22,7 +23,7 @@ HELP = """\
 /retry        answer the last question again
 /save FILE    write the conversation as JSON
 /system TEXT  set the system message and start anew; without TEXT, print it
-/params       print the sampling parameters; /params temperature=0.7 top_p=0.9 sets some
+/params       print the sampling parameters; /params temperature=0.7 top_p=0.9 sets some, seed=none frees it
 /help         this text
 /exit         leave (so does Ctrl-D)
 A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, not the program."""
@@ -59,22 +60,19 @@ class Terminal:
         while True:
             try:
                 line = self._read()
-            except KeyboardInterrupt:
-                self._print()
-                continue
-            except EOFError:
-                self._print("exit...")
-                return
-            if line == "/exit":
-                self._print("exit...")
-                return
-            try:
+                if line.split(maxsplit=1)[:1] == ["/exit"]:
+                    break
                 if line.startswith("/"):
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._ask(line)
+            except KeyboardInterrupt:  # at the prompt, or while a picture is being read
+                self._print()
+            except EOFError:
+                break
             except YiVLError as error:
                 self._print(f"error: {error}")
+        self._print("exit...")
 
     def _read(self) -> str:
         """Return one question; lines that end with a backslash are joined."""
@@ -86,7 +84,7 @@ class Terminal:
 
     def _ask(self, question: str) -> None:
         pieces = self.chat.stream(question, self.pending_images, **self.sampling)
-        self.pending_images = []
+        self.pending_images = []  # not before: a question that fails keeps its picture
         self._show(pieces)
 
     def _show(self, pieces: Generator[str, None, None]) -> None:
@@ -117,6 +115,7 @@ class Terminal:
     def _image(self, path: str) -> None:
         if not path:
             raise YiVLError("/image needs a path")
+        path = path.strip("\"'")  # terminals quote what is dragged into them
         image = load_image(os.path.expanduser(path), allow_remote=self.chat.allow_remote)
         self.pending_images.append(image)
         self._print(f"{path} ({image.width}x{image.height} pixels) goes with the next question")
@@ -124,6 +123,7 @@ class Terminal:
     def _clear(self, _: str) -> None:
         self.chat.reset()
         self.pending_images = []
+        self._print("a new conversation, without pictures")
 
     def _retry(self, _: str) -> None:
         self._show(self.chat.retry(**self.sampling))
@@ -160,7 +160,7 @@ class Terminal:
             if name not in changed:
                 raise YiVLError(f"unknown parameter {name}; known are {', '.join(changed)}")
             try:
-                changed[name] = kind(value)
+                changed[name] = None if (name, value) == ("seed", "none") else kind(value)
             except ValueError as error:
                 raise YiVLError(f"{name}={value}: expected a number") from error
         Sampling(**changed)
@@ -173,7 +173,7 @@ class Terminal:
 
 def make_reader() -> Callable[[str], str]:
     """Return a line editor with history in a terminal, and a plain reader that echoes the questions in a pipe."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import InMemoryHistory
 
@@ -181,6 +181,11 @@ def make_reader() -> Callable[[str], str]:
         return session.prompt
 
     def read(prompt: str) -> str:
+        if sys.stdin is None:
+            raise EOFError
+        if sys.stdin.isatty():  # only the output is redirected: the person still needs a prompt
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
         line = sys.stdin.readline()
         if not line:
             raise EOFError
