@@ -1,6 +1,8 @@
 """Rows, examples and batches against the recorded preprocessing of the reference, and every bad row."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from yivl.errors import CheckpointError
 from yivl.model.loading import LoadedModel
 from yivl.tokenization import encode_turns, tokenize_chunks
 
+ROOT = GOLDEN.parents[1]
 IMAGES = GOLDEN / "images"
 RECORDED = {case["id"]: case for case in golden_json("train_preprocess")["dataset"]["model_max_length_2048"]}
 RECORDS = {record["id"]: record for record in json.loads((GOLDEN / "training/data.json").read_text(encoding="utf-8"))}
@@ -193,6 +196,17 @@ def test_a_broken_file_is_named_with_its_place(name: str, text: str, message: st
         list(read_rows(tmp_path / name))
     with pytest.raises(RowError, match="cannot be read"):
         list(read_rows(tmp_path / "nothing.json"))
+
+
+def test_a_row_is_shown_with_its_targets() -> None:
+    command = [sys.executable, "-m", "yivl.data.show", str(GOLDEN / "training/data.json")]
+    model = ["--model-path", str(GOLDEN / "checkpoint")]
+    result = subprocess.run([*command, "0", *model], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "### Human: <image_placeholder>\nWhat is in this image?\n### Assistant:[ A small boat" in result.stdout
+    assert "on a calm lake.\n###] \n98 tokens, " in result.stdout
+    result = subprocess.run([*command, "99", *model], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {GOLDEN}/training/data.json: no row 99\n"
 
 
 def test_the_mask_keeps_a_real_token_that_equals_the_pad_id() -> None:

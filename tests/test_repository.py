@@ -15,14 +15,13 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("images/*.m
 
 # A module imports only from its left; parts of one layer may import each other.
 LAYERS = (
-    ("constants", "errors"),
+    ("constants", "errors", "entry"),  # entry imports the rest only when a program runs
     ("conversation", "image_processing"),
     ("tokenization",),
     ("sampling", "stopping"),
     ("model",),
     ("generation", "data"),
     ("mm_utils", "serve", "train", "eval"),
-    ("entry",),
 )
 
 
