@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up a virtual environment with everything yivl needs.
 # Usage:     scripts/setup.sh [dev]       dev adds what the tests and the linters need
-# Needs:     Python 3.11 or newer with venv, 7 GB of disk; a C++ compiler (g++) for training and torch.compile
+# Needs:     Python 3.11 or newer with venv, 6 GB of disk; a C++ compiler (g++) for training and torch.compile
 # Optional:  VENV=.venv  folder of the environment    PYTHON=python3  interpreter, 3.11 or newer
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

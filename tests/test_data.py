@@ -79,6 +79,16 @@ def test_the_published_readme_role_is_the_answering_role(loaded: LoadedModel) ->
     assert "unknown" not in text
 
 
+def test_a_picture_that_no_placeholder_asks_for_is_shown_in_the_first_turn(loaded: LoadedModel) -> None:
+    example = example_of("image_without_placeholder", loaded)
+    assert len(example.pixel_values) == 1
+    ids, recorded = example.input_ids.tolist(), RECORDED["image_without_placeholder"]["input_ids"]
+    slot = ids.index(-200)
+    # The same text but for the picture and the line break after it; the reference encodes the picture and drops it.
+    assert ids[: slot - 1] == recorded[: slot - 1]
+    assert -200 not in recorded
+
+
 def test_pixels_are_those_of_inference(loaded: LoadedModel) -> None:
     pixels = golden_arrays("image_pixels")
     keys = golden_json("train_preprocess")["pixel_values_of_items"]

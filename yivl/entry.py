@@ -109,7 +109,7 @@ def load_chat(arguments: argparse.Namespace) -> "Chat":
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run an entry point: a mistake of the user is one line on stderr and exit code 2, a lack of memory code 1."""
+    """Run an entry point: a mistake of the user is one line on stderr and exit code 2, no memory or disk is 1."""
     from yivl.errors import YiVLError
 
     for stream in (sys.stdin, sys.stdout):

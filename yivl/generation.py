@@ -58,7 +58,12 @@ class _Progress:
     turn: Turn
     images: list["_Image"]  # of this turn
     history: int  # finished turns that come before it; later ones are replaced
+    input_ids: list[int]
+    features: torch.Tensor | None  # (num_images, num_patches, hidden), of all turns
     keys: list[int]  # what each position of the fused prompt holds; see _position_keys
+    settings: Sampling
+    max_new_tokens: int  # what is left of the context, at most
+    stop_event: threading.Event
     start: float
     new_ids: list[int] = field(default_factory=list)
     raw_text: str = ""
@@ -272,13 +277,21 @@ class Chat:
         """Check that the prompt fits, then return the generator that answers after ``history`` turns."""
         input_ids = self._tokenize([*self._turns[:history], turn])
         all_images = [image for group in [*self._images[:history], images] for image in group]
-        progress = _Progress(turn, images, history, _position_keys(input_ids, all_images), start)
-        max_new_tokens = self._room(len(progress.keys), settings)
-        features = torch.stack([image.features for image in all_images]) if all_images else None
-        choose = self._beam_tokens if settings.num_beams > 1 else self._tokens
-        event = stop_event or threading.Event()
-        tokens = choose(progress, input_ids, features, settings, max_new_tokens, event)
-        self._stream = self._run(progress, tokens, event)
+        keys = _position_keys(input_ids, all_images)
+        progress = _Progress(
+            turn=turn,
+            images=images,
+            history=history,
+            input_ids=input_ids,
+            features=torch.stack([image.features for image in all_images]) if all_images else None,
+            keys=keys,
+            settings=settings,
+            max_new_tokens=self._room(len(keys), settings),
+            stop_event=stop_event or threading.Event(),
+            start=start,
+        )
+        tokens = self._beam_tokens(progress) if settings.num_beams > 1 else self._tokens(progress)
+        self._stream = self._run(progress, tokens)
         return self._stream
 
     def _close_stream(self) -> None:
@@ -287,12 +300,10 @@ class Chat:
             self._stream.close()
             self._stream = None
 
-    def _run(
-        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event
-    ) -> Generator[str, None, None]:
+    def _run(self, progress: _Progress, tokens: Iterator[int]) -> Generator[str, None, None]:
         """Turn tokens into pieces of text until something ends the answer, then keep the turn."""
         try:
-            yield from self._pieces(progress, tokens, stop_event)
+            yield from self._pieces(progress, tokens)
         except GeneratorExit:
             progress.finish_reason = "cancelled"
             self._finish(progress)
@@ -307,9 +318,7 @@ class Chat:
             raise
         self._finish(progress)
 
-    def _pieces(
-        self, progress: _Progress, tokens: Iterator[int], stop_event: threading.Event
-    ) -> Generator[str, None, None]:
+    def _pieces(self, progress: _Progress, tokens: Iterator[int]) -> Generator[str, None, None]:
         tokenizer, shown = self.loaded.tokenizer, ""
         for token in tokens:
             progress.first_token_at = progress.first_token_at or time.perf_counter()
@@ -318,7 +327,7 @@ class Chat:
             if token == tokenizer.eos_token_id or STOP_STRING in progress.raw_text:
                 progress.finish_reason = "stop"
                 break
-            if stop_event.is_set():
+            if progress.stop_event.is_set():
                 progress.finish_reason = "cancelled"
                 break
             stable = stable_prefix(progress.raw_text)
@@ -349,20 +358,13 @@ class Chat:
         else:
             self._drop_cache()
 
-    def _tokens(
-        self,
-        progress: _Progress,
-        input_ids: list[int],
-        features: torch.Tensor | None,
-        settings: Sampling,
-        max_new_tokens: int,
-        _: threading.Event,
-    ) -> Iterator[int]:
+    def _tokens(self, progress: _Progress) -> Iterator[int]:
         """Yield new tokens one by one; a token is computed only when it is asked for."""
+        settings, input_ids = progress.settings, progress.input_ids
         model, processors = self.loaded.model, settings.logits_processors()
         generator = None if settings.seed is None else torch.Generator(model.device).manual_seed(settings.seed)
         cache, progress.num_cached = self._cache_for(progress.keys)
-        logits = self._prefill(input_ids, features, cache, progress.num_cached)
+        logits = self._prefill(progress, cache)
         # Logits processors index the vocabulary with the ids, so -200 cannot stay in them.
         seen = torch.tensor([[max(token, 0) for token in input_ids]], device=logits.device)
         while True:
@@ -373,18 +375,16 @@ class Chat:
                 token = scores.argmax(-1, keepdim=True)
             yield int(token)
             seen = torch.cat([seen, token], dim=1)
-            if seen.shape[1] - len(input_ids) >= max_new_tokens:
+            if seen.shape[1] - len(input_ids) >= progress.max_new_tokens:
                 return
             logits = self._step(token, cache)
 
     @torch.inference_mode()
-    def _prefill(
-        self, input_ids: list[int], features: torch.Tensor | None, cache: Cache, num_cached: int
-    ) -> torch.Tensor:
+    def _prefill(self, progress: _Progress, cache: Cache) -> torch.Tensor:
         """Feed what the cache does not hold yet; return the logits of the last position, ``(1, vocabulary)``."""
         model = self.loaded.model
-        fused = model.fuse(torch.tensor([input_ids], device=model.device), image_features=features)
-        new_embeds = fused.inputs_embeds[:, num_cached:]
+        fused = model.fuse(torch.tensor([progress.input_ids], device=model.device), image_features=progress.features)
+        new_embeds = fused.inputs_embeds[:, progress.num_cached :]
         logits: torch.Tensor = model(
             inputs_embeds=new_embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
@@ -397,28 +397,20 @@ class Chat:
         logits: torch.Tensor = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True).logits
         return logits[:, -1].float()
 
-    def _beam_tokens(
-        self,
-        _: _Progress,
-        input_ids: list[int],
-        features: torch.Tensor | None,
-        settings: Sampling,
-        max_new_tokens: int,
-        stop_event: threading.Event,
-    ) -> Iterator[int]:
+    def _beam_tokens(self, progress: _Progress) -> Iterator[int]:
         """Yield the tokens of a beam search, which are known only at its end; no cache is kept."""
         self._drop_cache()
-        tokenizer, model = self.loaded.tokenizer, self.loaded.model
-        with torch.inference_mode(), _seeded(settings.seed):
+        tokenizer, model, length = self.loaded.tokenizer, self.loaded.model, len(progress.input_ids)
+        with torch.inference_mode(), _seeded(progress.settings.seed):
             output = model.generate(
-                torch.tensor([input_ids], device=model.device),
-                image_features=features,
-                generation_config=settings.generation_config(tokenizer, max_new_tokens),
+                torch.tensor([progress.input_ids], device=model.device),
+                image_features=progress.features,
+                generation_config=progress.settings.generation_config(tokenizer, progress.max_new_tokens),
                 stopping_criteria=StoppingCriteriaList(
-                    [StopOnText(tokenizer, len(input_ids)), StopOnEvent(stop_event)]
+                    [StopOnText(tokenizer, length), StopOnEvent(progress.stop_event)]
                 ),
             )
-        yield from output[0, len(input_ids) :].tolist()
+        yield from output[0, length:].tolist()
 
     def _drop_cache(self) -> None:
         self._cache, self._cached_keys = None, []

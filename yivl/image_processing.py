@@ -13,7 +13,7 @@ import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ class ImageProcessor:
     """
 
     def __init__(self, clip_processor: CLIPImageProcessorPil, aspect_ratio: str = "pad") -> None:
-        if aspect_ratio not in ("pad", "square"):
+        if aspect_ratio not in get_args(AspectRatio):
             raise CheckpointError(f"image_aspect_ratio={aspect_ratio!r}; expected 'pad' or 'square'")
         self.clip_processor = clip_processor
         self.aspect_ratio = aspect_ratio

@@ -10,7 +10,6 @@ from typing import Any, Final
 from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.conversation import Turn
 from yivl.errors import YiVLError
-from yivl.image_processing import ImageSource
 
 # Both spellings of the answering role are published: the code of the release knows "gpt", its README says "assistant".
 _QUESTION_ROLES: Final = ("human", "user")
@@ -26,7 +25,7 @@ class Row:
     """One conversation with its pictures, in the order of their slots."""
 
     turns: tuple[Turn, ...]
-    images: tuple[ImageSource, ...]
+    images: tuple[Path, ...]
     origin: str
     """File and row, for messages."""
 
@@ -61,12 +60,12 @@ def parse_row(fields: Mapping[str, Any], origin: str, image_folder: str | os.Pat
     return Row(tuple(turns), tuple(images), origin)
 
 
-def _images(fields: Mapping[str, Any], folder: Path) -> list[ImageSource]:
+def _images(fields: Mapping[str, Any], folder: Path) -> list[Path]:
     value = fields.get("image")
     images = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(image, str | bytes) and image for image in images):
+    if not all(isinstance(image, str) and image for image in images):
         raise RowError("'image' is not a path or a list of paths")
-    return [image if isinstance(image, bytes) else folder / image for image in images]
+    return [folder / image for image in images]
 
 
 def _turns(messages: Any) -> list[Turn]:

@@ -1,6 +1,5 @@
 """A checkpoint folder, hub id or LoRA adapter to a model ready to answer: device, dtype, quantization."""
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from yivl.model.configuration import YiVLConfig, read_json, vit_folder
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.weight_files import StateDict, find_weights, read_weights
 from yivl.tokenization import YiTokenizer, load_tokenizer
-
-logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
