@@ -16,7 +16,7 @@ is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
 if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
   command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON; set PYTHON to an interpreter, 3.11 or newer"
   is_new_enough "$PYTHON" || fail "$PYTHON is older than 3.11; set PYTHON to a newer interpreter"
-  "$PYTHON" -m venv --clear "$VENV" || fail "$PYTHON cannot make $VENV; on Debian and Ubuntu, install python3-venv"
+  "$PYTHON" -m venv "$VENV" || fail "$PYTHON cannot make $VENV; on Debian and Ubuntu, install python3-venv"
 fi
 is_new_enough "$VENV/bin/python" || fail "$VENV is older than Python 3.11; remove it and run this again"
 echo "installing into $VENV; with PyTorch this takes a few minutes" >&2
