@@ -8,10 +8,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
+from yivl.conversation import render_chunks
 from yivl.data.rows import Row, RowError
 from yivl.errors import ImageError
 from yivl.image_processing import ImageProcessor, load_image
-from yivl.tokenization import YiTokenizer, encode_turns
+from yivl.tokenization import YiTokenizer, encode_turns, tokenize_chunks
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class Encoder:
         pixel_values = self.image_processor(images) if images else torch.zeros(0, 3, size, size)
         return Example(input_ids, labels, pixel_values, kept + num_images * (self.num_patches - 1))
 
+    def num_positions(self, row: Row) -> int:
+        """Return the length of a row in the decoder, before any picture is read."""
+        messages = [message for turn in row.turns for message in turn.messages()]
+        input_ids = tokenize_chunks(render_chunks(messages, self.system), self.tokenizer)
+        kept = self._kept(input_ids)
+        return kept + input_ids[:kept].count(IMAGE_TOKEN_INDEX) * (self.num_patches - 1)
+
     def _kept(self, input_ids: Sequence[int]) -> int:
         """Return how many ids fit; a picture that would be cut is left out with all that follows."""
         used = 0
@@ -70,28 +78,37 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right and stacks them.
+    """Makes one batch of examples; those that are ``None`` (bad rows) are left out.
 
-    The attention mask comes from lengths, not from the pad id, which may also be a real token.
+    A batch of which nothing is left becomes two ids without a target: the processes of a run must keep in step.
     """
 
     pad_token_id: int
+    packing: bool = False
+    """One sequence without padding, of rows that do not see each other, instead of one row each."""
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return ``input_ids``, ``labels``, ``attention_mask`` (batch, seq) and ``images`` in slot order.
+    def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
+        """Return ``input_ids``, ``labels``, ``images`` and ``attention_mask`` (batch, seq), or ``row_lengths`` (rows,).
 
-        ``images`` is ``(num_images, 3, image_size, image_size)``, or ``None`` if no row has one.
+        ``images`` is ``(num_images, 3, image_size, image_size)`` in slot order, or ``None`` if no row has one.
         """
-        lengths = torch.tensor([len(example.input_ids) for example in examples])
-        input_ids = pad_sequence(
-            [example.input_ids for example in examples], batch_first=True, padding_value=self.pad_token_id
+        rows = [example for example in examples if example is not None] or [_nothing(self.pad_token_id)]
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        images = torch.cat([row.pixel_values for row in rows if len(row.pixel_values)] or [torch.zeros(0)])
+        batch: dict[str, Any] = {"images": images if len(images) else None}
+        if self.packing:
+            batch["input_ids"] = torch.cat([row.input_ids for row in rows]).unsqueeze(0)
+            batch["labels"] = torch.cat([row.labels for row in rows]).unsqueeze(0)
+            return batch | {"row_lengths": lengths}
+        batch["input_ids"] = pad_sequence(
+            [row.input_ids for row in rows], batch_first=True, padding_value=self.pad_token_id
         )
-        images = torch.cat([example.pixel_values for example in examples])
-        return {
-            "input_ids": input_ids,
-            "labels": pad_sequence(
-                [example.labels for example in examples], batch_first=True, padding_value=IGNORE_INDEX
-            ),
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "images": images if len(images) else None,
-        }
+        batch["labels"] = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
+        # From lengths, not from the pad id, which may also be a real token.
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        return batch
+
+
+def _nothing(pad_token_id: int) -> Example:
+    ids = torch.full((2,), pad_token_id)
+    return Example(ids, torch.full_like(ids, IGNORE_INDEX), torch.zeros(0), 2)

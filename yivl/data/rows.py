@@ -25,12 +25,18 @@ class Row:
     """One conversation with its pictures, in the order of their slots."""
 
     turns: tuple[Turn, ...]
-    images: tuple[Path, ...]
+    images: tuple[Path | bytes, ...]
+    """Files, or the bytes of files."""
     origin: str
     """File and row, for messages."""
 
 
-def parse_row(fields: Mapping[str, Any], origin: str, image_folder: str | os.PathLike[str] = ".") -> Row:
+def parse_row(
+    fields: Mapping[str, Any],
+    origin: str,
+    image_folder: str | os.PathLike[str] = ".",
+    images: Sequence[Path | bytes] | None = None,
+) -> Row:
     """Return a row from its JSON object.
 
     Known forms: ``conversations`` (a list of ``{"from": "human" | "gpt" | "assistant", "value": text}``) with an
@@ -38,12 +44,18 @@ def parse_row(fields: Mapping[str, Any], origin: str, image_folder: str | os.Pat
     A picture belongs where ``<image_placeholder>`` stands; in the prompt it comes first in its turn, as in the release.
     A row with one picture and no placeholder shows it in the first turn.
 
+    Args:
+        fields: The JSON object.
+        origin: File and row, for messages.
+        image_folder: Where relative picture paths start.
+        images: The pictures, where they do not come from ``image``.
+
     Raises:
         RowError: If a role is unknown or out of turn, something is missing, or placeholders and pictures differ in
             number.
     """
     try:
-        images = _images(fields, Path(image_folder))
+        images = _images(fields, Path(image_folder)) if images is None else images
         if "conversations" in fields:
             turns = _turns(fields["conversations"])
         elif isinstance(fields.get("text"), str) and images:
@@ -60,7 +72,7 @@ def parse_row(fields: Mapping[str, Any], origin: str, image_folder: str | os.Pat
     return Row(tuple(turns), tuple(images), origin)
 
 
-def _images(fields: Mapping[str, Any], folder: Path) -> list[Path]:
+def _images(fields: Mapping[str, Any], folder: Path) -> Sequence[Path | bytes]:
     value = fields.get("image")
     images = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(image, str) and image for image in images):

@@ -87,3 +87,28 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     Source: 01-ai/Yi, VL/llava/model/llava_arch.py (golden training batches).
     """
     return (attention_mask.cumsum(dim=1) - 1).masked_fill(attention_mask == 0, 1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the rows lie in one packed sequence of ``fused`` positions."""
+
+    position_ids: torch.Tensor  # (1, fused) int64, from 0 in every row
+    starts: torch.Tensor  # (num_rows,) int64, first position of each row
+    lengths: list[int]  # positions of each row
+
+
+def packed_layout(input_ids: torch.Tensor, row_lengths: torch.Tensor, num_patches: int) -> Packed:
+    """Return the layout of rows that stand one after the other in a single sequence.
+
+    Args:
+        input_ids: ``(1, seq)`` int64, before the expansion.
+        row_lengths: ``(num_rows,)`` int64, ids of each row; their sum is ``seq``.
+        num_patches: Positions of one image.
+    """
+    widths = torch.where(input_ids[0] == IMAGE_TOKEN_INDEX, num_patches, 1)
+    ends = widths.cumsum(0)[row_lengths.to(input_ids.device).cumsum(0) - 1]
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    starts = ends - lengths
+    positions = torch.arange(int(ends[-1]), device=ends.device) - starts.repeat_interleave(lengths)
+    return Packed(positions.unsqueeze(0), starts, lengths.tolist())

@@ -19,18 +19,24 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.errors import CheckpointError
 from yivl.model.cache import make_cache
 from yivl.model.configuration import YiVLConfig
 from yivl.model.cpu_decoding import explicit_mask, native_matrix_vector
-from yivl.model.fusion import PaddingSide, expand_placeholders, merge_features, position_ids_from_mask
+from yivl.model.fusion import (
+    PaddingSide,
+    expand_placeholders,
+    merge_features,
+    packed_layout,
+    position_ids_from_mask,
+)
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
 from yivl.model.saving import save_checkpoint
 from yivl.model.vision_tower import VisionTower
 from yivl.model.vit_weights import copy_vit_weights, read_vit_weights
-from yivl.model.weight_files import check_checkpoint_files
+from yivl.model.weight_files import StateDict, check_checkpoint_files
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +53,20 @@ class Fused:
     """What the decoder reads; see ``fusion`` for the shapes."""
 
     inputs_embeds: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
+    """``None`` where rows are packed: nothing is padding, and ``packed_lengths`` keeps the rows apart."""
     position_ids: torch.Tensor
     labels: torch.Tensor | None
+    packed_lengths: list[int] | None = None
+
+    def packed_kwargs(self) -> dict[str, Any]:
+        """Return what the attention kernels need to keep packed rows apart: ours, and FlashAttention's arguments."""
+        if self.packed_lengths is None:
+            return {}
+        ends = torch.tensor([0, *self.packed_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends, longest = ends.to(self.inputs_embeds.device), max(self.packed_lengths)
+        flash = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return {"packed_lengths": self.packed_lengths, "use_cache": False} | flash
 
 
 class YiVLModel(LlamaModel):  # type: ignore[misc]
@@ -89,6 +106,19 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         tower: VisionTower = self.model.vision_tower
         return tower
 
+    def resize_images(self, image_size: int) -> None:
+        """Make the model read pictures of ``image_size`` pixels a side; the ViT's position table is interpolated.
+
+        Raises:
+            ValueError: If ``image_size`` is no whole number of patches.
+        """
+        vision_config = self.config.vision_config
+        if image_size % vision_config.patch_size:
+            raise ValueError(f"image_size={image_size} is no multiple of the patch size {vision_config.patch_size}")
+        if image_size != vision_config.image_size:
+            self.get_vision_tower().resize(image_size)
+            vision_config.image_size = image_size
+
     def encode_images(self, images: Images) -> torch.Tensor:
         """Return projected features, ``(num_images, num_patches, hidden)``.
 
@@ -113,6 +143,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        row_lengths: torch.Tensor | None = None,
         padding_side: PaddingSide = "right",
     ) -> Fused:
         """Return the decoder's input for ``(batch, seq)`` ids with ``-200`` at image slots.
@@ -123,6 +154,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             attention_mask: ``(batch, seq)``; ``None`` means that nothing is padding, whatever the ids are.
             labels: ``(batch, seq)`` int64.
             image_features: ``(num_images, num_patches, hidden)`` instead of ``images``, already projected.
+            row_lengths: ``(num_rows,)`` int64: the single sequence holds packed rows of that many ids each.
             padding_side: Where the fused rows are padded.
 
         Raises:
@@ -142,9 +174,13 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         must_agree = torch.distributed.is_initialized() and (self.training or is_deepspeed_zero3_enabled())
         if must_agree and not len(image_features):
             inputs_embeds = inputs_embeds + self._untouched_vision().to(inputs_embeds)
-        return Fused(
-            inputs_embeds, expanded.attention_mask, position_ids_from_mask(expanded.attention_mask), expanded.labels
-        )
+        if row_lengths is None:
+            position_ids = position_ids_from_mask(expanded.attention_mask)
+            return Fused(inputs_embeds, expanded.attention_mask, position_ids, expanded.labels)
+        packed = packed_layout(input_ids, row_lengths, num_patches)
+        if expanded.labels is not None:
+            expanded.labels[0, packed.starts] = IGNORE_INDEX  # the end of one row does not predict the next
+        return Fused(inputs_embeds, None, packed.position_ids, expanded.labels, packed.lengths)
 
     def _untouched_vision(self) -> torch.Tensor:
         """Return a zero that depends on tower and projector.
@@ -169,6 +205,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        row_lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits and, with labels, the loss.
@@ -186,6 +223,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             logits_to_keep: Compute logits only for that many last positions, or for these; 0 means all.
             skip_logits: Return no logits beside the loss; by default true while training with labels.
             num_items_in_batch: Supervised tokens of the optimizer step, the divisor of the loss.
+            row_lengths: ``(num_rows,)`` int64: ``input_ids`` is one sequence of packed rows of that many ids each.
             **kwargs: Flags of the transformers decoder, such as ``output_hidden_states``.
 
         Raises:
@@ -194,7 +232,10 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         is_step = input_ids is not None and input_ids.shape[1] == 1 and past_key_values is not None and labels is None
         if input_ids is not None and not is_step:
             if past_key_values is None or not past_key_values.get_seq_length():
-                fused = self.fuse(input_ids, images, attention_mask=attention_mask, labels=labels)
+                fused = self.fuse(
+                    input_ids, images, attention_mask=attention_mask, labels=labels, row_lengths=row_lengths
+                )
+                kwargs |= fused.packed_kwargs()
                 input_ids, inputs_embeds, labels = None, fused.inputs_embeds, fused.labels
                 attention_mask = fused.attention_mask
                 position_ids = fused.position_ids if position_ids is None else position_ids
@@ -212,8 +253,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
+                **{"use_cache": use_cache} | kwargs,
             )
             hidden_states = outputs.last_hidden_state
             logits = None
@@ -291,11 +331,21 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return output
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> "YiVLForCausalLM":
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        vit_weights: StateDict | None = None,
+        fresh_projector: bool = False,
+        **kwargs: Any,
+    ) -> "YiVLForCausalLM":
         """Load a local checkpoint folder in the published layout; the ViT in ``vit/`` wins over the main shards.
 
         Args:
             folder: A local folder.
+            vit_weights: The ViT to use instead of that in ``vit/``.
+            fresh_projector: Whether the folder may hold no projector, which then starts from random weights: the
+                folder of a plain language model, together with ``vit_weights``.
             **kwargs: Arguments of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ...).
 
         Raises:
@@ -303,7 +353,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """
         config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
         check_checkpoint_files(folder)
-        vit_weights = read_vit_weights(folder, config.mm_vision_tower)
+        vit_weights = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
         try:
             model, info = super().from_pretrained(
                 os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -313,7 +363,8 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         # The published 4,096 is the context length, which generate() takes from config.json.
         model.generation_config.max_length = None
         tower = "model.vision_tower."
-        problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not key.startswith(tower)]
+        may_miss = (tower, "model.mm_projector.") if fresh_projector else (tower,)
+        problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not key.startswith(may_miss)]
         problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith(_BUFFERS)]
         problems += [
             f"{key} is {list(found)}, expected {list(expected)}"

@@ -1,5 +1,6 @@
 """The CLIP ViT: ``pixel_values`` to patch features."""
 
+import math
 from typing import cast
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from yivl.model.configuration import YiVLConfig
+from yivl.model.zero import gathered, partitioned
 
 
 class ViT(CLIPVisionModel):  # type: ignore[misc]
@@ -31,6 +33,21 @@ class VisionTower(nn.Module):
         """The CLIP vision model."""
         return cast(ViT, self.vision_tower["vision_model"])
 
+    def resize(self, image_size: int) -> None:
+        """Make the ViT read pictures of ``image_size`` pixels a side: its position table is interpolated, in place."""
+        embeddings = self.vit.embeddings
+        old = embeddings.position_embedding
+        side = image_size // embeddings.patch_size
+        with gathered([old.weight]):
+            table = resize_position_table(old.weight.detach(), side)
+        with partitioned():
+            new = nn.Embedding(len(table), table.shape[1], dtype=table.dtype, device=table.device)
+        with gathered([new.weight]), torch.no_grad():
+            new.weight.copy_(table)
+        embeddings.position_embedding = new
+        embeddings.image_size, embeddings.num_patches, embeddings.num_positions = image_size, side**2, side**2 + 1
+        embeddings.position_ids = torch.arange(side**2 + 1, device=table.device).expand(1, -1)
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return patch features, ``(num_images, num_patches, vision_hidden)``.
 
@@ -42,3 +59,20 @@ class VisionTower(nn.Module):
         for layer in vit.encoder.layers[: self.num_layers]:
             hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states if self.keeps_class_token else hidden_states[:, 1:]
+
+
+def resize_position_table(table: torch.Tensor, side: int) -> torch.Tensor:
+    """Return the position table of a grid of ``side`` by ``side`` patches, ``(1 + side**2, vision_hidden)``.
+
+    Bicubic, in float32; the class token keeps its position. The sources do not say how Yi-VL went from 224 to 448
+    pixels; this is the usual way (docs/training.md).
+
+    Args:
+        table: ``(1 + old_side**2, vision_hidden)``.
+        side: Patches on a side of the new grid.
+    """
+    class_position, grid = table[:1], table[1:]
+    old_side = math.isqrt(len(grid))
+    grid = grid.float().T.reshape(1, -1, old_side, old_side)
+    grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([class_position, grid.flatten(2)[0].T.to(table.dtype)])

@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig
 from yivl.errors import CheckpointError
 from yivl.model.configuration import vit_folder
 from yivl.model.weight_files import StateDict, find_weights, read_weights
+from yivl.model.zero import gathered
 
 _PREFIX = "vision_model."
 
@@ -64,19 +65,20 @@ def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, sou
             copied then.
     """
     own = dict(vit.named_parameters())
+    shapes = {key: getattr(parameter, "ds_shape", parameter.shape) for key, parameter in own.items()}  # ZeRO-3: whole
     if any(parameter.device.type == "meta" for parameter in own.values()):
         raise CheckpointError(f"{source}: the device has no memory for the ViT; quantize the model or use --device cpu")
     problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
     problems += [f"unexpected {key}" for key in sorted(weights.keys() - own.keys())]
     problems += [
-        f"{key} is {list(weights[key].shape)}, expected {list(own[key].shape)}"
+        f"{key} is {list(weights[key].shape)}, expected {list(shapes[key])}"
         for key in sorted(own.keys() & weights.keys())
-        if own[key].shape != weights[key].shape
+        if shapes[key] != weights[key].shape
     ]
     if problems:
         raise CheckpointError(f"{source}: the ViT weights do not fit its config.json: {'; '.join(problems)}")
     num_different = 0
-    with torch.no_grad():
+    with gathered(own.values()), torch.no_grad():
         for key, parameter in own.items():
             value = weights[key].to(device=parameter.device, dtype=parameter.dtype)
             num_different += int(not torch.equal(parameter, value))
