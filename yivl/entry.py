@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -87,15 +88,9 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
 
 def load_chat(arguments: argparse.Namespace) -> "Chat":
     """Load the model the flags describe."""
-    from transformers.utils import logging as transformers_logging
-
     from yivl.generation import Chat
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "accelerate", "bitsandbytes"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    log_to_stderr()
     return Chat.from_pretrained(
         os.path.expanduser(arguments.model_path),
         device=arguments.device,
@@ -106,6 +101,19 @@ def load_chat(arguments: argparse.Namespace) -> "Chat":
         attn_implementation=arguments.attn_implementation,
         allow_remote=arguments.allow_remote,
     )
+
+
+def log_to_stderr() -> None:
+    """Show our own log lines, and of the libraries only errors; progress bars only in a terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("accelerate", "bitsandbytes", "datasets", "DeepSpeed", "fsspec", "httpx", "matplotlib", "torch"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,18 +1,12 @@
 """Rows that cannot be trained on: an error, or left out, written down and counted."""
 
 import json
-import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from yivl.data.rows import RowError
-
-logger = logging.getLogger(__name__)
-
-OnBadRow = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +16,8 @@ class BadRows:
     Processes and data-loading workers append to one file, a line each, so that nothing is lost with any of them.
     """
 
-    policy: OnBadRow
+    policy: str
+    """``error`` or ``skip``."""
     path: Path
     """JSON lines of ``{"reason": ...}``; the reason names file and row."""
 

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.utils.data import Dataset, Sampler
 
 from yivl.data.examples import Encoder, Example
@@ -131,9 +130,3 @@ class BatchSampler(Sampler[list[int]]):
 def modality_of(row: Row) -> int:
     """Return 1 for a row with pictures and 0 for text alone."""
     return int(bool(row.images))
-
-
-def seed_worker(worker: int) -> None:
-    """Give a data-loading worker one thread: many workers with many threads each only wait for one another."""
-    del worker
-    torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from yivl.errors import CheckpointError
 from yivl.model.saving import METADATA, atomic_folder, write_json
-from yivl.model.vit_weights import open_clip_to_vit_weights, open_clip_vision_config
+from yivl.model.vit_weights import open_clip_to_vit_weights, read_open_clip_config
 from yivl.model.weight_files import read_weights
 
 # A second, unused ViT at 224 pixels lies in the ViT folder of the release.
@@ -68,12 +68,7 @@ def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
         CheckpointError: If a file cannot be read or the tower is no plain CLIP ViT.
     """
     state_dict = read_weights(weights)
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        model = fields.get("model_cfg", fields)
-        vision = open_clip_vision_config(model["vision_cfg"], quick_gelu=bool(model.get("quick_gelu")))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{config}: not the configuration of an open_clip ViT ({error!r})") from error
+    vision = read_open_clip_config(config)
     size = vision.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     with atomic_folder(target) as folder:

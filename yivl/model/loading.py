@@ -21,6 +21,9 @@ from yivl.tokenization import YiTokenizer, load_tokenizer
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
+NON_LORA_TRAINABLES: Final = "non_lora_trainables.safetensors"
+"""What was trained beside an adapter. Source: haotian-liu/LLaVA, llava/train/train.py (there ``.bin``)."""
+
 UNQUANTIZED_MODULES: Final = ["model.vision_tower", "model.mm_projector", "lm_head"]
 """Kept in full precision under 4 and 8 bits: small, and the features are sensitive. Source: ours."""
 
@@ -79,7 +82,7 @@ def load_model(
     clip_processor = load_clip_processor(vit_folder(folder, config.mm_vision_tower))
     image_processor = ImageProcessor(clip_processor, config.image_aspect_ratio)
     if load_in_4bit and _device_map(device) == {"": "cpu"}:
-        _check_widths(config)
+        check_widths(config)
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
     if load_in_4bit or load_in_8bit:
         kwargs["quantization_config"] = quantization_config(four_bits=load_in_4bit, dtype=dtype, folder=folder)
@@ -131,21 +134,26 @@ def quantization_config(*, four_bits: bool, dtype: Dtype | torch.dtype, folder: 
     )
 
 
-def _check_widths(config: YiVLConfig) -> None:
+def check_widths(config: YiVLConfig) -> None:
     """Refuse what bitsandbytes cannot pack on a CPU with AVX512-BF16: widths that are no multiples of 64."""
     key_value = config.num_key_value_heads * config.head_dim
     for width in (config.hidden_size, config.intermediate_size, key_value):
         if width % 64:
             raise CheckpointError(
-                f"4 bits on a CPU need layer widths that are multiples of 64, this model has {width}; use --load-8bit"
+                f"4 bits on a CPU need layer widths that are multiples of 64, this model has {width}; use 8 bits"
             )
 
 
-def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVLForCausalLM:
+def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str], *, merge: bool = False) -> YiVLForCausalLM:
     """Put a LoRA adapter on the model, in place, with whatever else was trained beside it.
 
     The folder holds peft's files and, if more than the adapter was trained, ``non_lora_trainables.safetensors`` (or
     the lineage's ``.bin``) with published key names.
+
+    Args:
+        model: The base, unquantized if the adapter is to be merged.
+        folder: The adapter.
+        merge: Add the adapter to the weights, so that the model is a plain one again.
 
     Raises:
         CheckpointError: If the folder holds no adapter of this model, or a trained tensor has no place in it.
@@ -167,7 +175,7 @@ def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVL
         raise CheckpointError(
             f"{folder}: not an adapter of this model: {len(strange)} keys differ, such as {strange[0]}"
         )
-    model = adapted.get_base_model()
+    model = adapted.merge_and_unload() if merge else adapted.get_base_model()
     trained = _non_lora_trainables(Path(folder))
     own = dict(model.named_parameters())
     # peft wraps a module that carries an adapter; its own weight then sits one level deeper.
@@ -182,8 +190,7 @@ def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str]) -> YiVL
 
 
 def _non_lora_trainables(folder: Path) -> StateDict:
-    for suffix in ("safetensors", "bin"):
-        path = folder / f"non_lora_trainables.{suffix}"
+    for path in (folder / NON_LORA_TRAINABLES, (folder / NON_LORA_TRAINABLES).with_suffix(".bin")):
         if path.is_file():
             return read_weights(path)
     return {}

@@ -32,19 +32,14 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         CheckpointError: If ``folder`` is a file, or holds something beside a checkpoint.
     """
     target = Path(folder).resolve()
-    _check_replaceable(target)
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     aside = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
         _carry_over(target, temporary)
-        umask = os.umask(0)  # the only way to read it is to set it
-        os.umask(umask)
-        for path in [*temporary.rglob("*"), temporary]:
-            # mkdtemp and safetensors write for the owner alone; a checkpoint is shared as any other file.
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-            _fsync(path)
+        settle(temporary)
         if target.exists():
             # Two folders cannot be swapped in one step everywhere; the old one steps aside for an instant.
             target.rename(aside)
@@ -54,15 +49,20 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             if aside.exists():
                 aside.rename(target)
             raise
-        _fsync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace what is no checkpoint, or holds more than one (``checkpoint-100/`` of a training run)."""
+def check_replaceable(folder: str | os.PathLike[str]) -> None:
+    """Refuse to replace what is no checkpoint, or holds more than one (``checkpoint-100/`` of a training run).
+
+    Raises:
+        CheckpointError: If ``folder`` is a file, or holds something beside a checkpoint.
+    """
+    target = Path(folder)
     if not target.exists():
         return
     if not target.is_dir():
@@ -81,7 +81,17 @@ def _carry_over(old: Path, new: Path) -> None:
             shutil.copy2(path, place)
 
 
-def _fsync(path: Path) -> None:
+def settle(folder: Path) -> None:
+    """Have all of a folder on the disk, readable by whom its owner's settings say."""
+    umask = os.umask(0)  # the only way to read it is to set it
+    os.umask(umask)
+    for path in [*folder.rglob("*"), folder]:
+        # mkdtemp and safetensors write for the owner alone; a checkpoint is shared as any other file.
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        sync(path)
+
+
+def sync(path: Path) -> None:
     """Have the system write a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

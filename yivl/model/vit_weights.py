@@ -4,8 +4,10 @@ Everything is brought to the names of ``CLIPVisionModel`` without its ``vision_m
 5.6 dropped in memory but not on disk.
 """
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,12 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from yivl.errors import CheckpointError
-from yivl.model.configuration import vit_folder
+from yivl.model.configuration import read_json, vit_folder
 from yivl.model.weight_files import StateDict, find_weights, read_weights
 from yivl.model.zero import gathered
 
 _PREFIX = "vision_model."
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 # open_clip name -> name here. Source: open_clip 3, src/open_clip/transformer.py; transformers 5, modeling_clip.py.
 _OPEN_CLIP_NAMES = {
@@ -48,13 +51,34 @@ def read_vit_weights(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -
 def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
     """Return the vision tensors of a CLIP or CLIP-vision folder; text tensors of a whole CLIP are left out.
 
+    An open_clip folder will do, if it holds nothing else (the ViT folder of the release holds both).
+
     Raises:
         CheckpointError: If the folder holds no weights.
     """
+    if is_open_clip(folder):
+        return open_clip_to_vit_weights(read_weights(find_weights(folder, _OPEN_CLIP_FILES)))
     state_dict = read_weights(find_weights(folder))
     if any(key.startswith(_PREFIX) for key in state_dict):
         state_dict = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
     return {key: value for key, value in state_dict.items() if not key.endswith("position_ids")}
+
+
+def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
+    """Return the vision configuration of a CLIP, CLIP-vision or open_clip folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if is_open_clip(folder):
+        return read_open_clip_config(Path(folder) / "open_clip_config.json")
+    fields = read_json(Path(folder) / "config.json")
+    return CLIPVisionConfig(**fields.get("vision_config", fields))
+
+
+def is_open_clip(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a model of open_clip and none of transformers."""
+    return (Path(folder) / "open_clip_config.json").is_file() and not (Path(folder) / "config.json").is_file()
 
 
 def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> int:
@@ -123,6 +147,20 @@ def _rename(key: str, names: Mapping[str, str], full_key: str) -> str:
     if module in names:
         return f"{names[module]}.{kind}"
     raise CheckpointError(f"open_clip key visual.{full_key} is not part of a plain CLIP ViT")
+
+
+def read_open_clip_config(path: Path) -> CLIPVisionConfig:
+    """Return the configuration of the visual tower an ``open_clip_config.json`` describes.
+
+    Raises:
+        CheckpointError: If it does not describe a ViT.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model = fields.get("model_cfg", fields)
+        return open_clip_vision_config(model["vision_cfg"], quick_gelu=bool(model.get("quick_gelu")))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not the configuration of an open_clip ViT ({error!r})") from error
 
 
 def open_clip_vision_config(vision_cfg: Mapping[str, Any], *, quick_gelu: bool = False) -> CLIPVisionConfig:

@@ -67,8 +67,8 @@ def check_weight_file(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged, cut off or a git-lfs pointer; download it again")
 
 
-def check_checkpoint_files(folder: str | os.PathLike[str]) -> None:
-    """Check every main weight file that transformers would read from a checkpoint folder.
+def check_checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Check every main weight file that transformers would read from a checkpoint folder, and return them.
 
     Raises:
         CheckpointError: If there is none, or one is missing or damaged.
@@ -77,13 +77,14 @@ def check_checkpoint_files(folder: str | os.PathLike[str]) -> None:
         index = Path(folder) / index_name
         if (Path(folder) / name).is_file():
             check_weight_file(Path(folder) / name)
-            return
+            return [Path(folder) / name]
         if index.is_file():
             try:
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"{index}: not the index of a sharded checkpoint; download it again") from error
-            for shard in sorted(shards):
-                check_weight_file(Path(folder) / shard)
-            return
+            paths = [Path(folder) / shard for shard in sorted(shards)]
+            for path in paths:
+                check_weight_file(path)
+            return paths
     raise CheckpointError(f"{folder}: no weights; expected {' or '.join(_WHOLE)}, or shards with their index")

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Fine-tune the language model of Yi-VL as a whole; ViT and projector stay frozen.
+# Usage:     scripts/finetune.sh --model_name_or_path M --data_path D --image_folder I --output_dir O [flags...]
+#            MODEL=M DATA=D IMAGES=I OUT=O scripts/finetune.sh [flags...]
+# Required:  MODEL  Yi-VL checkpoint, folder or hub id     DATA  conversations (docs/data.md)     OUT  folder to write
+# Optional:  IMAGES=.  folder of the pictures    MICRO_BATCH=1  rows on a GPU
+#            GLOBAL_BATCH=2 x MICRO_BATCH x processes  rows of a step
+#            devices and nodes: see scripts/launch.sh. Flags come last and win: --freeze_mm_mlp_adapter False trains the
+#            projector too, --unfreeze_mm_vision_tower True the ViT. All of them: python -m yivl.train --help.
+# Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/launch.sh
+source scripts/launch.sh
+MICRO_BATCH=${MICRO_BATCH:-1}
+# Source: the LLaMA-Factory recipe for Yi-VL-6B, Deep-Spark/DeepSparkHub, models/nlp/llm/yi-vl-6b/pytorch.
+flags=(--freeze_mm_mlp_adapter True --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_ratio 0.1
+  --num_train_epochs 10 --gradient_checkpointing True)
+launch scripts/zero3.json "${GLOBAL_BATCH:-$((2 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Shared by the training scripts, which source it: finds the devices, checks the batch arithmetic, prints the command
+# and runs it.
+# Optional:  GPUS=all there are  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
+#            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   several nodes, each runs the same script
+#            HOSTFILE=hosts  several nodes, started from this one over ssh by DeepSpeed
+#            DEEPSPEED=scripts/zeroN.json  ("" for none; without a GPU the default is none)
+#            PYTHON=.venv/bin/python   DRY_RUN=1  print the command and stop
+set -euo pipefail
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python3
+  [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+if [[ -z ${GPUS:-} ]]; then
+  GPUS=0
+  command -v nvidia-smi >/dev/null && GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+fi
+NNODES=${NNODES:-1} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+processes=$((GPUS > 0 ? GPUS : ${PROCESSES:-1}))
+if [[ -n ${HOSTFILE:-} ]]; then
+  NNODES=$(grep -c '^[^#[:space:]]' "$HOSTFILE")
+fi
+
+# launch DEFAULT_ZERO GLOBAL_BATCH MICRO_BATCH [flags of the script...] -- [flags of the user...]
+launch() {
+  local zero=$1 global=$2 micro=$3
+  shift 3
+  local rows=$((micro * processes * NNODES))
+  if ((global % rows)); then
+    echo "error: GLOBAL_BATCH=$global is no multiple of $rows (MICRO_BATCH=$micro x $processes processes x $NNODES nodes)" >&2
+    exit 2
+  fi
+  local command=("$PYTHON" -m yivl.train)
+  if [[ -n ${HOSTFILE:-} ]]; then
+    command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" --module yivl.train)
+  elif ((processes * NNODES > 1)); then
+    command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" --nnodes "$NNODES"
+      --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m yivl.train)
+  fi
+  command+=(--global_batch_size "$global" --per_device_train_batch_size "$micro")
+  [[ -n ${MODEL:-} ]] && command+=(--model_name_or_path "$MODEL")
+  [[ -n ${DATA:-} ]] && command+=(--data_path "$DATA")
+  [[ -n ${IMAGES:-} ]] && command+=(--image_folder "$IMAGES")
+  [[ -n ${OUT:-} ]] && command+=(--output_dir "$OUT")
+  if ((GPUS > 0)); then
+    DEEPSPEED=${DEEPSPEED-$zero}
+    command+=(--bf16 True --tf32 True)
+  fi
+  [[ -n ${DEEPSPEED:-} ]] && command+=(--deepspeed "$DEEPSPEED")
+  while [[ $1 != -- ]]; do
+    command+=("$1")
+    shift
+  done
+  shift
+  command+=("$@")
+  printf '%q ' "${command[@]}"
+  echo
+  [[ ${DRY_RUN:-0} == 1 ]] || exec "${command[@]}"
+}

@@ -1,0 +1,109 @@
+"""Train Yi-VL: the published stages, full fine-tuning, LoRA and QLoRA.
+
+python -m yivl.train --model_name_or_path CHECKPOINT --data_path rows.json --image_folder images --output_dir out
+
+The scripts of ``scripts/`` call this with the flags of each case; docs/training.md explains them.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from yivl import entry
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Arguments, data, model, training, the trained model: in this order, so that mistakes show before weights load."""
+    entry.log_to_stderr()
+
+    from yivl.train.arguments import parse_arguments, prepare_environment
+
+    prepare_environment(sys.argv[1:])
+    arguments = parse_arguments()
+    model_arguments, data, training = arguments
+
+    import torch
+    from transformers import set_seed
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from yivl.data.bad_rows import BadRows
+    from yivl.data.examples import Encoder
+    from yivl.train import modules
+    from yivl.train.batches import make_batches, make_eval_rows
+    from yivl.train.checkpoints import find_checkpoint
+    from yivl.train.log import RunLog
+    from yivl.train.plan import describe_run
+    from yivl.train.start import empty_start, load_start, read_start
+    from yivl.train.trainer import YiVLTrainer
+
+    if training.process_index:
+        logging.getLogger().setLevel(logging.WARNING)
+    set_seed(training.seed)
+    if training.deepspeed and not torch.distributed.is_initialized():
+        import deepspeed
+
+        # Before the model is built: ZeRO-3 spreads its weights over the processes as they are made.
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+
+    checkpoint = find_checkpoint(training.output_dir, training.resume)
+    with training.main_process_first(desc="reading the checkpoint folder"):
+        start = read_start(model_arguments)
+    num_patches = (start.image_size // start.config.vision_config.patch_size) ** 2
+    num_patches += start.config.mm_vision_select_feature == "cls_patch"
+    encoder = Encoder(start.tokenizer, start.image_processor, num_patches, data.model_max_length)
+    bad_rows = BadRows(data.on_bad_row, Path(training.output_dir) / "bad_rows.jsonl")
+    batches = make_batches(data, training, encoder, bad_rows)
+    logger.info("%s", batches.mix)
+
+    if training.dry_run:
+        model = empty_start(start)
+    else:
+        dtype = torch.bfloat16 if training.bf16 else torch.float32
+        model = load_start(start, model_arguments, dtype=dtype, packing=data.packing)
+    config = model.config
+    if model_arguments.lora_enable:
+        model = modules.add_adapters(model, model_arguments, base=os.path.abspath(start.folder))
+    modules.select_trainable(model, model_arguments, config.num_vision_layers)
+    sizes = modules.part_sizes(model, training)
+    logger.info("%s", modules.parameter_table(sizes))
+    if training.dry_run:
+        logger.info("%s", describe_run(arguments, batches, config, sizes))
+        return
+    if not training.deepspeed:
+        modules.keep_masters(model)
+    modules.recompute_layers(
+        model,
+        language_model=bool(training.recompute_language_model),
+        vision_tower=training.vision_gradient_checkpointing,
+    )
+    trainer = YiVLTrainer(
+        model,
+        arguments,
+        batches.loader,
+        tokenizer=start.tokenizer,
+        image_processor=start.image_processor,
+        num_patches=num_patches,
+        eval_dataset=make_eval_rows(data, encoder, bad_rows),
+        callbacks=[RunLog(training.output_dir)],
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_final()
+    logger.info(
+        "train_samples_per_second %s; the model is in %s",
+        result.metrics["train_samples_per_second"],
+        training.output_dir,
+    )
+    if training.should_log and bad_rows.report():
+        logger.warning("%s", bad_rows.report())
+
+
+if __name__ == "__main__":
+    entry.run(main)

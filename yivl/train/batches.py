@@ -1,0 +1,135 @@
+"""The flags of a run to its data: rows or streams, their order, and batches for this process."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from yivl.data.bad_rows import BadRows
+from yivl.data.dataset import BatchSampler, RowDataset, modality_of
+from yivl.data.examples import Collator, Encoder
+from yivl.data.rows import Row, RowError
+from yivl.data.sources import Source, load_rows, read_sources, weigh_rows
+from yivl.data.stream import StreamDataset, StreamSampler
+from yivl.errors import YiVLError
+from yivl.train.arguments import DataArguments, YiVLTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class BatchLoader(DataLoader[Any]):
+    """Batches of this process. Seed and epoch decide their order, so nothing needs to be saved to go on with them."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        if isinstance(self.batch_sampler, BatchSampler):
+            self.batch_sampler.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a run learns from."""
+
+    loader: BatchLoader
+    mix: str
+    """Rows by source, as a table for people."""
+
+
+def make_batches(
+    data: DataArguments, training: YiVLTrainingArguments, encoder: Encoder, on_bad_row: BadRows
+) -> Batches:
+    """Return the training batches of this process.
+
+    Raises:
+        RowError: If a source cannot be read, or no row is left.
+        YiVLError: If flags do not go with streams.
+    """
+    sources = read_sources(data.data_path, data.image_folder, data.max_rows_per_source)
+    collator = Collator(encoder.tokenizer.pad_token_id, packing=data.packing)
+    rank, world_size, batch_size = training.process_index, training.world_size, training.per_device_train_batch_size
+    if any(source.is_stream for source in sources):
+        if training.max_steps <= 0:
+            raise YiVLError("tar shards have no known end; say how long to train by --max_steps")
+        if data.group_by_length or data.group_by_modality_length:
+            raise YiVLError("rows of a stream cannot be grouped, their lengths are not known; use --packing")
+        stream = StreamDataset(
+            sources,
+            encoder,
+            on_bad_row,
+            batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_slots=max(training.dataloader_num_workers, 1),
+            seed=training.seed,
+            shuffle_buffer=data.shuffle_buffer,
+        )
+        numbers = StreamSampler(batch_size, training.max_steps * training.gradient_accumulation_steps)
+        return Batches(_loader(stream, numbers, collator, training), _stream_table(sources))
+    parts = [load_rows(source, training.seed, on_bad_row) for source in sources]
+    weighted = [weigh_rows(part, source.weight, training.seed) for part, source in zip(parts, sources, strict=True)]
+    rows = [row for part in weighted for row in part]
+    if not rows:
+        raise RowError(f"{data.data_path}: no row to train on")
+    lengths = groups = None
+    if data.group_by_length or data.group_by_modality_length:
+        quiet = not training.should_log or training.disable_tqdm
+        lengths = [encoder.num_positions(row) for row in tqdm(rows, desc="lengths of rows", disable=quiet)]
+    if data.group_by_modality_length:
+        groups = [modality_of(row) for row in rows]
+    sampler = BatchSampler(
+        len(rows),
+        batch_size,
+        seed=training.seed,
+        rank=rank,
+        world_size=world_size,
+        lengths=lengths,
+        groups=groups,
+    )
+    dataset = RowDataset(rows, encoder, on_bad_row)
+    return Batches(_loader(dataset, sampler, collator, training), _row_table(sources, parts, weighted))
+
+
+def make_eval_rows(data: DataArguments, encoder: Encoder, on_bad_row: BadRows) -> RowDataset | None:
+    """Return the rows whose loss is measured, if any."""
+    if data.eval_data_path is None:
+        return None
+    sources = read_sources(data.eval_data_path, data.image_folder)
+    return RowDataset([row for source in sources for row in load_rows(source, 0, on_bad_row)], encoder, on_bad_row)
+
+
+def _loader(dataset: Any, sampler: Any, collator: Collator, training: YiVLTrainingArguments) -> BatchLoader:
+    has_workers = training.dataloader_num_workers > 0
+    return BatchLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=training.dataloader_num_workers,
+        pin_memory=training.dataloader_pin_memory and torch.cuda.is_available(),
+        persistent_workers=training.dataloader_persistent_workers and has_workers,
+        prefetch_factor=training.dataloader_prefetch_factor if has_workers else None,
+        # Of its own, so that reading data leaves the random numbers of the training alone.
+        generator=torch.Generator().manual_seed(training.seed),
+    )
+
+
+def _row_table(sources: Sequence[Source], parts: Sequence[Sequence[Row]], weighted: Sequence[Sequence[Row]]) -> str:
+    total = sum(map(len, weighted))
+    lines = [f"{'rows':>10}{'per epoch':>11}{'share':>7}{'pictures':>10}  source"]
+    for source, part, rows in zip(sources, parts, weighted, strict=True):
+        pictures = Counter(modality_of(row) for row in rows)[1]
+        lines.append(f"{len(part):>10,}{len(rows):>11,}{len(rows) / total:>7.1%}{pictures:>10,}  {source.data_path}")
+    return "\n".join(lines)
+
+
+def _stream_table(sources: Sequence[Source]) -> str:
+    total = sum(source.weight for source in sources)
+    lines = [f"{'share':>7}{'shards':>8}  source"]
+    for source in sources:
+        shards = f"{len(source.shards()):,}" if source.is_stream else "-"
+        lines.append(f"{source.weight / total:>7.1%}{shards:>8}  {source.data_path}")
+    return "\n".join(lines)

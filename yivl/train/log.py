@@ -1,0 +1,112 @@
+"""What a run shows and keeps: a progress bar, ``log.jsonl``, and the curve of the loss."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog(TrainerCallback):  # type: ignore[misc]
+    """Keeps every logged line in ``log.jsonl`` and draws ``loss.png`` from it; shows a bar, or lines to no terminal."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.path, self.picture = Path(output_dir) / "log.jsonl", Path(output_dir) / "loss.png"
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar; of an earlier log, keep what lies before the step that is resumed."""
+        if not state.is_world_process_zero:
+            return
+        kept = [
+            line for line in read_log(self.path) if line["step"] <= state.global_step and "train_runtime" not in line
+        ]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep and show one line."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" not in logs:
+            return
+        shown = {
+            "loss": f"{logs['loss']:.4f}",
+            "lr": f"{logs.get('learning_rate', 0):.2e}",
+            "rows/s": f"{logs.get('rows_per_second', 0):,.1f}",
+            "tokens/s": f"{logs.get('tokens_per_second', 0):,.0f}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(shown)
+        else:
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info("step %d/%d  %s", state.global_step, state.max_steps, text)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Draw the curve as it is now."""
+        if state.is_world_process_zero:
+            draw_loss(self.path, self.picture)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar and draw the curve."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self.on_save(args, state, control)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; a last line that a kill cut off is left out."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_loss(log: Path, picture: Path) -> None:
+    """Draw the losses of a log over its steps, with a running mean where they are many."""
+    from matplotlib.figure import Figure  # slow to import, and only this needs it
+
+    lines = read_log(log)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        steps, losses = [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line]
+        if not losses:
+            continue
+        window = max(len(losses) // 50, 1)
+        axes.plot(steps, losses, alpha=0.35 if window > 1 else 1, label=label, marker="." if len(losses) < 20 else None)
+        if window > 1:
+            means = [sum(losses[max(i - window + 1, 0) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+            axes.plot(steps, means, label=f"{label}, mean of {window}")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(picture, dpi=120)

@@ -1,0 +1,56 @@
+"""Merge a LoRA adapter, and what was trained beside it, into its unquantized base.
+
+python -m yivl.train.merge --model-path BASE --lora-path ADAPTER --save-model-path OUT
+"""
+
+import argparse
+import logging
+import os
+
+from yivl import entry
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m yivl.train.merge",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model-path", required=True, help="base checkpoint, folder or hub id")
+    parser.add_argument("--lora-path", required=True, help="adapter folder, or one of its checkpoint-N folders")
+    parser.add_argument("--save-model-path", required=True, help="folder to write, in the published layout")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="precision of the merged weights (default: that of the base)",
+    )
+    parser.add_argument("--device", default="cpu", help="where to merge (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load the base, add the adapter, save."""
+    arguments = parse_args()
+
+    from yivl.errors import CheckpointError
+    from yivl.model.loading import load_adapter, load_model
+    from yivl.model.saving import check_replaceable, save_checkpoint
+
+    entry.log_to_stderr()
+    base, adapter, target = (
+        os.path.expanduser(path) for path in (arguments.model_path, arguments.lora_path, arguments.save_model_path)
+    )
+    if os.path.realpath(target) in (os.path.realpath(base), os.path.realpath(adapter)):
+        raise CheckpointError(f"{target}: is what is merged; give another --save-model-path")
+    check_replaceable(target)  # before minutes of loading
+    loaded = load_model(base, device=arguments.device, dtype=arguments.dtype)
+    model = load_adapter(loaded.model, adapter, merge=True)
+    save_checkpoint(model, target, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
+    logging.getLogger(__name__).info("the merged model is in %s", target)
+
+
+if __name__ == "__main__":
+    entry.run(main)

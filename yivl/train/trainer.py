@@ -1,0 +1,193 @@
+"""The Trainer of transformers with our batches, parameter groups, checkpoints and log."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.image_processing import ImageProcessor
+from yivl.model.saving import write_json
+from yivl.tokenization import YiTokenizer
+from yivl.train.arguments import Arguments, YiVLTrainingArguments, Zero, as_dict
+from yivl.train.batches import BatchLoader
+from yivl.train.checkpoints import (
+    UNFINISHED,
+    load_trained,
+    move_into_place,
+    publish,
+    remove_old_checkpoints,
+    save_trained,
+)
+from yivl.train.modules import freeze_modes, frozen_modules, parameter_groups
+
+
+class YiVLTrainer(Trainer):  # type: ignore[misc]
+    """Trains a ``YiVLForCausalLM``, or peft around one.
+
+    The loss of a step is the mean over its supervised tokens, whatever batches and processes they came in.
+    """
+
+    args: YiVLTrainingArguments
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: Arguments,
+        loader: BatchLoader,
+        *,
+        tokenizer: YiTokenizer,
+        image_processor: ImageProcessor,
+        num_patches: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            args=arguments.training,
+            train_dataset=loader.dataset,
+            data_collator=loader.collate_fn,
+            **kwargs,
+        )
+        self.arguments, self.loader = arguments, loader
+        self.tokenizer, self.image_processor, self.num_patches = tokenizer, image_processor, num_patches
+        self._frozen = frozen_modules(model)
+        self._run_dir = Path(arguments.training.output_dir)
+        self._final_dtype: torch.dtype | None = None
+        # Rows and positions since the last line of the log, on this process.
+        self._seen, self._since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """Return our batches, which are those of this process already."""
+        return self.loader
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, with a learning rate for each part of the model."""
+        optimizer: torch.optim.Optimizer | None = self.optimizer
+        if optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if Zero.of(self.args).offloads_optimizer and self.args.optim.startswith("adamw_torch"):
+                from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, and only offloading needs it
+
+                names = ("lr", "betas", "eps")
+                optimizer_class, settings = DeepSpeedCPUAdam, {name: settings[name] for name in names}
+            groups = parameter_groups(model, self.args, self.get_decay_parameter_names(model))
+            optimizer = self.optimizer = optimizer_class(groups, **settings)
+        return optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Return the batches of a step and its number of supervised tokens, and count what is in them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._seen += torch.tensor(count_batch(batch, self.num_patches), dtype=torch.float64)
+        # A step of which every row was bad has no token to divide by.
+        return batches, num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss, and never logits: those of a vocabulary of 64,000 would fill the memory."""
+        if model.training:
+            freeze_modes(self._frozen)
+        return super().compute_loss(model, inputs | {"skip_logits": True}, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add rows and positions (text tokens and patches) a second, over all processes, to every line."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            seen = self.accelerator.reduce(self._seen.to(self.args.device, torch.float32), "sum").tolist()
+            rows, tokens = (round(number / (now - self._since), 2) for number in seen)
+            logs |= {"rows_per_second": rows, "tokens_per_second": tokens}
+            self._seen, self._since = torch.zeros_like(self._seen), now
+        super().log(logs, start_time)
+
+    # Checkpoints: transformers writes them file by file, here they appear as a whole.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._run_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        started, name = time.perf_counter(), f"checkpoint-{self.state.global_step}"
+        with self._unfinished() as folder:
+            self._run_dir = folder
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._run_dir = Path(self.args.output_dir)
+        if self.args.local_process_index == 0:
+            target = self._run_dir / name
+            try:
+                move_into_place(folder / name, target)
+            except FileNotFoundError:  # another node moved it, on a disk that all share
+                if not target.is_dir():
+                    raise
+            remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self._since += time.perf_counter() - started  # the rates of the log are those of training
+
+    def save_final(self) -> None:
+        """Write the trained model into the output folder, in the precision of its training."""
+        self._final_dtype = torch.bfloat16 if self.args.bf16 else None
+        with self._unfinished() as folder:
+            self.save_model(str(folder / "model"))
+        self._final_dtype = None
+        if self.args.should_save:
+            publish(folder / "model", self._run_dir)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _unfinished(self) -> Iterator[Path]:
+        """Yield an empty folder that all processes may write into; on leaving, all have done so."""
+        folder = Path(self.args.output_dir) / UNFINISHED
+        if self.args.local_process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        yield folder
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self._final_dtype is not None and not self.is_adapter:
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {key: value.to(self._final_dtype) for key, value in weights.items()}
+        save_trained(
+            self.model,
+            folder,
+            tokenizer=self.tokenizer,
+            image_processor=self.image_processor,
+            state_dict=state_dict,
+        )
+        write_json(folder / "training_arguments.json", as_dict(self.arguments))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether LoRA adapters are trained."""
+        return self.arguments.model.lora_enable
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model if model is None else model, resume_from_checkpoint)
+
+
+def count_batch(batch: dict[str, Any], num_patches: int) -> tuple[int, int]:
+    """Return how many rows and decoder positions a batch holds, without padding."""
+    ids = batch["input_ids"]
+    num_images = int((ids == IMAGE_TOKEN_INDEX).sum())
+    if "row_lengths" in batch:
+        return len(batch["row_lengths"]), ids.numel() + num_images * (num_patches - 1)
+    return len(ids), int(batch["attention_mask"].sum()) + num_images * (num_patches - 1)
