@@ -42,7 +42,7 @@ def main() -> None:
     if training.process_index:
         logging.getLogger().setLevel(logging.WARNING)
     set_seed(training.seed)
-    if training.deepspeed and not torch.distributed.is_initialized():
+    if training.deepspeed:
         import deepspeed
 
         # Before the model is built: ZeRO-3 spreads its weights over the processes as they are made.

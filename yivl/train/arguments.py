@@ -164,15 +164,24 @@ class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
         self.recompute_language_model = self.gradient_checkpointing
         self.gradient_checkpointing = None
         self.remove_unused_columns = False
-        super().__post_init__()
+        # Without this, processes on CPUs would not find each other.
+        self.use_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
         if self.global_batch_size is not None:
-            rows = self.per_device_train_batch_size * self.world_size
+            # Read from the launcher's environment, because DeepSpeed's settings are filled in with the result below.
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            rows = self.per_device_train_batch_size * world_size
             if self.global_batch_size % rows:
                 raise YiVLError(
                     f"--global_batch_size {self.global_batch_size} is no multiple of {rows} "
-                    f"(--per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes)"
+                    f"(--per_device_train_batch_size {self.per_device_train_batch_size} x {world_size} processes)"
                 )
             self.gradient_accumulation_steps = self.global_batch_size // rows
+        super().__post_init__()
+        if self.n_gpu > 1:
+            raise YiVLError(
+                f"{self.n_gpu} GPUs in one process: start one process each with a script of scripts/ or torchrun, or "
+                "choose one GPU by CUDA_VISIBLE_DEVICES"
+            )
 
 
 @dataclass(frozen=True)
