@@ -110,6 +110,7 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("accelerate", "bitsandbytes", "datasets", "DeepSpeed", "fsspec", "httpx", "matplotlib", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says that there is no CUDA
     transformers_logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if not sys.stderr.isatty():

@@ -1,6 +1,7 @@
 """Tar shards as they come, for data of LAION's scale: nothing is listed, counted or unpacked beforehand."""
 
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -86,7 +87,7 @@ class StreamDataset(Dataset[Example | None]):
     def _endless(self, source: Source, part: int, parts: int) -> Iterator[Row | RowError]:
         epoch = 0
         while True:
-            rows = self._shard_rows if source.is_stream else self._file_rows
+            rows = self._tar_rows if source.is_stream else self._file_rows
             empty = True
             for row in rows(source, epoch, part, parts):
                 empty = False
@@ -103,18 +104,45 @@ class StreamDataset(Dataset[Example | None]):
         random.Random(f"{self.seed} {epoch}").shuffle(rows)
         yield from rows[part::parts]
 
-    def _shard_rows(self, source: Source, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
-        shards = datasets.load_dataset("webdataset", data_files=source.shards(), split="train", streaming=True)
-        shards = shards.decode(False).shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+    def _tar_rows(self, source: Source, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
+        shards = open_shards(source).shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         shards = split_dataset_by_node(shards, rank=part, world_size=parts)
         shards.set_epoch(epoch)
-        # Not plain iteration: that would split the rows once more over the workers, which this class has done.
+        yield from read_shards(shards, source)
+
+
+def open_shards(source: Source) -> Any:
+    """Return the tar shards of a source as a streaming data set of ``datasets``, pictures as bytes.
+
+    Raises:
+        RowError: If there are none, or they are no tar files of samples.
+    """
+    paths = source.shards()
+    try:
+        shards = datasets.load_dataset("webdataset", data_files=paths, split="train", streaming=True)
+        return shards.decode(False)
+    except (OSError, ValueError, IndexError, tarfile.TarError) as error:
+        raise RowError(
+            f"{paths[0]}: not a tar shard of pictures and captions ({' '.join(str(error).split())})"
+        ) from error
+
+
+def read_shards(shards: Any, source: Source) -> Iterator[Row | RowError]:
+    """Yield the rows of shards; a row that cannot be parsed is its error.
+
+    Raises:
+        RowError: If a shard is damaged: what follows in it is lost, and no count would say how much.
+    """
+    try:
+        # Not plain iteration: that would split the rows once more over data-loading workers.
         for batch in shards.iter(batch_size=1):
             sample = {key: value[0] for key, value in batch.items()}
             try:
                 yield parse_sample(sample)
             except RowError as error:
                 yield error
+    except (OSError, tarfile.TarError) as error:
+        raise RowError(f"{source.data_path}: a damaged shard ({error}); download it again") from error
 
 
 def parse_sample(sample: Mapping[str, Any]) -> Row:

@@ -78,9 +78,7 @@ def load_model(
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
     # The small files first: what is wrong with them is known before minutes of loading.
-    config, tokenizer = YiVLConfig.from_folder(folder), load_tokenizer(folder)
-    clip_processor = load_clip_processor(vit_folder(folder, config.mm_vision_tower))
-    image_processor = ImageProcessor(clip_processor, config.image_aspect_ratio)
+    config, tokenizer, image_processor = read_small_files(folder)
     if load_in_4bit and _device_map(device) == {"": "cpu"}:
         check_widths(config)
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
@@ -90,6 +88,17 @@ def load_model(
     if adapter is not None:
         model = load_adapter(model, adapter)
     return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
+
+
+def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
+    """Return what a checkpoint folder holds beside its weights.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    config, tokenizer = YiVLConfig.from_folder(folder), load_tokenizer(folder)
+    clip_processor = load_clip_processor(vit_folder(folder, config.mm_vision_tower))
+    return config, tokenizer, ImageProcessor(clip_processor, config.image_aspect_ratio)
 
 
 def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:

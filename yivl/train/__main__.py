@@ -8,6 +8,7 @@ The scripts of ``scripts/`` call this with the flags of each case; docs/training
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from yivl import entry
@@ -15,26 +16,25 @@ from yivl import entry
 logger = logging.getLogger(__name__)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Arguments, data, model, training, the trained model: in this order, so that mistakes show before weights load."""
     entry.log_to_stderr()
 
     from yivl.train.arguments import parse_arguments, prepare_environment
 
-    prepare_environment(sys.argv[1:])
-    arguments = parse_arguments()
+    argv = sys.argv[1:] if argv is None else argv
+    prepare_environment(argv)
+    arguments = parse_arguments(argv)
     model_arguments, data, training = arguments
 
     import torch
     from transformers import set_seed
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from yivl.data.bad_rows import BadRows
     from yivl.data.examples import Encoder
     from yivl.train import modules
     from yivl.train.batches import make_batches, make_eval_rows
     from yivl.train.checkpoints import find_checkpoint
-    from yivl.train.log import RunLog
     from yivl.train.plan import describe_run
     from yivl.train.start import empty_start, load_start, read_start
     from yivl.train.trainer import YiVLTrainer
@@ -86,11 +86,8 @@ def main() -> None:
         tokenizer=start.tokenizer,
         image_processor=start.image_processor,
         num_patches=num_patches,
-        eval_dataset=make_eval_rows(data, encoder, bad_rows),
-        callbacks=[RunLog(training.output_dir)],
+        eval_rows=make_eval_rows(data, encoder, bad_rows),
     )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

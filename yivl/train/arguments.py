@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
@@ -165,7 +164,8 @@ class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
         self.gradient_checkpointing = None
         self.remove_unused_columns = False
         # Without this, processes on CPUs would not find each other.
-        self.use_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            self.use_cpu = True
         if self.global_batch_size is not None:
             # Read from the launcher's environment, because DeepSpeed's settings are filled in with the result below.
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -221,13 +221,12 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
         raise YiVLError(f"{message}; --help lists the flags")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Return the checked flags of a command line; ``--stage`` sets the defaults of others first.
 
     Raises:
         YiVLError: If a flag is missing, out of range or contradicts another.
     """
-    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(tuple(Arguments.__annotations__.values()), prog="python -m yivl.train", allow_abbrev=False)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--stage")

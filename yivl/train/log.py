@@ -64,11 +64,6 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             logger.info("step %d/%d  %s", state.global_step, state.max_steps, text)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draw the curve as it is now."""
-        if state.is_world_process_zero:
-            draw_loss(self.path, self.picture)
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -76,7 +71,12 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        self.on_save(args, state, control)
+        if state.is_world_process_zero:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the curve as it is now."""
+        draw_loss(self.path, self.picture)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

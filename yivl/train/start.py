@@ -11,8 +11,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
-from yivl.model.configuration import YiVLConfig, read_json, vit_folder
-from yivl.model.loading import check_widths, quantization_config, resolve_checkpoint
+from yivl.model.configuration import YiVLConfig, read_json
+from yivl.model.loading import check_widths, quantization_config, read_small_files, resolve_checkpoint
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.packing import register_packed_sdpa
 from yivl.model.vit_weights import is_open_clip, read_clip_weights, read_vit_config
@@ -49,26 +49,25 @@ def read_start(arguments: ModelArguments) -> Start:
     folder = resolve_checkpoint(os.path.expanduser(arguments.model_name_or_path))
     is_language_model = "mm_vision_tower" not in read_json(folder / "config.json")
     vit = None if arguments.vision_tower is None else Path(os.path.expanduser(arguments.vision_tower))
-    if is_language_model:
-        if vit is None:
-            raise CheckpointError(f"{folder}: a language model alone; name the ViT to start with by --vision_tower")
-        config = _fresh_config(folder, vit, arguments)
-    else:
-        config = YiVLConfig.from_folder(folder)
+    if not is_language_model:
+        config, tokenizer, image_processor = read_small_files(folder)
+        clip_processor = image_processor.clip_processor
         if vit is not None and read_vit_config(vit).to_diff_dict() != config.vision_config.to_diff_dict():
             raise CheckpointError(f"{vit}: another ViT than that of {folder}; a new one starts from a language model")
+    elif vit is None:
+        raise CheckpointError(f"{folder}: a language model alone; name the ViT to start with by --vision_tower")
+    else:
+        config, tokenizer = _fresh_config(folder, vit, arguments), load_tokenizer(folder)
+        # open_clip keeps its preprocessing elsewhere; that of its ViTs is CLIP's.
+        clip_processor = CLIPImageProcessorPil() if is_open_clip(vit) else load_clip_processor(vit)
     if arguments.image_aspect_ratio is not None:
         config.image_aspect_ratio = arguments.image_aspect_ratio
     image_size = arguments.image_size or config.vision_config.image_size
     if image_size % config.vision_config.patch_size:
         raise YiVLError(f"--image_size {image_size} is no multiple of the patch size {config.vision_config.patch_size}")
-    tower = vit or vit_folder(folder, config.mm_vision_tower)
-    # open_clip keeps its preprocessing elsewhere; that of its ViTs is CLIP's.
-    clip_processor = CLIPImageProcessorPil() if is_open_clip(tower) else load_clip_processor(tower)
     clip_processor.size = {"shortest_edge": image_size}
     clip_processor.crop_size = {"height": image_size, "width": image_size}
     image_processor = ImageProcessor(clip_processor, config.image_aspect_ratio)
-    tokenizer = load_tokenizer(folder)
     return Start(folder, config, image_size, is_language_model, vit, tokenizer, image_processor)
 
 

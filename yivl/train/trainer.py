@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.data.dataset import RowDataset
 from yivl.image_processing import ImageProcessor
 from yivl.model.saving import write_json
 from yivl.tokenization import YiTokenizer
@@ -25,6 +27,7 @@ from yivl.train.checkpoints import (
     remove_old_checkpoints,
     save_trained,
 )
+from yivl.train.log import RunLog
 from yivl.train.modules import freeze_modes, frozen_modules, parameter_groups
 
 
@@ -46,15 +49,19 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         tokenizer: YiTokenizer,
         image_processor: ImageProcessor,
         num_patches: int,
-        **kwargs: Any,
+        eval_rows: RowDataset | None = None,
     ) -> None:
+        self.run_log = RunLog(arguments.training.output_dir)
         super().__init__(
             model,
             args=arguments.training,
             train_dataset=loader.dataset,
+            eval_dataset=eval_rows,
             data_collator=loader.collate_fn,
-            **kwargs,
+            callbacks=[self.run_log],
         )
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
         self.arguments, self.loader = arguments, loader
         self.tokenizer, self.image_processor, self.num_patches = tokenizer, image_processor, num_patches
         self._frozen = frozen_modules(model)
@@ -135,6 +142,8 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
                 if not target.is_dir():
                     raise
             remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
+        if self.args.should_save:
+            self.run_log.draw()
         self.accelerator.wait_for_everyone()
         self._since += time.perf_counter() - started  # the rates of the log are those of training
 
