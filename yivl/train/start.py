@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
@@ -52,7 +53,7 @@ def read_start(arguments: ModelArguments) -> Start:
     if not is_language_model:
         config, tokenizer, image_processor = read_small_files(folder)
         clip_processor = image_processor.clip_processor
-        if vit is not None and read_vit_config(vit).to_diff_dict() != config.vision_config.to_diff_dict():
+        if vit is not None and not _have_same_shapes(read_vit_config(vit), config.vision_config):
             raise CheckpointError(f"{vit}: another ViT than that of {folder}; a new one starts from a language model")
     elif vit is None:
         raise CheckpointError(f"{folder}: a language model alone; name the ViT to start with by --vision_tower")
@@ -109,6 +110,11 @@ def empty_start(start: Start) -> YiVLForCausalLM:
         model = YiVLForCausalLM(start.config)
     model.resize_images(start.image_size)
     return model
+
+
+def _have_same_shapes(one: CLIPVisionConfig, other: CLIPVisionConfig) -> bool:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _fresh_config(folder: Path, vit: Path, arguments: ModelArguments) -> YiVLConfig:
