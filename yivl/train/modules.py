@@ -129,7 +129,8 @@ def parameter_groups(
             "lr": learning_rate_of(part, arguments),
             "weight_decay": arguments.weight_decay if decays else 0.0,
         }
-        for (part, decays), parameters in groups.items()
+        # The rate of the first group is the one that is logged.
+        for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0][0] != "language_model")
     ]
 
 

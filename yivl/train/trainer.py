@@ -1,11 +1,12 @@
 """The Trainer of transformers with our batches, parameter groups, checkpoints and log."""
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.data.dataset import RowDataset
+from yivl.data.rows import RowError
+from yivl.errors import YiVLError
 from yivl.image_processing import ImageProcessor
 from yivl.model.saving import write_json
 from yivl.tokenization import YiTokenizer
@@ -29,6 +32,12 @@ from yivl.train.checkpoints import (
 )
 from yivl.train.log import RunLog
 from yivl.train.modules import freeze_modes, frozen_modules, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+MAX_EMPTY_STEPS: Final = 10
+"""Steps in a row without a single target that are too many. Source: ours."""
+_WORKER_PREFIX: Final = f"{RowError.__module__}.{RowError.__qualname__}: "
 
 
 class YiVLTrainer(Trainer):  # type: ignore[misc]
@@ -64,6 +73,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             self.remove_callback(callback)
         self.arguments, self.loader = arguments, loader
         self.tokenizer, self.image_processor, self.num_patches = tokenizer, image_processor, num_patches
+        self._empty_steps = 0
         self._frozen = frozen_modules(model)
         self._run_dir = Path(arguments.training.output_dir)
         self._final_dtype: torch.dtype | None = None
@@ -93,11 +103,29 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Return the batches of a step and its number of supervised tokens, and count what is in them."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except RowError as error:
+            # From a data-loading worker it comes with the worker's traceback; its last line is what we said.
+            raise RowError(str(error).strip().splitlines()[-1].removeprefix(_WORKER_PREFIX)) from error
         for batch in batches:
             self._seen += torch.tensor(count_batch(batch, self.num_patches), dtype=torch.float64)
-        # A step of which every row was bad has no token to divide by.
-        return batches, num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items
+        if isinstance(num_items, torch.Tensor):
+            self._check_targets(int(num_items))
+            num_items = num_items.clamp(min=1)  # it divides the loss
+        return batches, num_items
+
+    def _check_targets(self, num_targets: int) -> None:
+        """Say so when every row of a step was left out, and stop when it goes on: a loss of 0 must not look like success.
+
+        Raises:
+            YiVLError: If no step had a target for too long.
+        """
+        self._empty_steps = 0 if num_targets else self._empty_steps + 1
+        if self._empty_steps:
+            logger.warning("step %d: every row was left out, nothing is learnt from it", self.state.global_step + 1)
+        if self._empty_steps == min(MAX_EMPTY_STEPS, self.state.max_steps):
+            raise YiVLError(f"no target in {self._empty_steps} steps: every row was left out, see bad_rows.jsonl")
 
     def compute_loss(
         self,
