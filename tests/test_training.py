@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from conftest import CHECKPOINT
 from PIL import Image
-from recipes import FACTS, ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
+from recipes import ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
 
 from yivl.data.rows import RowError
 from yivl.errors import CheckpointError, YiVLError
@@ -257,24 +258,21 @@ def test_rows_whose_answers_are_all_cut_off_are_an_error_and_never_a_loss_of_zer
 
 
 def test_a_tokenizer_with_another_stop_token_is_refused(tmp_path: Path) -> None:
-    import sentencepiece
-
     model = tmp_path / "model"
     shutil.copytree(CHECKPOINT, model)
     corpus = tmp_path / "corpus.txt"
-    corpus.write_text(
-        "Human Assistant one two\n" * 50 + "".join(f"{answer}\n" for _, _, answer in FACTS), encoding="utf-8"
-    )
+    # Tokens may span blanks here, so "### Human" becomes one, and the stop string none.
+    corpus.write_text("### Human: one\n### Assistant: two\n" * 100, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(tmp_path / "other"),
-        vocab_size=400,
+        vocab_size=310,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=["###▁"],
+        split_by_whitespace=False,
+        split_by_unicode_script=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )

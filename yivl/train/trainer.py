@@ -116,7 +116,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         return batches, num_items
 
     def _check_targets(self, num_targets: int) -> None:
-        """Say so when every row of a step was left out, and stop when it goes on: a loss of 0 must not look like success.
+        """Say so when every row of a step was left out, and stop when that goes on: a loss of 0 is no success.
 
         Raises:
             YiVLError: If no step had a target for too long.
