@@ -32,7 +32,8 @@ launch() {
   fi
   local command=("$PYTHON" -m yivl.train)
   if [[ -n ${HOSTFILE:-} ]]; then
-    command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" --module yivl.train)
+    command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT"
+      --no_local_rank --module yivl.train)
   elif ((processes * NNODES > 1)); then
     command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" --nnodes "$NNODES"
       --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m yivl.train)

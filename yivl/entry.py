@@ -88,9 +88,10 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
 
 def load_chat(arguments: argparse.Namespace) -> "Chat":
     """Load the model the flags describe."""
+    log_to_stderr()
+
     from yivl.generation import Chat
 
-    log_to_stderr()
     return Chat.from_pretrained(
         os.path.expanduser(arguments.model_path),
         device=arguments.device,

@@ -34,12 +34,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Load the base, add the adapter, save."""
     arguments = parse_args()
+    entry.log_to_stderr()
 
     from yivl.errors import CheckpointError
     from yivl.model.loading import load_adapter, load_model
     from yivl.model.saving import check_replaceable, save_checkpoint
 
-    entry.log_to_stderr()
     base, adapter, target = (
         os.path.expanduser(path) for path in (arguments.model_path, arguments.lora_path, arguments.save_model_path)
     )
