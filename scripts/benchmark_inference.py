@@ -111,22 +111,17 @@ def machine(device: str) -> dict[str, Any]:
     return facts | gpu | {"torch": torch.__version__, "python": platform.python_version()}
 
 
-def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
-    """Write a randomly initialised checkpoint in the published layout, in at least four shards."""
-    import torch
+def shape_config(shape: str, dtype: str = "float32", image_size: int = 448) -> Any:
+    """Return the configuration of a shape."""
     from transformers import CLIPVisionConfig
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from yivl.model.configuration import YiVLConfig
-    from yivl.model.modeling import YiVLForCausalLM
-    from yivl.model.saving import save_checkpoint
-    from yivl.tokenization import load_tokenizer
 
     fields = dict(SHAPES[shape])
     vision = CLIPVisionConfig(
-        **fields.pop("vision"), image_size=448, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5
+        **fields.pop("vision"), image_size=image_size, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5
     )
-    config = YiVLConfig(
+    return YiVLConfig(
         **fields,
         vision_config=vision,
         mm_hidden_size=vision.hidden_size,
@@ -136,8 +131,19 @@ def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
         rms_norm_eps=1e-5,
         dtype=dtype,
     )
+
+
+def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
+    """Write a randomly initialised checkpoint in the published layout, in at least four shards."""
+    import torch
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from yivl.model.modeling import YiVLForCausalLM
+    from yivl.model.saving import save_checkpoint
+    from yivl.tokenization import load_tokenizer
+
     torch.set_default_dtype(getattr(torch, dtype))
-    model = YiVLForCausalLM(config)
+    model = YiVLForCausalLM(shape_config(shape, dtype))
     torch.set_default_dtype(torch.float32)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     processor = CLIPImageProcessorPil(size={"shortest_edge": 448}, crop_size={"height": 448, "width": 448})

@@ -1,0 +1,275 @@
+"""Measure training steps, ours against the lineage's way, and the streaming loader against bare decoding.
+
+python scripts/benchmark_training.py --shape medium
+
+The model is random; its language model and projector train, the ViT is frozen, AdamW steps after every batch. A row is
+a picture (256 or 1,024 patches), 60 tokens of prompt and an answer of 10 to 400 tokens. The lineage's way pads rows in
+random order, runs the whole ViT and computes float32 logits of every position; ours groups rows by length, or packs
+them, and computes logits where a label asks for one. Every run is a process of its own, the ways take turns, and
+figures are medians over --repeats.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark_inference import GOLDEN, SHAPES, machine, machine_rates, resident_peak, rounded, shape_config
+
+WAYS = ("lineage", "grouped", "packed")
+PROMPT_BEFORE, PROMPT_AFTER, SHORTEST, LONGEST = 40, 20, 10, 400
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="medium", help="(default: %(default)s)")
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[224, 448], help="pixels (default: 224 448)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a run (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the products")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of both ways")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs per figure (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=400, help="pictures of the loader's run (default: %(default)s)")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # the child that trains
+    parser.add_argument("--image-size", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    arguments = parse_args()
+    if arguments.way:
+        print(json.dumps(train(arguments)))
+        return
+
+    import torch
+
+    _, rate = machine_rates(getattr(torch, arguments.dtype), arguments.device, arguments.repeats)
+    results: dict[str, Any] = {
+        "machine": machine(arguments.device),
+        "flags": vars(arguments),
+        "matrix_products_flop_per_s": rate,
+    }
+    for image_size in arguments.image_sizes:
+        runs = [measure_ways(arguments, image_size) for _ in range(arguments.repeats)]
+        results[f"{(image_size // 14) ** 2} patches"] = compare(runs, rate)
+    results["loader"] = measure_loader(arguments.pictures, arguments.repeats)
+    print(json.dumps(rounded(results), indent=2))
+
+
+def measure_ways(arguments: argparse.Namespace, image_size: int) -> dict[str, dict[str, float]]:
+    """Run every way once, each in a process of its own."""
+    results = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--way", way, "--image-size", str(image_size)]
+        for name in ("shape", "batch_size", "rows", "dtype", "attention", "device"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        results[way] = json.loads(output)
+        print(f"{image_size} {way}: {results[way]}", file=sys.stderr)
+    return results
+
+
+def compare(runs: Sequence[dict[str, dict[str, float]]], rate: float) -> dict[str, Any]:
+    """Return medians of each way, and its ratios to the lineage's way of the same repeat."""
+    table: dict[str, Any] = {}
+    for way in WAYS:
+        figures = {key: statistics.median(run[way][key] for run in runs) for key in runs[0][way]}
+        figures["fraction_of_matrix_products"] = figures.pop("useful_flop_per_s") / rate
+        for key in ("rows_per_s", "peak_bytes", "step_bytes"):
+            figures[f"{key}_over_lineage"] = statistics.median(run[way][key] / run["lineage"][key] for run in runs)
+        table[way] = figures
+    return table
+
+
+def train(arguments: argparse.Namespace) -> dict[str, float]:
+    """Take the steps of one way and return rows, tokens and useful FLOPs a second, and memory."""
+    import torch
+
+    from yivl.data.dataset import BatchSampler
+    from yivl.data.examples import Collator
+    from yivl.model.modeling import YiVLForCausalLM
+    from yivl.model.packing import register_packed_sdpa
+
+    torch.manual_seed(0)
+    config = shape_config(arguments.shape, image_size=arguments.image_size)
+    packing = arguments.way == "packed"
+    config._attn_implementation = (
+        register_packed_sdpa() if packing and arguments.attention == "sdpa" else arguments.attention
+    )
+    model = YiVLForCausalLM(config).to(arguments.device).train()
+    model.get_vision_tower().requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+    examples = random_examples(arguments.rows + arguments.batch_size, config)
+    lengths = None if arguments.way == "lineage" else [example.num_positions for example in examples]
+    batches = list(BatchSampler(arguments.rows, arguments.batch_size, lengths=lengths and lengths[: arguments.rows]))
+    collator = Collator(0, packing=packing)
+    loss_of: Callable[..., Any] = lineage_loss if arguments.way == "lineage" else our_loss
+
+    def step(indices: Sequence[int]) -> None:
+        batch = {
+            key: value.to(arguments.device) if value is not None else None
+            for key, value in collator([examples[index] for index in indices]).items()
+        }
+        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
+            loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
+
+    # One step warms up and makes the optimizer's moments; before it, the weights alone are resident.
+    weights = resident_peak()
+    step(range(arguments.rows, arguments.rows + arguments.batch_size))
+    start = time.perf_counter()
+    for indices in batches:
+        step(indices)
+    seconds = time.perf_counter() - start
+    rows = examples[: arguments.rows]
+    peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else resident_peak()
+    return {
+        "rows_per_s": len(rows) / seconds,
+        "tokens_per_s": sum(row.num_positions for row in rows) / seconds,
+        "useful_flop_per_s": sum(useful_flops(config, row) for row in rows) / seconds,
+        "peak_bytes": peak,
+        "step_bytes": peak - weights,
+    }
+
+
+def random_examples(count: int, config: Any) -> list[Any]:
+    """Return rows with a picture, a prompt and an answer of 10 to 400 tokens."""
+    import torch
+
+    from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+    from yivl.data.examples import Example
+
+    size, examples = config.vision_config.image_size, []
+    for _ in range(count):
+        answer = int(torch.randint(SHORTEST, LONGEST + 1, ()))
+        ids = torch.randint(10, config.vocab_size, (PROMPT_BEFORE + 1 + PROMPT_AFTER + answer,))
+        ids[PROMPT_BEFORE] = IMAGE_TOKEN_INDEX
+        labels = ids.clone()
+        labels[:-answer] = IGNORE_INDEX
+        examples.append(Example(ids, labels, torch.randn(1, 3, size, size), len(ids) - 1 + config.num_patches))
+    return examples
+
+
+def our_loss(model: Any, batch: dict[str, Any]) -> Any:
+    """Return the loss as the trainer takes it."""
+    return model(**batch, use_cache=False).loss
+
+
+def lineage_loss(model: Any, batch: dict[str, Any]) -> Any:
+    """Return the same loss the way the lineage computes it: the whole ViT, float32 logits of every position."""
+    import torch
+
+    tower = model.get_vision_tower()
+    with torch.no_grad():
+        features = tower.vit(batch["images"], output_hidden_states=True).hidden_states[tower.num_layers][:, 1:]
+    fused = model.fuse(
+        batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=batch["labels"],
+        image_features=model.model.mm_projector(features),
+    )
+    hidden = model.model(
+        inputs_embeds=fused.inputs_embeds,
+        attention_mask=fused.attention_mask,
+        position_ids=fused.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    logits = model.lm_head(hidden).float()
+    shifted, targets = logits[:, :-1].contiguous(), fused.labels[:, 1:].contiguous()
+    return torch.nn.functional.cross_entropy(shifted.flatten(0, 1), targets.flatten())
+
+
+def useful_flops(config: Any, row: Any) -> float:
+    """Return the FLOPs of the matrix products a row needs: thrice the forward pass of what trains, once the ViT's."""
+    from yivl.constants import IGNORE_INDEX
+
+    vision, patches, length = config.vision_config, config.num_patches, row.num_positions
+    width = vision.hidden_size
+    layer = 2 * (patches + 1) * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * (patches + 1) ** 2 * width
+    tower = config.num_vision_layers * layer + 2 * patches * 3 * vision.patch_size**2 * width
+    hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
+    weights = 2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * config.intermediate_size
+    decoder = config.num_hidden_layers * (2 * length * weights + 2 * length**2 * hidden)
+    projector = 2 * patches * (width * hidden + hidden**2)
+    targets = int((row.labels != IGNORE_INDEX).sum())
+    return float(tower + 3 * (decoder + projector + 2 * targets * hidden * config.vocab_size))
+
+
+def measure_loader(count: int, repeats: int) -> dict[str, float]:
+    """Return pictures a second of one stream, and what bare decoding and resizing of the same files would give."""
+    import torch
+    from PIL import Image
+
+    from yivl.data.examples import Encoder
+    from yivl.data.sources import Source
+    from yivl.data.stream import StreamDataset
+    from yivl.image_processing import expand2square
+    from yivl.model.loading import read_small_files
+
+    torch.set_num_threads(1)  # as in a data-loading worker
+    _, tokenizer, image_processor = read_small_files(GOLDEN / "checkpoint")
+    clip = image_processor.clip_processor
+    clip.size, clip.crop_size = {"shortest_edge": 448}, {"height": 448, "width": 448}
+    encoder = Encoder(tokenizer, image_processor, 1024, 2048)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = write_pictures(Path(temporary) / "00000.tar", count)
+        source = Source(str(Path(temporary) / "*.tar"))
+
+        def bare() -> None:
+            for data in files:
+                picture = Image.open(io.BytesIO(data)).convert("RGB")
+                expand2square(picture, image_processor.background).resize((448, 448), Image.Resampling.BICUBIC)
+
+        def stream() -> None:
+            dataset = StreamDataset([source], encoder, print, 8)
+            for batch in range(count // 8):
+                dataset.__getitems__([(batch, place) for place in range(8)])
+
+        ratios, rates = [], []
+        for _ in range(repeats):
+            times = []
+            for work in (bare, stream):
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+            ratios.append(times[1] / times[0])
+            rates.append(count / times[1])
+    return {"pictures_per_s_of_a_worker": statistics.median(rates), "times_bare_decoding": statistics.median(ratios)}
+
+
+def write_pictures(path: Path, count: int) -> list[bytes]:
+    """Write JPEG photographs of the sizes of LAION with captions into a tar shard and return the files."""
+    import tarfile
+
+    from PIL import Image
+
+    photo = Image.open(GOLDEN.parents[1] / "images/coffee.jpg").convert("RGB")
+    files = []
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            data = io.BytesIO()
+            photo.resize((512 + number % 128, 384 + number % 96)).save(data, "JPEG", quality=90)
+            files.append(data.getvalue())
+            for suffix, content in (("jpg", files[-1]), ("txt", f"A cup of coffee, number {number}.".encode())):
+                entry = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return files
+
+
+if __name__ == "__main__":
+    main()
