@@ -265,10 +265,14 @@ def test_qlora_is_trained_and_merged_into_the_unquantized_base(bits: int, tmp_pa
     ask(merged, QUESTION, "photo_rgb.jpg")
 
 
+# Adam turns the rounding of gradients near zero into whole steps; with this epsilon it does not.
+COMPARED: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2, "save_steps": 3, "adam_epsilon": 1e-2}
+
+
 def run_zero(settings: str, out: Path, rows: Path, **changes: Any) -> list[float]:
     run_script(
         "finetune.sh",
-        *flags(CHECKPOINT, rows, out, learning_rate=1e-3, num_train_epochs=2, save_steps=3, **changes),
+        *flags(CHECKPOINT, rows, out, **COMPARED, **changes),
         PROCESSES=2,
         GLOBAL_BATCH=2,
         MASTER_PORT=free_port(),
@@ -284,7 +288,7 @@ def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     rows = write_rows(folder / "rows.json")
     run_script(
         "finetune.sh",
-        *flags(CHECKPOINT, rows, folder / "out", learning_rate=1e-3, num_train_epochs=2, freeze_mm_mlp_adapter=False),
+        *flags(CHECKPOINT, rows, folder / "out", **COMPARED, freeze_mm_mlp_adapter=False),
         GLOBAL_BATCH=2,
         MICRO_BATCH=2,
     )
@@ -304,7 +308,7 @@ def test_two_processes_take_the_steps_of_one_and_go_on_exactly(
     expected, found = weights(single), weights(tmp_path / "whole")
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-3)
     if "offload" in settings:
         return
     resumed = tmp_path / "resumed"

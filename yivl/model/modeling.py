@@ -171,8 +171,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if image_features is None:
             image_features = text_embeds.new_zeros(0, num_patches, text_embeds.shape[-1])
         inputs_embeds = merge_features(expanded.input_ids, text_embeds, image_features)
-        must_agree = torch.distributed.is_initialized() and (self.training or is_deepspeed_zero3_enabled())
-        if must_agree and not len(image_features):
+        if not len(image_features) and (is_deepspeed_zero3_enabled() or (self.training and self._trains_vision())):
             inputs_embeds = inputs_embeds + self._untouched_vision().to(inputs_embeds)
         if row_lengths is None:
             position_ids = position_ids_from_mask(expanded.attention_mask)
@@ -186,10 +185,16 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """Return a zero that depends on tower and projector.
 
         With several processes every one must run the same modules in the same order, embeddings first: under ZeRO-3 a
-        rank whose batch holds no picture would otherwise gather other weights than the rest, and all would hang.
+        rank whose batch holds no picture would otherwise gather other weights than the rest, and all would hang. And
+        with one process a step without pictures must be the step that several would take: gradients of zero, which
+        move a parameter by its momentum, and not none, which leave it where it is.
         """
         size = self.config.vision_config.image_size
         return self.encode_images(torch.zeros(1, 3, size, size)).sum() * 0
+
+    def _trains_vision(self) -> bool:
+        parts = (self.model.vision_tower, self.model.mm_projector)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -57,7 +57,9 @@ def estimate_memory(
     if zero.stage == 3:
         weights = (0 if zero.offloads_weights else weights) + 3 * largest_layer  # gathered to be used
     gradients = trained * gradient / (num_gpus if zero.stage >= 2 else 1)
-    optimizer = 0.0 if zero.offloads_optimizer else trained * moments / (num_gpus if zero.stage >= 1 else 1)
+    optimizer = trained * moments / (num_gpus if zero.stage >= 1 else 1)
+    if zero.offloads_optimizer:
+        gradients = optimizer = 0.0  # gradients follow the optimizer to the CPU as they are made
     return Memory(weights, gradients, optimizer, _activations(sizes, config, arguments, width))
 
 

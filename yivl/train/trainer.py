@@ -196,6 +196,11 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         yield folder
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model; no process goes on to write beside it before it is there."""
+        super().save_model(output_dir, _internal_call)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return

@@ -1,0 +1,89 @@
+"""Print what fits on which GPUs, as the table of docs/training.md: the estimates of the dry run.
+
+python scripts/hardware_table.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "tests/golden/yi-vl-34b"
+# Source: 01-ai/Yi-VL-6B, config.json; the other fields are those of the 34B.
+FIELDS_6B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+}
+LANGUAGE_MODEL = "--gradient_checkpointing True"
+BOTH = f"{LANGUAGE_MODEL} --vision_gradient_checkpointing True"
+MODES = {
+    "stage 1 (224), captions, 8 rows": f"--stage 1 --model_max_length 512 --per_device_train_batch_size 8 {BOTH}",
+    "stage 2 (448), captions, 8 rows": f"--stage 2 --model_max_length 1280 --per_device_train_batch_size 8 {BOTH}",
+    "stage 3, 1 row": f"--stage 3 {BOTH}",
+    "full, ViT and projector frozen, 1 row": f"--freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
+    "LoRA, 1 row": f"--lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
+    "QLoRA, 1 row": f"--bits 4 --lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
+}
+# GPUs and the GiB of one that a run can use: the CUDA context and fragmentation take some.
+MACHINES = {"1 × 24 GB": (1, 21.5), "1 × 80 GB": (1, 76.0), "8 × 80 GB": (8, 76.0)}
+
+
+def main() -> None:
+    """Print the table."""
+    print(table())
+
+
+def table() -> str:
+    """Return the table in Markdown; a cell is the plainest setting that fits, and its estimate."""
+    lines = [f"| mode | model | {' | '.join(MACHINES)} |", f"|---|---|{'---|' * len(MACHINES)}"]
+    for mode, flags in MODES.items():
+        for name, fields in (("6B", FIELDS_6B), ("34B", {})):
+            cells = [fitting(flags, fields, *machine) for machine in MACHINES.values()]
+            lines.append(f"| {mode} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> str:
+    """Return the plainest setting with which one of ``num_gpus`` GPUs holds its part."""
+    import torch
+    from transformers import CLIPVisionConfig
+
+    from yivl.model.configuration import YiVLConfig
+    from yivl.model.modeling import YiVLForCausalLM
+    from yivl.train import modules
+    from yivl.train.arguments import Zero, parse_arguments
+    from yivl.train.plan import GIB, estimate_memory
+
+    config = YiVLConfig.from_folder(PUBLISHED)
+    vision = json.loads(next(PUBLISHED.glob("vit/*/config.json")).read_text())
+    published = json.loads((PUBLISHED / "config.json").read_text()) | fields
+    published.pop("model_type")
+    arguments = parse_arguments(f"--model_name_or_path m --data_path d --output_dir o --bf16 True {flags}".split())
+    vision["image_size"] = arguments.model.image_size or 448
+    config = YiVLConfig(**published, vision_config=CLIPVisionConfig(**vision))
+    with torch.device("meta"):
+        model: Any = YiVLForCausalLM(config)
+        if arguments.model.lora_enable:
+            model = modules.add_adapters(model, arguments.model, base="m")
+    modules.select_trainable(model, arguments.model, config.num_vision_layers)
+    sizes = modules.part_sizes(model, arguments.training)
+    settings = {"no DeepSpeed": Zero()}
+    if arguments.model.bits == 16:
+        settings |= {
+            "zero2": Zero(2),
+            "zero3": Zero(3),
+            "zero2_offload": Zero(2, offloads_optimizer=True),
+            "zero3_offload": Zero(3, offloads_optimizer=True, offloads_weights=True),
+        }
+    for name, zero in settings.items():
+        needed = estimate_memory(sizes, config, arguments, zero, num_gpus).total / GIB
+        if needed <= room:
+            return f"{name}, {needed:.0f} GiB"
+    return "–"
+
+
+if __name__ == "__main__":
+    main()
