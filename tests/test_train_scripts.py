@@ -254,7 +254,7 @@ def test_qlora_is_trained_and_merged_into_the_unquantized_base(bits: int, tmp_pa
         MICRO_BATCH=8,
     )
     curve = losses(read_log(out / "log.jsonl"))
-    assert curve[-1] < curve[0] - 2
+    assert curve[-1] < curve[0] - 1.5
     assert not (out / "non_lora_trainables.safetensors").exists()  # the projector stayed as it was
     run_script("merge_lora.sh", "--model-path", wide, "--lora-path", out, "--save-model-path", merged)
     before, after = weights(wide), weights(merged)

@@ -162,17 +162,14 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
                 super()._save_checkpoint(model, trial)
             finally:
                 self._run_dir = Path(self.args.output_dir)
-        if self.args.local_process_index == 0:
-            target = self._run_dir / name
-            try:
-                move_into_place(folder / name, target)
-            except FileNotFoundError:  # another node moved it, on a disk that all share
-                if not target.is_dir():
-                    raise
-            remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
+        # First the main process, then those of nodes with disks of their own; on a shared disk these find it done.
+        for is_turn in (self.args.process_index == 0, self.args.local_process_index == 0):
+            if is_turn and (folder / name).is_dir():
+                move_into_place(folder / name, self._run_dir / name)
+                remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.run_log.draw()
-        self.accelerator.wait_for_everyone()
         self._since += time.perf_counter() - started  # the rates of the log are those of training
 
     def save_final(self) -> None:
@@ -189,10 +186,11 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
     def _unfinished(self) -> Iterator[Path]:
         """Yield an empty folder that all processes may write into; on leaving, all have done so."""
         folder = Path(self.args.output_dir) / UNFINISHED
+        # Nodes may share the disk or not: one of each clears, and only then makes.
         if self.args.local_process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
+        folder.mkdir(parents=True, exist_ok=True)
         yield folder
         self.accelerator.wait_for_everyone()
 
