@@ -108,7 +108,7 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     )
     model = YiVLForCausalLM(config).to(arguments.device).train()
     model.get_vision_tower().requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
     examples = random_examples(arguments.rows + arguments.batch_size, config)
     lengths = None if arguments.way == "lineage" else [example.num_positions for example in examples]
     batches = list(BatchSampler(arguments.rows, arguments.batch_size, lengths=lengths and lengths[: arguments.rows]))

@@ -22,7 +22,7 @@ def supervised_loss(
     Args:
         hidden_states: ``(batch, seq, hidden)``, after the final norm.
         labels: ``(batch, seq)`` int64 aligned with the positions (not shifted); ``IGNORE_INDEX`` takes no loss.
-        lm_head: Maps ``(n, hidden)`` to ``(n, vocabulary)``; its logits are recomputed in the backward pass.
+        lm_head: Maps ``(n, hidden)`` to ``(n, vocabulary)``; the logits of one chunk exist at a time.
         num_items_in_batch: Supervised tokens of the whole optimizer step; the sum is divided by it. ``None`` divides
             by the supervised tokens at hand.
     """
@@ -34,14 +34,14 @@ def supervised_loss(
         logits = lm_head(chunk).float()
         return nn.functional.cross_entropy(logits, chunk_targets.to(logits.device), reduction="sum")
 
-    # One (possibly empty) chunk at least, so that the loss is always part of the graph.
-    starts = range(0, _num_chunks(len(targets), hidden_states.device) * CHUNK_SIZE, CHUNK_SIZE)
-    total = torch.stack(
-        [
-            checkpoint(chunk_loss, hidden_states[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE], use_reentrant=False)
-            for i in starts
-        ]
-    ).sum()
+    # One (possibly empty) chunk at least, so that the loss is always part of the graph. The last one keeps its logits:
+    # the backward pass begins with them, and only then comes to the others, which it computes again.
+    *recomputed, kept = range(0, _num_chunks(len(targets), hidden_states.device) * CHUNK_SIZE, CHUNK_SIZE)
+    losses = [
+        checkpoint(chunk_loss, hidden_states[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE], use_reentrant=False)
+        for i in recomputed
+    ]
+    total = torch.stack([*losses, chunk_loss(hidden_states[kept:], targets[kept:])]).sum()
     return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
 
 

@@ -132,7 +132,6 @@ class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
     lr_scheduler_type: str = _flag("cosine", "schedule of the learning rate")
     warmup_ratio: float | None = _flag(None, "share of the steps that warm up; instead of --warmup_steps")
     warmup_steps: float = _flag(0.03, "steps that warm up; below 1 it is a share of all")
-    optim: str = _flag("adamw_torch", "optimizer")
     gradient_checkpointing: bool | None = _flag(
         False, "recompute the layers of the language model in the backward pass"
     )

@@ -180,6 +180,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         self._final_dtype = None
         if self.args.should_save:
             publish(folder / "model", self._run_dir)
+            folder.rmdir()
         self.accelerator.wait_for_everyone()
 
     @contextmanager
