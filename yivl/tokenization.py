@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,19 @@ def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool
     Every chunk is tokenized on its own, as in the release. With ``text_is_data`` a special token spelled out in the
     text, such as ``<|im_end|>``, stays ordinary text; without, it becomes its control id as in the release.
     """
-    ids: list[int] = []
-    for index, chunk in enumerate(chunks):
-        if index:
-            ids.append(IMAGE_TOKEN_INDEX)
+    parts: list[list[int]] = []
+    for chunk in chunks:
         text = chunk.encode("utf-8", "replace").decode("utf-8")  # halves of characters, from a broken encoding
         # verbose=False: the length that counts is that of the fused sequence, which the callers check.
-        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=text_is_data, verbose=False).input_ids
-    return ids
+        settings = {"add_special_tokens": False, "split_special_tokens": text_is_data, "verbose": False}
+        parts.append(tokenizer(text, **settings).input_ids)
+    return join_chunks(parts)
+
+
+def join_chunks(parts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the ids of chunks as one prompt, ``-200`` between neighbours."""
+    first, *rest = parts
+    return [*first, *(token for part in rest for token in (IMAGE_TOKEN_INDEX, *part))]
 
 
 def tokenizer_image_token(
@@ -146,17 +152,25 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Any, system: str = SYSTEM_PRO
         ValueError: If a turn has no answer.
         CheckpointError: If the tokenizer joins tokens across the beginning or the end of an answer.
     """
+
+    @cache  # neighbouring prompts share most of their chunks
+    def ids_of(chunk: str) -> list[int]:
+        return tokenize_chunks([chunk], tokenizer)
+
+    def encode(chunks: Sequence[str]) -> list[int]:
+        return join_chunks([ids_of(chunk) for chunk in chunks])
+
     messages = [message for turn in turns for message in turn.messages()]
-    input_ids = tokenize_chunks(render_chunks(messages, system), tokenizer)
+    input_ids = encode(render_chunks(messages, system))
     is_target = [False] * len(input_ids)
     for index, turn in enumerate(turns):
         if turn.answer is None:
             raise ValueError(f"turn {index} has no answer")
         question, finished = 2 * index + 1, 2 * index + 2
-        prompt = tokenize_chunks(render_chunks([*messages[:question], (ASSISTANT, None)], system), tokenizer)
+        prompt = encode(render_chunks([*messages[:question], (ASSISTANT, None)], system))
         # Up to the stop string, without the blank that leads to the next role.
         chunks = render_chunks(messages[:finished], system)
-        answered = tokenize_chunks([*chunks[:-1], chunks[-1].removesuffix(" ")], tokenizer)
+        answered = encode([*chunks[:-1], chunks[-1].removesuffix(" ")])
         if input_ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
             raise CheckpointError(
                 "the tokenizer joins tokens across the border of an answer; use the tokenizer.model of a Yi model"

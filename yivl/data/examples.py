@@ -55,7 +55,7 @@ class Encoder:
             images = [load_image(image) for image in row.images[:num_images]]
         except ImageError as error:
             raise RowError(f"{row.origin}: {error}") from error
-        size = self.image_processor.clip_processor.crop_size["height"]
+        size = self.image_processor.image_size
         pixel_values = self.image_processor(images) if images else torch.zeros(0, 3, size, size)
         return Example(input_ids, labels, pixel_values, kept + num_images * (self.num_patches - 1))
 
