@@ -110,23 +110,33 @@ def test_python_in_the_documents_runs(path: Path) -> None:
 
 
 def test_every_flag_the_documents_name_exists() -> None:
-    helps = "".join(
-        subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for script in ("single_inference.py", "cli.py", "scripts/benchmark_inference.py")
-    )
+    programs = ["single_inference.py", "cli.py", "scripts/benchmark_inference.py", "scripts/benchmark_training.py"]
+    modules = ["yivl.train", "yivl.train.merge", "yivl.data.check", "yivl.data.show"]
+    flags: set[str] = set()
+    for program in [*([name] for name in programs), *(["-m", name] for name in modules)]:
+        command = [sys.executable, *program, "--help"]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        flags.update(re.findall(r"--[a-z0-9][a-z0-9_-]*", printed))
+    assert len(flags) > 100
     for path in DOCUMENTS:
-        for flag in re.findall(r"`(--[a-z0-9-]+)", path.read_text(encoding="utf-8")):
-            assert flag in helps, f"{flag} in {path.name}"
+        for flag in re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9_-]*", path.read_text(encoding="utf-8")):
+            assert flag in flags, f"{flag} in {path.name}"
+
+
+def test_the_hardware_table_is_what_the_dry_run_estimates() -> None:
+    command = [sys.executable, "scripts/hardware_table.py"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "docs/training.md").read_text(encoding="utf-8")
 
 
 def test_every_shell_script_parses_and_passes_shellcheck() -> None:
-    scripts = [*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci/run"]
-    assert len(scripts) >= 2
+    scripts = [*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch"), ROOT / ".ci/run"]
+    assert len(scripts) >= 12
     for script in scripts:
         subprocess.run(["bash", "-n", str(script)], check=True)
         text = script.read_text(encoding="utf-8")
         assert "set -euo pipefail" in text
-    subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], check=True)
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), "-x", *scripts], cwd=ROOT, check=True)
 
 
 def test_set_up_refuses_an_unknown_argument() -> None:

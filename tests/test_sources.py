@@ -52,7 +52,7 @@ def test_a_mixture_has_weights_limits_and_paths_of_its_own(tmp_path: Path) -> No
     [
         ("- {data: a.json}", "entry 0: expected data_path"),
         (
-            "- {data_path: a.json, wieght: 2}",
+            "- {data_path: a.json, heft: 2}",
             "entry 0: expected data_path, and of data_path, image_folder, weight, max",
         ),
         ("data_path: a.json", "expected a list of sources"),

@@ -409,6 +409,27 @@ def test_a_hostfile_starts_deepspeeds_launcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["training.md", "data.md"])
+def test_the_commands_of_the_documents_on_the_tiny_model_run_as_typed(name: str, tmp_path: Path) -> None:
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    lines = [line for block in blocks for line in block.splitlines() if "tests/golden" in line]
+    assert lines
+    for line in lines:
+        command = line.replace(".venv/bin/python", shlex.quote(sys.executable)).replace("/tmp/", f"{tmp_path}/")
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == ("data.check" in line), f"{command}\n{result.stderr}"  # nine rows there are bad
+
+
+@pytest.mark.slow
 def test_a_bad_row_in_a_worker_of_a_script_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")])
