@@ -417,7 +417,7 @@ def test_the_commands_of_the_documents_on_the_tiny_model_run_as_typed(name: str,
     lines = [line for block in blocks for line in block.splitlines() if "tests/golden" in line]
     assert lines
     for line in lines:
-        command = line.replace(".venv/bin/python", shlex.quote(sys.executable)).replace("/tmp/", f"{tmp_path}/")
+        command = line.replace("/tmp/", f"{tmp_path}/").replace(".venv/bin/python", shlex.quote(sys.executable))
         result = subprocess.run(
             ["bash", "-c", command],
             cwd=ROOT,
