@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Shared by the training scripts, which source it: finds the devices, checks the batch arithmetic, prints the command
 # and runs it.
-# Optional:  GPUS=all there are  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
+# Optional:  GPUS=all that are visible  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
 #            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   several nodes, each runs the same script
 #            HOSTFILE=hosts  several nodes, started from this one over ssh by DeepSpeed
 #            DEEPSPEED=scripts/zeroN.json  ("" for none; without a GPU the default is none)
@@ -14,6 +14,8 @@ fi
 if [[ -z ${GPUS:-} ]]; then
   GPUS=0
   command -v nvidia-smi >/dev/null && GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  # nvidia-smi lists the hidden ones too.
+  ((GPUS > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]] && GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || true
 fi
 NNODES=${NNODES:-1} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
 processes=$((GPUS > 0 ? GPUS : ${PROCESSES:-1}))

@@ -118,8 +118,15 @@ def log_to_stderr() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run an entry point: a mistake of the user is one line on stderr and exit code 2, no memory or disk is 1."""
+def run(
+    main: Callable[[], None], *, less_memory: str = "try --load-4bit, a smaller checkpoint, or --device cpu"
+) -> None:
+    """Run an entry point: a mistake of the user is one line on stderr and exit code 2, no memory or disk is 1.
+
+    Args:
+        main: The program.
+        less_memory: What to do where the memory is too small.
+    """
     from yivl.errors import YiVLError
 
     for stream in (sys.stdin, sys.stdout):
@@ -142,7 +149,7 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail("not enough memory for this model; try --load-4bit, a smaller checkpoint, or --device cpu", 1)
+        _fail(f"not enough memory; {less_memory}", 1)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

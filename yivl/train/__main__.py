@@ -103,4 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(
+        main,
+        less_memory="--dry_run estimates what is needed; try a smaller --per_device_train_batch_size, "
+        "--gradient_checkpointing True, --vision_gradient_checkpointing True, LoRA, or --deepspeed scripts/zero3.json",
+    )

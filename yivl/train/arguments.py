@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
@@ -143,6 +145,7 @@ class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
         "tensorboard", "tensorboard, wandb or none"
     )
     dataloader_num_workers: int = _flag(2, "processes that read data for one training process")
+    ddp_find_unused_parameters: bool | None = _flag(False, "every parameter that trains is used in every step")
     resume: str | None = _flag(None, "a checkpoint folder to go on from, or auto: the newest in --output_dir")
     dry_run: bool = _flag(False, "print the plan (parameters, data, steps, memory) and stop")
 
@@ -154,6 +157,8 @@ class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
                 raise YiVLError(f"--{name} is not supported: {instead}")
         if self.train_sampling_strategy != "random":
             raise YiVLError("--train_sampling_strategy is not supported: use --group_by_length")
+        if self.report_to and "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
+            raise YiVLError(f"--report_to wandb needs a package: {sys.executable} -m pip install wandb")
         if self.warmup_ratio is not None:
             if not 0 <= self.warmup_ratio < 1:
                 raise YiVLError(f"--warmup_ratio {self.warmup_ratio} is not between 0 and 1")
