@@ -143,7 +143,20 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
         "useful_flop_per_s": sum(useful_flops(config, row) for row in rows) / seconds,
         "peak_bytes": peak,
         "step_bytes": peak - weights,
+        "estimated_bytes": estimate(model, config, max(example.num_positions for example in examples), arguments),
     }
+
+
+def estimate(model: Any, config: Any, longest: int, arguments: argparse.Namespace) -> float:
+    """Return what the dry run would say that such a run needs, with rows of the longest length."""
+    from yivl.train.arguments import Zero, parse_arguments
+    from yivl.train.modules import part_sizes
+    from yivl.train.plan import estimate_memory
+
+    flags = f"--model_name_or_path m --data_path d --output_dir o --model_max_length {longest}".split()
+    flags += ["--per_device_train_batch_size", str(arguments.batch_size), "--bf16", str(arguments.dtype == "bfloat16")]
+    parsed = parse_arguments(flags)
+    return estimate_memory(part_sizes(model, parsed.training), config, parsed, Zero(), 1).total
 
 
 def random_examples(count: int, config: Any) -> list[Any]:

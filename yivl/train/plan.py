@@ -38,8 +38,8 @@ def estimate_memory(
     """Estimate what one GPU needs with rows of full length, Adam, and attention that keeps no score matrix.
 
     16-bit DeepSpeed keeps 2 bytes of weight and 2 of gradient for a parameter, and 12 (a float32 copy and two moments)
-    in the optimizer. Without DeepSpeed what trains is float32: 4, 4 and 8. ZeRO divides by the number of GPUs the
-    optimizer from stage 1, the gradients from stage 2, the weights from stage 3.
+    in the optimizer. Without DeepSpeed what trains is float32: 4, 4 and 8, and 2 for the copy that autocast keeps. ZeRO
+    divides by the number of GPUs the optimizer from stage 1, the gradients from stage 2, the weights from stage 3.
     """
     model, training = arguments.model, arguments.training
     is_16_bit = bool(training.bf16 or training.fp16)
@@ -51,7 +51,7 @@ def estimate_memory(
         for size in sizes
     )
     has_masters = zero.stage > 0 and is_16_bit
-    weight, gradient, moments = (2, 2, 12) if has_masters else (4, 4, 8)
+    weight, gradient, moments = (2, 2, 12) if has_masters else (6 if is_16_bit else 4, 4, 8)
     weights = (frozen + trained * weight) / (num_gpus if zero.stage == 3 else 1)
     largest_layer = max(size.parameters for size in sizes) / config.num_hidden_layers * width
     if zero.stage == 3:
