@@ -42,7 +42,7 @@ def estimate_memory(
     divides by the number of GPUs the optimizer from stage 1, the gradients from stage 2, the weights from stage 3.
     """
     model, training = arguments.model, arguments.training
-    is_16_bit = bool(training.bf16 or training.fp16)
+    is_16_bit = bool(training.bf16 or (training.fp16 and zero.stage))
     width = 2 if is_16_bit else 4
     trained, decoder = sum(size.trainable for size in sizes), "language_model"
     frozen_width = {16: width, 8: 1.0, 4: 0.56}  # nf4 keeps its scales beside the half byte
