@@ -1,6 +1,7 @@
 """What trains and what does not, in every stage and mode, before and after a real step."""
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHECKPOINT
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from recipes import IMAGES, VIT, flags, train, weights, write_language_model, write_rows
+from test_conversion import TINY
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from yivl.model.loading import LoadedModel
+from yivl.model.loading import LoadedModel, load_model
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.train import modules
 from yivl.train.arguments import parse_arguments
@@ -219,6 +222,38 @@ def test_stage_1_starts_from_a_language_model_a_vit_and_a_fresh_projector(loaded
     assert position.shape[0] == 1 + (28 // 14) ** 2
     reloaded = YiVLForCausalLM.from_pretrained(tmp_path / "out")
     assert (reloaded.config.num_patches, reloaded.config.mm_vision_tower) == (4, f"./vit/{VIT.name}")
+
+
+def test_stage_1_starts_from_an_open_clip_tower_too(loaded: LoadedModel, tmp_path: Path) -> None:
+    visual = _build_vision_tower(64, CLIPVisionCfg(**TINY))
+    vit = tmp_path / "open_clip"
+    vit.mkdir()
+    state_dict = {f"visual.{key}": value for key, value in visual.state_dict().items()}
+    torch.save(state_dict | {"logit_scale": torch.ones(())}, vit / "open_clip_pytorch_model.bin")
+    (vit / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 64, "vision_cfg": TINY}}))
+    train(
+        tmp_path / "out",
+        write_rows(tmp_path / "rows.json"),
+        model_name_or_path=write_language_model(tmp_path / "llm", loaded.model),
+        vision_tower=vit,
+        stage=1,
+        image_size=56,
+        global_batch_size=2,
+        max_steps=1,
+        learning_rate=0,
+    )
+    result = load_model(tmp_path / "out", device="cpu")
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        features = visual.eval().forward_intermediates(
+            pixels,
+            indices=[TINY["layers"] - 2],
+            intermediates_only=True,
+            normalize_intermediates=False,
+            output_fmt="NLC",
+        )["image_intermediates"][0]
+        torch.testing.assert_close(result.model.get_vision_tower()(pixels), features, atol=1e-5, rtol=1e-4)
+    assert result.image_processor.image_size == 56
 
 
 def test_the_position_table_is_interpolated_as_transformers_does(loaded: LoadedModel) -> None:
