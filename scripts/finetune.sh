@@ -9,11 +9,10 @@
 #            projector too, --unfreeze_mm_vision_tower True the ViT. All of them: python -m yivl.train --help.
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/launch.sh
-source scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 MICRO_BATCH=${MICRO_BATCH:-1}
 # Source: the LLaMA-Factory recipe for Yi-VL-6B, Deep-Spark/DeepSparkHub, models/nlp/llm/yi-vl-6b/pytorch.
 flags=(--freeze_mm_mlp_adapter True --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_ratio 0.1
   --num_train_epochs 10 --gradient_checkpointing True)
-launch scripts/zero3.json "${GLOBAL_BATCH:-$((2 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"
+launch "$ROOT/scripts/zero3.json" "${GLOBAL_BATCH:-$((2 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"

@@ -10,11 +10,10 @@
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 # Then:      scripts/merge_lora.sh --model-path M --lora-path O --save-model-path MERGED
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/launch.sh
-source scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 MICRO_BATCH=${MICRO_BATCH:-1}
 # Source: the LLaMA-Factory recipe for Yi-VL-6B, Deep-Spark/DeepSparkHub, models/nlp/llm/yi-vl-6b/pytorch.
 flags=(--lora_enable True --lora_r 8 --lora_alpha 16 --freeze_mm_mlp_adapter True --learning_rate 1e-4
   --lr_scheduler_type cosine --warmup_ratio 0.1 --num_train_epochs 3 --gradient_checkpointing True)
-launch scripts/zero2.json "${GLOBAL_BATCH:-$((8 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"
+launch "$ROOT/scripts/zero2.json" "${GLOBAL_BATCH:-$((8 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"

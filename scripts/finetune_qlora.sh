@@ -10,9 +10,8 @@
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 # Then:      scripts/merge_lora.sh --model-path M --lora-path O --save-model-path MERGED   (M unquantized, always)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/launch.sh
-source scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 MICRO_BATCH=${MICRO_BATCH:-1}
 # As scripts/finetune_lora.sh; rates and rank of the recipe there are ours to reuse, no source states them for 4 bits.
 flags=(--bits 4 --lora_enable True --lora_r 8 --lora_alpha 16 --freeze_mm_mlp_adapter True --learning_rate 1e-4

@@ -5,11 +5,19 @@
 #            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   several nodes, each runs the same script
 #            HOSTFILE=hosts  several nodes, started from this one over ssh by DeepSpeed
 #            DEEPSPEED=scripts/zeroN.json  ("" for none; without a GPU the default is none)
+#            MODEL DATA IMAGES OUT  the flags --model_name_or_path --data_path --image_folder --output_dir
 #            PYTHON=.venv/bin/python   DRY_RUN=1  print the command and stop
 set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# The code beside this script, wherever it is called from: relative paths are those of the caller.
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
-  [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+  [[ -x $ROOT/.venv/bin/python ]] && PYTHON=$ROOT/.venv/bin/python
+fi
+if [[ ${GPUS:-0} -gt 0 && -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((GPUS - 1))) # one process would otherwise see all there are
+  export CUDA_VISIBLE_DEVICES
 fi
 if [[ -z ${GPUS:-} ]]; then
   GPUS=0
@@ -37,7 +45,7 @@ launch() {
     command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT"
       --no_local_rank --module yivl.train)
   elif ((processes * NNODES > 1)); then
-    command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" --nnodes "$NNODES"
+    command=("$PYTHON" -m yivl.train.launch --nproc-per-node "$processes" --nnodes "$NNODES"
       --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m yivl.train)
   fi
   command+=(--global_batch_size "$global" --per_device_train_batch_size "$micro")

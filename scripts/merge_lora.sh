@@ -3,10 +3,9 @@
 # Usage:     scripts/merge_lora.sh --model-path BASE --lora-path ADAPTER --save-model-path OUT [--dtype float32]
 # Dry run:   DRY_RUN=1 prints the command.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 GPUS=0
 # shellcheck source=scripts/launch.sh
-source scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 command=("$PYTHON" -m yivl.train.merge "$@")
 printf '%q ' "${command[@]}" && echo
 [[ ${DRY_RUN:-0} == 1 ]] || exec "${command[@]}"

@@ -7,9 +7,8 @@
 #            devices and nodes: see scripts/launch.sh. Flags come last and win: python -m yivl.train --help.
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/launch.sh
-source scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 flags=(--stage 3 --gradient_checkpointing True --vision_gradient_checkpointing True)
 # 256: Yi-VL model card, "Training"; the rest of the published numbers is in yivl/train/stages.py.
-launch scripts/zero3.json "${GLOBAL_BATCH:-256}" "${MICRO_BATCH:-2}" "${flags[@]}" -- "$@"
+launch "$ROOT/scripts/zero3.json" "${GLOBAL_BATCH:-256}" "${MICRO_BATCH:-2}" "${flags[@]}" -- "$@"

@@ -80,7 +80,7 @@ def inspect_source(source: "Source", encoder: "Encoder", workers: int) -> Iterat
     from yivl.data.stream import open_shards, read_shards
 
     if source.is_stream:
-        for row in read_shards(open_shards(source), source):
+        for row in read_shards(open_shards(source.shards())):
             yield inspect_row(row, encoder)
         return
     bad: list[RowError] = []
@@ -142,10 +142,12 @@ def histogram(lengths: Sequence[int]) -> str:
 def draw_histogram(lengths: Sequence[int], max_length: int, picture: Path) -> None:
     """Write the histogram as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="positions of a row (text tokens and patches)", ylabel="rows")
     axes.hist(lengths, bins=50)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if max(lengths) > max_length:
         axes.axvline(max_length, color="tab:red", label=f"cut at {max_length:,}")
         axes.legend()

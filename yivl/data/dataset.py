@@ -46,8 +46,8 @@ def encode_or_none(row: Row, encoder: Encoder, on_bad_row: Callable[[RowError], 
 class BatchSampler(Sampler[list[int]]):
     """The batches of one process, in an order that follows from seed and epoch alone.
 
-    In an epoch every row occurs exactly once. The last global batch may be smaller; only where it has fewer rows than
-    there are processes do some of its rows occur twice, because every process needs one.
+    In an epoch every row occurs exactly once. The last global batch may be smaller; where it has fewer rows than there
+    are processes, some get an empty batch, for which ``Collator`` has a place holder.
     """
 
     def __init__(
@@ -86,8 +86,6 @@ class BatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._global_batches():
-            if len(batch) < self.world_size:
-                batch = [batch[index % len(batch)] for index in range(self.world_size)]
             yield batch[self.rank :: self.world_size]
 
     def _global_batches(self) -> list[list[int]]:

@@ -108,7 +108,7 @@ def _turns(messages: Any) -> list[Turn]:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield ``(origin, JSON object)`` of every row of a ``.json`` list or a ``.jsonl`` file; rows count from 0.
+    """Yield ``(origin, JSON object)`` of every row of a ``.json`` list (from row 0) or a ``.jsonl`` file (from line 1).
 
     Raises:
         RowError: If the file is missing or is not JSON; the message gives the line.
@@ -122,19 +122,22 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, 
         raise RowError(f"{name}: not UTF-8 text (byte {error.start})") from error
     if Path(path).suffix == ".jsonl":
         numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        rows = [_parse(line, f"{name} line {number}") for number, line in numbered]
+        places = [f"line {number}" for number, _ in numbered]
+        rows = [_parse(line, f"{name} {place}") for place, (_, line) in zip(places, numbered, strict=True)]
     else:
         rows = _parse(text, name)
         if not isinstance(rows, list):
             raise RowError(f"{name}: expected a JSON list of rows; a file with one object per line is named .jsonl")
-    for index, row in enumerate(rows):
+        places = [f"row {index}" for index in range(len(rows))]
+    for place, row in zip(places, rows, strict=True):
         if not isinstance(row, Mapping):
-            raise RowError(f"{name} row {index}: expected a JSON object")
-        yield f"{name} row {index}", row
+            raise RowError(f"{name} {place}: expected a JSON object")
+        yield f"{name} {place}", row
 
 
 def _parse(text: str, origin: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise RowError(f"{origin}: not valid JSON ({error})") from error
+        hint = "; a file with one object per line is named .jsonl" if "Extra data" in str(error) else ""
+        raise RowError(f"{origin}: not valid JSON ({error}){hint}") from error

@@ -79,22 +79,30 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
     try:
         entries = yaml.safe_load(Path(data_path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RowError(f"{data_path}: not a readable YAML file ({' '.join(str(error).split())})") from error
+        reason = " ".join(str(error).split())
+        raise RowError(
+            f"{data_path}: not a readable YAML file; a path that begins with a brace needs quotes ({reason})"
+        ) from error
     known = [field.name for field in fields(Source)]
     if not isinstance(entries, list) or not entries:
         raise RowError(f"{data_path}: expected a list of sources with the keys {', '.join(known)}")
     folder = os.path.dirname(data_path)
     sources = []
     for index, entry in enumerate(entries):
-        if not isinstance(entry, dict) or "data_path" not in entry or not entry.keys() <= set(known):
-            raise RowError(f"{data_path} entry {index}: expected data_path, and of {', '.join(known)} nothing else")
+        place = f"{data_path} entry {index}"
+        if not isinstance(entry, dict) or "data_path" not in entry:
+            raise RowError(f"{place}: no data_path")
+        if unknown := entry.keys() - set(known):
+            raise RowError(f"{place}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(known)}")
+        if not isinstance(entry.get("weight", 1), int | float):
+            raise RowError(f"{place}: weight {entry['weight']!r} is no number")
         for key in ("data_path", "image_folder"):
             if key in entry:
                 entry[key] = os.path.join(folder, os.path.expanduser(str(entry[key])))
         try:
             source = replace(Source(entry["data_path"], image_folder), **entry)
-        except TypeError as error:
-            raise RowError(f"{data_path} entry {index}: {error}") from error
+        except (TypeError, RowError) as error:
+            raise RowError(f"{place}: {error}") from error
         sources.append(source if source.is_stream or "max_rows" in entry else replace(source, max_rows=max_rows))
     return sources
 

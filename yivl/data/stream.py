@@ -1,5 +1,7 @@
 """Tar shards as they come, for data of LAION's scale: nothing is listed, counted or unpacked beforehand."""
 
+import json
+import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,44 +107,57 @@ class StreamDataset(Dataset[Example | None]):
         yield from rows[part::parts]
 
     def _tar_rows(self, source: Source, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
-        shards = open_shards(source).shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        shards = split_dataset_by_node(shards, rank=part, world_size=parts)
-        shards.set_epoch(epoch)
-        yield from read_shards(shards, source)
+        shards = source.shards()
+        if len(shards) >= parts:
+            stream = open_shards(shards[part::parts])
+        else:  # every part reads all of them and keeps its share of the rows
+            stream = split_dataset_by_node(open_shards(shards), rank=part, world_size=parts)
+        stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        stream.set_epoch(epoch)
+        yield from read_shards(stream)
 
 
-def open_shards(source: Source) -> Any:
-    """Return the tar shards of a source as a streaming data set of ``datasets``, pictures as bytes.
+def open_shards(paths: Sequence[str]) -> Any:
+    """Return the samples of tar shards as a streaming data set of ``datasets``, every file as bytes."""
+    return datasets.IterableDataset.from_generator(_read_samples, gen_kwargs={"paths": list(paths)})
 
-    Raises:
-        RowError: If there are none, or they are no tar files of samples.
+
+def read_shards(stream: Any) -> Iterator[Row | RowError]:
+    """Yield the rows of a stream; a row that cannot be used is its error."""
+    # Not plain iteration: that would split the samples once more over data-loading workers.
+    for batch in stream.iter(batch_size=1):
+        sample = {key: value[0] for key, value in batch.items()}
+        try:
+            yield parse_sample(sample)
+        except RowError as error:
+            yield error
+
+
+def _read_samples(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the samples of shards: the files of one name, by their suffix.
+
+    Not by the reader of ``datasets``: that expects in every sample what it found in the first five, and one caption
+    that is not UTF-8 would end the run. What is lost at the end of a damaged shard is a sample without files.
     """
-    paths = source.shards()
-    try:
-        shards = datasets.load_dataset("webdataset", data_files=paths, split="train", streaming=True)
-        return shards.decode(False)
-    except (OSError, ValueError, IndexError, tarfile.TarError) as error:
-        raise RowError(
-            f"{paths[0]}: not a tar shard of pictures and captions ({' '.join(str(error).split())})"
-        ) from error
-
-
-def read_shards(shards: Any, source: Source) -> Iterator[Row | RowError]:
-    """Yield the rows of shards; a row that cannot be parsed is its error.
-
-    Raises:
-        RowError: If a shard is damaged: what follows in it is lost, and no count would say how much.
-    """
-    try:
-        # Not plain iteration: that would split the rows once more over data-loading workers.
-        for batch in shards.iter(batch_size=1):
-            sample = {key: value[0] for key, value in batch.items()}
-            try:
-                yield parse_sample(sample)
-            except RowError as error:
-                yield error
-    except (OSError, tarfile.TarError) as error:
-        raise RowError(f"{source.data_path}: a damaged shard ({error}); download it again") from error
+    for path in paths:
+        files: dict[str, bytes] = {}
+        name = ""
+        try:
+            with tarfile.open(path) as tar:
+                for entry in tar:
+                    stem, _, suffix = os.path.basename(entry.name).partition(".")
+                    stem = os.path.join(os.path.dirname(entry.name), stem)
+                    if files and stem != name:
+                        yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
+                        files = {}
+                    content = tar.extractfile(entry)  # None for folders and links
+                    if content is not None:
+                        name, files = stem, files | {suffix.lower(): content.read()}
+        except (OSError, tarfile.TarError) as error:
+            yield {"origin": path, "files": {}, "error": f"a damaged shard ({error}); download it again"}
+            continue
+        if files:
+            yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
 
 
 def parse_sample(sample: Mapping[str, Any]) -> Row:
@@ -154,16 +169,22 @@ def parse_sample(sample: Mapping[str, Any]) -> Row:
     Raises:
         RowError: If there is no picture or no text, or the conversation is not as it should be.
     """
-    origin = f"{sample.get('__url__')} sample {sample.get('__key__')}"
-    picture = next((sample[kind] for kind in _PICTURES if sample.get(kind)), None)
-    data = picture.get("bytes") if isinstance(picture, Mapping) else picture
-    if not data:
+    origin, files = sample["origin"], sample["files"]
+    if sample["error"]:
+        raise RowError(f"{origin}: {sample['error']}")
+    picture = next((files[kind] for kind in _PICTURES if files.get(kind)), None)
+    if picture is None:
         raise RowError(f"{origin}: no picture; expected one of {', '.join(_PICTURES)}")
-    fields = sample.get("json") or {}
-    if fields.get("conversations"):
-        return parse_row({"conversations": fields["conversations"]}, origin, images=[data])
-    text = sample.get("txt") or fields.get("caption") or fields.get("text")
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    try:
+        text = files.get("txt", b"").decode("utf-8")
+        fields = json.loads(files.get("json") or b"{}")
+    except ValueError as error:  # both of bad UTF-8 and of bad JSON
+        raise RowError(f"{origin}: caption or json cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise RowError(f"{origin}: json is no object")
+    if "conversations" in fields:
+        return parse_row({"conversations": fields["conversations"]}, origin, images=[picture])
+    text = text.strip() or fields.get("caption") or fields.get("text")
     if not isinstance(text, str) or not text.strip():
         raise RowError(f"{origin}: no caption; expected txt, or caption in json")
-    return parse_row({"text": text}, origin, images=[data])
+    return parse_row({"text": text}, origin, images=[picture])

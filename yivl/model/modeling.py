@@ -116,6 +116,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if image_size % vision_config.patch_size:
             raise ValueError(f"image_size={image_size} is no multiple of the patch size {vision_config.patch_size}")
         if image_size != vision_config.image_size:
+            logger.info("position table interpolated from %d to %d pixels", vision_config.image_size, image_size)
             self.get_vision_tower().resize(image_size)
             vision_config.image_size = image_size
 
@@ -190,7 +191,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         move a parameter by its momentum, and not none, which leave it where it is.
         """
         size = self.config.vision_config.image_size
-        return self.encode_images(torch.zeros(1, 3, size, size)).sum() * 0
+        return self.encode_images(torch.zeros(1, 3, size, size)).float().sum() * 0
 
     def _trains_vision(self) -> bool:
         parts = (self.model.vision_tower, self.model.mm_projector)
@@ -358,6 +359,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """
         config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
         check_checkpoint_files(folder)
+        is_own = vit_weights is None
         vit_weights = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
         try:
             model, info = super().from_pretrained(
@@ -379,7 +381,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if problems:
             raise CheckpointError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
         num_different = copy_vit_weights(model.get_vision_tower().vit, vit_weights, source=str(folder))
-        if num_different:
+        if num_different and is_own:
             logger.info(
                 "%d ViT tensors in %s differ from the main shards; using those of %s, as the release does",
                 num_different,

@@ -1,6 +1,7 @@
 """The CLIP ViT: ``pixel_values`` to patch features."""
 
 import math
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -40,7 +41,7 @@ class VisionTower(nn.Module):
         side = image_size // embeddings.patch_size
         with gathered([old.weight]):
             table = resize_position_table(old.weight.detach(), side)
-        with partitioned():
+        with nullcontext() if table.is_meta else partitioned():  # a dry run has nothing to partition
             new = nn.Embedding(len(table), table.shape[1], dtype=table.dtype, device=table.device)
         with gathered([new.weight]), torch.no_grad():
             new.weight.copy_(table)

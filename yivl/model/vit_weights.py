@@ -72,6 +72,8 @@ def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
     """
     if is_open_clip(folder):
         return read_open_clip_config(Path(folder) / "open_clip_config.json")
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no ViT; expected a folder of CLIP (config.json) or open_clip_config.json")
     fields = read_json(Path(folder) / "config.json")
     return CLIPVisionConfig(**fields.get("vision_config", fields))
 

@@ -8,6 +8,7 @@ The scripts of ``scripts/`` call this with the flags of each case; docs/training
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from yivl.data.bad_rows import BadRows
     from yivl.data.examples import Encoder
+    from yivl.errors import YiVLError
     from yivl.train import modules
-    from yivl.train.batches import make_batches, make_eval_rows
-    from yivl.train.checkpoints import find_checkpoint
-    from yivl.train.plan import describe_run
+    from yivl.train.batches import make_batches, make_eval_loader
+    from yivl.train.checkpoints import find_checkpoint, finished_checkpoints, is_finished
+    from yivl.train.plan import describe_run, total_steps
     from yivl.train.start import empty_start, load_start, read_start
     from yivl.train.trainer import YiVLTrainer
 
@@ -48,15 +50,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Before the model is built: ZeRO-3 spreads its weights over the processes as they are made.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
 
-    checkpoint = find_checkpoint(training.output_dir, training.resume)
+    checkpoint = None if training.dry_run else find_checkpoint(training.output_dir, training.resume)
     with training.main_process_first(desc="reading the checkpoint folder"):
         start = read_start(model_arguments)
     num_patches = (start.image_size // start.config.vision_config.patch_size) ** 2
     num_patches += start.config.mm_vision_select_feature == "cls_patch"
     encoder = Encoder(start.tokenizer, start.image_processor, num_patches, data.model_max_length)
-    bad_rows = BadRows(data.on_bad_row, Path(training.output_dir) / "bad_rows.jsonl")
+    # A dry run writes nothing into the output folder, and a new run does not count the bad rows of another.
+    scratch = Path(tempfile.mkdtemp()) if training.dry_run else None
+    bad_rows = BadRows(data.on_bad_row, (scratch or Path(training.output_dir)) / "bad_rows.jsonl")
+    if checkpoint is None and training.should_log:
+        bad_rows.path.unlink(missing_ok=True)
     batches = make_batches(data, training, encoder, bad_rows)
     logger.info("%s", batches.mix)
+    if checkpoint is not None and is_finished(checkpoint, arguments, total_steps(arguments, batches)):
+        return
 
     if training.dry_run:
         model = empty_start(start)
@@ -72,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if training.dry_run:
         logger.info("%s", describe_run(arguments, batches, config, sizes))
         return
+    if not any(size.trainable for size in sizes):
+        raise YiVLError("nothing would train: every part of the model is frozen by the flags")
     if not training.deepspeed:
         modules.keep_masters(model)
     modules.recompute_layers(
@@ -86,11 +96,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer=start.tokenizer,
         image_processor=start.image_processor,
         num_patches=num_patches,
-        eval_rows=make_eval_rows(data, encoder, bad_rows),
+        eval_loader=make_eval_loader(data, training, encoder, bad_rows),
     )
-    if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if training.resume:
+        logger.info("going on from %s", checkpoint or "the beginning: there is no checkpoint yet")
+    try:
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        newest = [path.name for path in finished_checkpoints(training.output_dir)][-1:]
+        logger.info(
+            "stopped at step %d; go on %s",
+            trainer.state.global_step,
+            f"from {newest[0]} with --resume auto" if newest else "from the beginning: there is no checkpoint yet",
+        )
+        raise
     trainer.save_metrics("train", result.metrics)
     trainer.save_final()
     logger.info(

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import difflib
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -67,6 +69,15 @@ class ModelArguments:
             raise YiVLError(f"--bits {self.bits}: quantized weights cannot be trained; add --lora_enable")
         if self.lora_enable and self.freeze_backbone:
             raise YiVLError("--lora_enable puts adapters on the language model, --freeze_backbone freezes it; drop one")
+        if self.lora_r < 1:
+            raise YiVLError(f"--lora_r {self.lora_r} is not positive")
+        typed = [
+            name
+            for name in ("lora_r", "lora_alpha", "lora_dropout")
+            if getattr(self, name) != getattr(type(self), name)
+        ]
+        if typed and not self.lora_enable:
+            raise YiVLError(f"--{typed[0]} says how adapters are made; add --lora_enable True, or drop it")
         if self.lora_vision_tower and (not self.lora_enable or self.unfreeze_mm_vision_tower):
             raise YiVLError("--lora_vision_tower goes with --lora_enable and without --unfreeze_mm_vision_tower")
 
@@ -112,6 +123,11 @@ _REFUSED: Final = {
     "dataloader_drop_last": "all rows are used",
     "auto_find_batch_size": "--dry_run says what fits",
     "load_best_model_at_end": "checkpoints stay in --output_dir",
+    "metric_for_best_model": "compare the evaluation losses in log.jsonl",
+    "save_only_model": "a checkpoint without its optimizer cannot be gone on from",
+    "ignore_data_skip": "a resumed run goes on where it stopped",
+    "label_smoothing_factor": "it needs the logits of every position",
+    "data_seed": "use --seed",
     "push_to_hub": "upload the finished folder",
     "fsdp": "use --deepspeed scripts/zero3.json",
 }
@@ -138,6 +154,9 @@ class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
         False, "recompute the layers of the language model in the backward pass"
     )
     vision_gradient_checkpointing: bool = _flag(False, "recompute the ViT's layers in the backward pass")
+    disable_tqdm: bool | None = _flag(False, "no progress bar in a terminal, but lines as elsewhere")
+    dataloader_persistent_workers: bool = _flag(True, "keep the processes that read data from epoch to epoch")
+    logging_nan_inf_filter: bool = _flag(False, "show the last good loss in place of one that is no number")
     logging_steps: float = _flag(1, "steps between two lines of the log")
     save_steps: float = _flag(200, "steps between two checkpoints")
     save_total_limit: int | None = _flag(3, "checkpoints that are kept")
@@ -155,6 +174,16 @@ class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
         for name, instead in _REFUSED.items():
             if getattr(self, name, None):
                 raise YiVLError(f"--{name} is not supported: {instead}")
+        for name in ("per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise YiVLError(f"--{name} {getattr(self, name)} is not positive")
+        accumulated: int = getattr(self, "gradient_accumulation_steps")  # noqa: B009 (untyped in transformers)
+        if self.global_batch_size is not None and accumulated != 1:
+            raise YiVLError("--global_batch_size sets --gradient_accumulation_steps; drop one of them")
+        if not self.average_tokens_across_devices:
+            raise YiVLError("--average_tokens_across_devices False is not supported: a step is the mean of its tokens")
+        if str(self.save_strategy) in ("best", "SaveStrategy.BEST"):
+            raise YiVLError("--save_strategy best is not supported: compare the evaluation losses in log.jsonl")
         if self.train_sampling_strategy != "random":
             raise YiVLError("--train_sampling_strategy is not supported: use --group_by_length")
         if self.report_to and "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
@@ -246,16 +275,30 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     except (ValueError, ImportError, OSError) as error:  # what TrainingArguments finds wrong
         raise YiVLError(" ".join(str(error).split())) from error
     if unknown:
-        raise YiVLError(f"unknown flag {unknown[0]}; --help lists the flags")
+        raise YiVLError(_unknown(unknown[0], parser))
+    if arguments.model.bits != 16 and Zero.of(arguments.training).stage == 3:
+        raise YiVLError(
+            "--bits goes without ZeRO-3: quantized weights cannot be spread; use scripts/zero2.json or none"
+        )
     if (arguments.data.eval_data_path is None) != (arguments.training.eval_strategy == "no"):
         raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) go together")
     return arguments
 
 
+def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    """Return what to say of a word of the command line that is not understood."""
+    if not word.startswith("-"):
+        return f"{word}: which flag is it for? A pattern such as '{{00000..00099}}.tar' needs quotes"
+    flags = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(word, flags, n=1)
+    return f"unknown flag {word}; {f'did you mean {close[0]}?' if close else '--help lists the flags'}"
+
+
 def as_dict(arguments: Arguments) -> dict[str, Any]:
-    """Return all flags, to be saved beside the model."""
+    """Return all flags and the number of processes, to be saved beside the model."""
     groups = (dataclasses.asdict(arguments.model), dataclasses.asdict(arguments.data), arguments.training.to_dict())
-    return {name: value for group in groups for name, value in group.items()}
+    flags = {name: value for group in groups for name, value in group.items()}
+    return flags | {"world_size": arguments.training.world_size}
 
 
 def prepare_environment(argv: Sequence[str]) -> None:
@@ -267,4 +310,6 @@ def prepare_environment(argv: Sequence[str]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if any(argument.split("=")[0] == "--deepspeed" for argument in argv) and "RANK" not in os.environ:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(single | {"MASTER_PORT": os.environ.get("MASTER_PORT", "29500")})
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            os.environ.update(single | {"MASTER_PORT": str(listener.getsockname()[1])})

@@ -4,6 +4,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ def make_batches(
         YiVLError: If flags do not go with streams.
     """
     sources = read_sources(data.data_path, data.image_folder, data.max_rows_per_source)
+    if data.packing and training.per_device_train_batch_size == 1:
+        logger.warning("--packing packs the rows of a batch: with --per_device_train_batch_size 1 there is one")
     collator = Collator(encoder.tokenizer.pad_token_id, packing=data.packing)
     rank, world_size, batch_size = training.process_index, training.world_size, training.per_device_train_batch_size
     if any(source.is_stream for source in sources):
@@ -71,6 +75,8 @@ def make_batches(
         numbers = StreamSampler(batch_size, training.max_steps * training.gradient_accumulation_steps)
         return Batches(_loader(stream, numbers, collator, training), _stream_table(sources))
     parts = [load_rows(source, training.seed, on_bad_row) for source in sources]
+    for source, part in zip(sources, parts, strict=True):
+        _check_image_folder(source, part)
     weighted = [weigh_rows(part, source.weight, training.seed) for part, source in zip(parts, sources, strict=True)]
     rows = [row for part in weighted for row in part]
     if not rows:
@@ -94,12 +100,44 @@ def make_batches(
     return Batches(_loader(dataset, sampler, collator, training), _row_table(sources, parts, weighted))
 
 
-def make_eval_rows(data: DataArguments, encoder: Encoder, on_bad_row: BadRows) -> RowDataset | None:
-    """Return the rows whose loss is measured, if any."""
+def own_words(error: RowError) -> RowError:
+    """Return the error of a data-loading worker without the worker's traceback; its last line is what we said."""
+    prefix = f"{RowError.__module__}.{RowError.__qualname__}: "
+    return RowError(str(error).strip().splitlines()[-1].removeprefix(prefix))
+
+
+def _check_image_folder(source: Source, rows: Sequence[Row]) -> None:
+    """Find a wrong ``--image_folder`` before weights are loaded, and not row by row.
+
+    Raises:
+        RowError: If none of the first pictures of a source exists.
+    """
+    first = list(islice((image for row in rows for image in row.images if isinstance(image, Path)), 20))
+    if first and not any(image.is_file() for image in first):
+        raise RowError(
+            f"{source.data_path}: none of its first {len(first)} pictures exists, such as {first[0]}; give the folder "
+            "where relative paths start by --image_folder, or image_folder in a mixture"
+        )
+
+
+def make_eval_loader(
+    data: DataArguments, training: YiVLTrainingArguments, encoder: Encoder, on_bad_row: BadRows
+) -> BatchLoader | None:
+    """Return the batches of this process whose loss is measured, if any.
+
+    Raises:
+        RowError: If a source cannot be read, or there is no row.
+    """
     if data.eval_data_path is None:
         return None
     sources = read_sources(data.eval_data_path, data.image_folder)
-    return RowDataset([row for source in sources for row in load_rows(source, 0, on_bad_row)], encoder, on_bad_row)
+    rows = [row for source in sources for row in load_rows(source, 0, on_bad_row)]
+    if not rows:
+        raise RowError(f"{data.eval_data_path}: no row to evaluate on")
+    rank, world_size = training.process_index, training.world_size
+    sampler = BatchSampler(len(rows), training.per_device_eval_batch_size, rank=rank, world_size=world_size)
+    collator = Collator(encoder.tokenizer.pad_token_id, packing=data.packing)
+    return _loader(RowDataset(rows, encoder, on_bad_row), sampler, collator, training)
 
 
 def _loader(dataset: Any, sampler: Any, collator: Collator, training: YiVLTrainingArguments) -> BatchLoader:

@@ -3,6 +3,8 @@
 import json
 import logging
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
     def __init__(self, output_dir: str) -> None:
         self.path, self.picture = Path(output_dir) / "log.jsonl", Path(output_dir) / "loss.png"
         self.bar: tqdm[Any] | None = None
+        self.started, self.first_step = time.monotonic(), 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -29,6 +32,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             line for line in read_log(self.path) if line["step"] <= state.global_step and "train_runtime" not in line
         ]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.started, self.first_step = time.monotonic(), state.global_step
         if sys.stderr.isatty() and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
 
@@ -50,6 +54,8 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "eval_loss" in logs:
+            self.say(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return
         shown = {
@@ -61,8 +67,18 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         if self.bar is not None:
             self.bar.set_postfix(shown)
         else:
+            done = max(state.global_step - self.first_step, 1)
+            left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+            shown["left"] = str(timedelta(seconds=round(left)))
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d  %s", state.global_step, state.max_steps, text)
+            self.say(f"step {state.global_step}/{state.max_steps}  {text}")
+
+    def say(self, text: str) -> None:
+        """Show a line, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            logger.info("%s", text)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,8 +6,11 @@ python -m yivl.train.merge --model-path BASE --lora-path ADAPTER --save-model-pa
 import argparse
 import logging
 import os
+from pathlib import Path
 
 from yivl import entry
+
+logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +40,7 @@ def main() -> None:
     entry.log_to_stderr()
 
     from yivl.errors import CheckpointError
+    from yivl.model.configuration import read_json
     from yivl.model.loading import load_adapter, load_model
     from yivl.model.saving import check_replaceable, save_checkpoint
 
@@ -46,10 +50,15 @@ def main() -> None:
     if os.path.realpath(target) in (os.path.realpath(base), os.path.realpath(adapter)):
         raise CheckpointError(f"{target}: is what is merged; give another --save-model-path")
     check_replaceable(target)  # before minutes of loading
+    if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
+        raise CheckpointError(f"{adapter}: no adapter folder: it has no adapter_config.json")
+    trained_on = str(read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path"))
+    if os.path.realpath(trained_on) != os.path.realpath(base) and trained_on != base:
+        logger.warning("the adapter says that it was trained on %s; it is merged into %s", trained_on, base)
     loaded = load_model(base, device=arguments.device, dtype=arguments.dtype)
     model = load_adapter(loaded.model, adapter, merge=True)
     save_checkpoint(model, target, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
-    logging.getLogger(__name__).info("the merged model is in %s", target)
+    logger.info("the merged model is in %s", target)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What a run will do and need, told before it starts: the dry run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from yivl.data.rows import RowError
 from yivl.model.configuration import YiVLConfig
 from yivl.model.loss import CHUNK_SIZE
 from yivl.train.arguments import Arguments, Zero
-from yivl.train.batches import Batches
+from yivl.train.batches import Batches, own_words
 from yivl.train.modules import PartSize
 from yivl.train.trainer import count_batch
 
@@ -29,7 +31,8 @@ class Memory:
 
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "activations")
-        return f"{self.total / GIB:,.1f} GiB: " + ", ".join(f"{p} {getattr(self, p) / GIB:,.1f}" for p in parts)
+        unit, name = (GIB, "GiB") if self.total >= GIB else (GIB / 1024, "MiB")
+        return f"{self.total / unit:,.1f} {name}: " + ", ".join(f"{p} {getattr(self, p) / unit:,.1f}" for p in parts)
 
 
 def estimate_memory(
@@ -84,13 +87,23 @@ def _activations(sizes: Sequence[PartSize], config: YiVLConfig, arguments: Argum
     return float(total + min(positions, CHUNK_SIZE) * config.vocab_size * (width + 8))
 
 
+def total_steps(arguments: Arguments, batches: Batches) -> int:
+    """Return the optimizer steps of the whole run, as the trainer counts them."""
+    training = arguments.training
+    per_epoch = -(-len(batches.loader) // training.gradient_accumulation_steps)
+    return int(training.max_steps) if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
+
+
 def describe_run(arguments: Arguments, batches: Batches, config: YiVLConfig, sizes: Sequence[PartSize]) -> str:
     """Return the plan of a run: steps, the first batch, and what one GPU needs, here and with more of them."""
     training = arguments.training
     accumulation, world_size = training.gradient_accumulation_steps, training.world_size
-    per_epoch = -(-len(batches.loader) // accumulation)
-    steps = training.max_steps if training.max_steps > 0 else round(per_epoch * training.num_train_epochs)
-    rows, positions = count_batch(next(iter(batches.loader)), config.num_patches)
+    steps = total_steps(arguments, batches)
+    try:
+        first = next(iter(batches.loader))
+    except RowError as error:
+        raise own_words(error) from error
+    rows, positions = count_batch(first, config.num_patches)
     global_rows = training.per_device_train_batch_size * accumulation * world_size
     zero = Zero.of(training)
     lines = [

@@ -50,7 +50,10 @@ def read_start(arguments: ModelArguments) -> Start:
     folder = resolve_checkpoint(os.path.expanduser(arguments.model_name_or_path))
     is_language_model = "mm_vision_tower" not in read_json(folder / "config.json")
     vit = None if arguments.vision_tower is None else Path(os.path.expanduser(arguments.vision_tower))
+    fresh = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
     if not is_language_model:
+        if typed := [name for name in fresh if getattr(arguments, name) != getattr(ModelArguments, name)]:
+            raise YiVLError(f"--{typed[0]} is for a fresh start from a language model; {folder} has its own")
         config, tokenizer, image_processor = read_small_files(folder)
         clip_processor = image_processor.clip_processor
         if vit is not None and not _have_same_shapes(read_vit_config(vit), config.vision_config):
@@ -63,6 +66,8 @@ def read_start(arguments: ModelArguments) -> Start:
         clip_processor = CLIPImageProcessorPil() if is_open_clip(vit) else load_clip_processor(vit)
     if arguments.image_aspect_ratio is not None:
         config.image_aspect_ratio = arguments.image_aspect_ratio
+    if arguments.bits == 4 and not torch.cuda.is_available():
+        check_widths(config)
     image_size = arguments.image_size or config.vision_config.image_size
     if image_size % config.vision_config.patch_size:
         raise YiVLError(f"--image_size {image_size} is no multiple of the patch size {config.vision_config.patch_size}")
@@ -83,8 +88,6 @@ def load_start(start: Start, arguments: ModelArguments, *, dtype: torch.dtype, p
         raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn_implementation sdpa")
     kwargs: dict[str, Any] = {}
     if arguments.bits != 16:
-        if arguments.bits == 4 and not torch.cuda.is_available():
-            check_widths(start.config)
         kwargs["quantization_config"] = quantization_config(
             four_bits=arguments.bits == 4, dtype=dtype, folder=start.folder
         )

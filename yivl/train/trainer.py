@@ -1,6 +1,7 @@
 """The Trainer of transformers with our batches, parameter groups, checkpoints and log."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,16 +14,16 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from yivl.constants import IMAGE_TOKEN_INDEX
-from yivl.data.dataset import RowDataset
+from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.image_processing import ImageProcessor
 from yivl.model.saving import write_json
 from yivl.tokenization import YiTokenizer
 from yivl.train.arguments import Arguments, YiVLTrainingArguments, Zero, as_dict
-from yivl.train.batches import BatchLoader
+from yivl.train.batches import BatchLoader, own_words
 from yivl.train.checkpoints import (
+    ARGUMENTS,
     UNFINISHED,
     load_trained,
     move_into_place,
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 MAX_EMPTY_STEPS: Final = 10
 """Steps in a row without a single target that are too many. Source: ours."""
-_WORKER_PREFIX: Final = f"{RowError.__module__}.{RowError.__qualname__}: "
 
 
 class YiVLTrainer(Trainer):  # type: ignore[misc]
@@ -48,6 +48,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
 
     args: YiVLTrainingArguments
     optimizer: torch.optim.Optimizer | None
+    control: Any
 
     def __init__(
         self,
@@ -58,20 +59,20 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         tokenizer: YiTokenizer,
         image_processor: ImageProcessor,
         num_patches: int,
-        eval_rows: RowDataset | None = None,
+        eval_loader: BatchLoader | None = None,
     ) -> None:
         self.run_log = RunLog(arguments.training.output_dir)
         super().__init__(
             model,
             args=arguments.training,
             train_dataset=loader.dataset,
-            eval_dataset=eval_rows,
+            eval_dataset=None if eval_loader is None else eval_loader.dataset,
             data_collator=loader.collate_fn,
             callbacks=[self.run_log],
         )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.arguments, self.loader = arguments, loader
+        self.arguments, self.loader, self.eval_loader = arguments, loader, eval_loader
         self.tokenizer, self.image_processor, self.num_patches = tokenizer, image_processor, num_patches
         self._empty_steps = 0
         self._frozen = frozen_modules(model)
@@ -89,7 +90,10 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer | None = self.optimizer
         if optimizer is None:
             model = self.model if model is None else model
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            try:
+                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            except (ImportError, ValueError) as error:
+                raise YiVLError(f"--optim {self.args.optim}: {error}") from error
             if Zero.of(self.args).offloads_optimizer and self.args.optim.startswith("adamw_torch"):
                 from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, and only offloading needs it
 
@@ -106,8 +110,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         try:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except RowError as error:
-            # From a data-loading worker it comes with the worker's traceback; its last line is what we said.
-            raise RowError(str(error).strip().splitlines()[-1].removeprefix(_WORKER_PREFIX)) from error
+            raise own_words(error) from error
         for batch in batches:
             self._seen += torch.tensor(count_batch(batch, self.num_patches), dtype=torch.float64)
         if isinstance(num_items, torch.Tensor):
@@ -139,9 +142,43 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             freeze_modes(self._frozen)
         return super().compute_loss(model, inputs | {"skip_logits": True}, return_outputs, num_items_in_batch)
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return and log the mean loss over all supervised tokens of the evaluation rows, of all processes."""
+        assert self.eval_loader is not None  # --eval_strategy goes with --eval_data_path
+        started, model = time.perf_counter(), self.model_wrapped
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        try:
+            for batch in self.eval_loader:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    inputs = self._prepare_inputs(batch)
+                    loss = model(**inputs, skip_logits=True, num_items_in_batch=1).loss  # their sum
+                total += torch.tensor([loss.item(), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())])
+        except RowError as error:
+            raise own_words(error) from error
+        loss_sum, targets = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").tolist()
+        if not targets:
+            raise YiVLError(f"{self.arguments.data.eval_data_path}: no target in the evaluation rows")
+        metrics = {"eval_loss": loss_sum / targets}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since += time.perf_counter() - started
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add rows and positions (text tokens and patches) a second, over all processes, to every line."""
-        if "loss" in logs:
+        """Add rows and positions (text tokens and patches) a second, over all processes, to every line.
+
+        Raises:
+            YiVLError: If the loss is no number: what follows would not be training.
+        """
+        if not math.isfinite(logs.get("loss", 0)):
+            raise YiVLError(
+                f"step {self.state.global_step}: the loss is {logs['loss']}; go on from a checkpoint before it with a "
+                "lower --learning_rate"
+            )
+        if "loss" in logs and self._empty_steps >= self.args.logging_steps:
+            del logs["loss"]  # there was none: a 0 would look like success
+        if "rows_per_second" not in logs and "learning_rate" in logs:
             now = time.perf_counter()
             seen = self.accelerator.reduce(self._seen.to(self.args.device, torch.float32), "sum").tolist()
             rows, tokens = (round(number / (now - self._since), 2) for number in seen)
@@ -162,14 +199,11 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
                 super()._save_checkpoint(model, trial)
             finally:
                 self._run_dir = Path(self.args.output_dir)
-        # First the main process, then those of nodes with disks of their own; on a shared disk these find it done.
-        for is_turn in (self.args.process_index == 0, self.args.local_process_index == 0):
-            if is_turn and (folder / name).is_dir():
-                move_into_place(folder / name, self._run_dir / name)
-                remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
-            self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            move_into_place(folder / name, self._run_dir / name)
+            remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
             self.run_log.draw()
+        self.accelerator.wait_for_everyone()
         self._since += time.perf_counter() - started  # the rates of the log are those of training
 
     def save_final(self) -> None:
@@ -185,13 +219,15 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _unfinished(self) -> Iterator[Path]:
-        """Yield an empty folder that all processes may write into; on leaving, all have done so."""
+        """Yield an empty folder that all processes may write into; on leaving, all have done so.
+
+        The nodes of a run share the disk of its output folder (docs/training.md).
+        """
         folder = Path(self.args.output_dir) / UNFINISHED
-        # Nodes may share the disk or not: one of each clears, and only then makes.
-        if self.args.local_process_index == 0:
+        if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        folder.mkdir(parents=True, exist_ok=True)
         yield folder
         self.accelerator.wait_for_everyone()
 
@@ -214,7 +250,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             image_processor=self.image_processor,
             state_dict=state_dict,
         )
-        write_json(folder / "training_arguments.json", as_dict(self.arguments))
+        write_json(folder / ARGUMENTS, as_dict(self.arguments))
 
     @property
     def is_adapter(self) -> bool:
