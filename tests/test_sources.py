@@ -50,17 +50,17 @@ def test_a_mixture_has_weights_limits_and_paths_of_its_own(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- {data: a.json}", "entry 0: expected data_path"),
+        ("- {data: a.json}", "entry 0: no data_path"),
         (
             "- {data_path: a.json, heft: 2}",
-            "entry 0: expected data_path, and of data_path, image_folder, weight, max",
+            "entry 0: unknown key 'heft'; known are data_path, image_folder, weight, max_rows",
         ),
         ("data_path: a.json", "expected a list of sources"),
         ("- [", "not a readable YAML file"),
         ("- {data_path: a.json, weight: 0}", "weight 0 is not positive"),
         ("- {data_path: a.json, max_rows: 0}", "max_rows 0 is not positive"),
         ("- {data_path: '*.tar', max_rows: 5}", "tar shards take no max_rows"),
-        ("- {data_path: a.json, weight: heavy}", "entry 0: "),
+        ("- {data_path: a.json, weight: heavy}", "entry 0: weight 'heavy' is no number"),
     ],
 )
 def test_a_wrong_mixture_is_one_clear_error(text: str, message: str, tmp_path: Path) -> None:

@@ -1,17 +1,22 @@
 """Tar shards as a stream: nothing lost, nothing twice, and every batch in its place."""
 
+import io
+import json
+import tarfile
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import GOLDEN
 from recipes import conversation, write_rows, write_shards
 
 from yivl.data.bad_rows import BadRows
 from yivl.data.examples import Encoder
 from yivl.data.rows import Row, RowError
 from yivl.data.sources import Source, read_sources
-from yivl.data.stream import StreamDataset, parse_sample
+from yivl.data.stream import StreamDataset, open_shards, read_shards
 from yivl.model.loading import LoadedModel
 
 
@@ -27,26 +32,34 @@ def captions(dataset: StreamDataset, slot: int, count: int) -> list[str]:
     return [str(row.turns[0].answer) for row in found if isinstance(row, Row)]
 
 
-@pytest.mark.parametrize(("shards", "world", "slots"), [(3, 1, 1), (4, 2, 2), (3, 2, 1), (2, 1, 3), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("shards", "world", "slots"), [(3, 1, 1), (4, 2, 2), (3, 2, 1), (7, 2, 2), (2, 1, 3), (1, 2, 2)]
+)
 def test_an_epoch_over_all_processes_and_workers_holds_every_row_once(
     shards: int, world: int, slots: int, encoder: Encoder, tmp_path: Path
 ) -> None:
-    per_shard = 4 * world * slots
-    sources = read_sources(write_shards(tmp_path, shards, per_shard))
-    per_stream = shards * per_shard // (world * slots)
+    (source,) = read_sources(write_shards(tmp_path, shards, 5))
     epochs: list[list[str]] = []
     for epoch in range(2):
-        seen: Counter[str] = Counter()
+        seen: list[str] = []
         for rank in range(world):
-            dataset = StreamDataset(
-                sources, encoder, print, 2, rank=rank, world_size=world, num_slots=slots, shuffle_buffer=5
-            )
+            dataset = StreamDataset([source], encoder, print, 2, rank, world, slots, shuffle_buffer=5)
             for slot in range(slots):
-                seen.update(captions(dataset, slot, per_stream * 2)[epoch * per_stream : (epoch + 1) * per_stream])
-        assert set(seen.values()) == {1}
-        assert len(seen) == shards * per_shard
-        epochs.append(list(seen))
+                rows = dataset._tar_rows(source, epoch, rank * slots + slot, world * slots)
+                seen += [str(row.turns[0].answer) for row in rows if isinstance(row, Row)]
+        assert sorted(seen) == sorted(f"caption {number}" for number in range(shards * 5))
+        epochs.append(seen)
     assert epochs[0] != epochs[1]  # another order
+
+
+def test_a_process_opens_its_own_shards_and_no_others(encoder: Encoder, tmp_path: Path) -> None:
+    (source,) = read_sources(write_shards(tmp_path, 10, 2))
+    opened: list[set[str]] = []
+    for part in range(4):
+        rows = [*StreamDataset([source], encoder, print, 1)._tar_rows(source, 0, part, 4)]
+        opened.append({row.origin.split(" sample")[0] for row in rows if isinstance(row, Row)})
+    assert [len(paths) for paths in opened] == [3, 3, 2, 2]
+    assert len(set.union(*opened)) == 10
 
 
 def test_a_batch_is_the_same_whoever_reads_it_and_whenever(encoder: Encoder, tmp_path: Path) -> None:
@@ -82,29 +95,55 @@ def test_more_streams_than_rows_is_an_error_that_says_what_to_change(encoder: En
         next(dataset._rows(3))
 
 
-def test_samples_are_captions_or_conversations() -> None:
-    name = {"__key__": "0001", "__url__": "a.tar", "jpg": {"bytes": b"data", "path": None}}
-    caption = parse_sample(name | {"txt": " a cat \n"})
-    assert (caption.turns[0].question, caption.turns[0].answer, caption.images) == ("", "a cat", (b"data",))
-    assert parse_sample(name | {"json": {"caption": "a dog"}}).turns[0].answer == "a dog"
-    turns = conversation("x.png", "q", "a")["conversations"]
-    assert parse_sample(name | {"json": {"conversations": turns}}).turns[0].question == "q"
-    for wrong, message in (
-        ({"jpg": None, "txt": "a cat"}, r"a\.tar sample 0001: no picture"),
-        ({"txt": " "}, r"a\.tar sample 0001: no caption"),
-        ({"json": {"conversations": turns[:1]}}, r"a\.tar sample 0001: the last question has no answer"),
-    ):
-        with pytest.raises(RowError, match=message):
-            parse_sample(name | wrong)
+PNG = (GOLDEN / "images/square_rgb.png").read_bytes()
+CONVERSATION = json.dumps(conversation("x.png", "q", "a")).encode()
 
 
-def test_a_damaged_shard_is_an_error_that_names_it(encoder: Encoder, tmp_path: Path) -> None:
-    pattern = write_shards(tmp_path, 1, 6)
+def shard_of(path: Path, samples: Sequence[Mapping[str, bytes]]) -> str:
+    """Write samples that need not have the same files."""
+    with tarfile.open(path, "w") as tar:
+        for number, files in enumerate(samples):
+            for suffix, content in files.items():
+                entry = tarfile.TarInfo(f"folder/{number:04d}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return str(path)
+
+
+def test_one_shard_may_hold_samples_of_every_kind_and_bad_ones_cost_only_themselves(tmp_path: Path) -> None:
+    good = [
+        {"jpg": PNG, "txt": b" a cat \n"},
+        {"png": PNG, "json": json.dumps({"caption": "a dog"}).encode()},
+        {"webp": PNG, "json": CONVERSATION},
+        {"JPG": PNG, "txt": "一只猫".encode(), "json": b'{"width": "three"}'},
+    ]
+    bad = [
+        ({"txt": b"no picture"}, "no picture"),
+        ({"jpg": PNG, "txt": b" "}, "no caption"),
+        ({"jpg": PNG, "txt": b"\xff\xfe"}, "cannot be read"),
+        ({"jpg": PNG, "json": b"{"}, "cannot be read"),
+        ({"jpg": PNG, "json": b"[1]"}, "json is no object"),
+        ({"jpg": PNG, "json": b'{"conversations": [{"from": "human", "value": "q"}]}'}, "has no answer"),
+    ]
+    path = shard_of(tmp_path / "mixed.tar", [*good, *(files for files, _ in bad), *good])
+    rows = list(read_shards(open_shards([path])))
+    parsed = [(row.turns[0].question, row.turns[0].answer) for row in rows if isinstance(row, Row)]
+    assert parsed == [("", "a cat"), ("", "a dog"), ("q", "a"), ("", "一只猫")] * 2
+    assert all(row.images == (PNG,) for row in rows if isinstance(row, Row))
+    errors = [str(row) for row in rows if isinstance(row, RowError)]
+    for number, (error, (_, reason)) in enumerate(zip(errors, bad, strict=True), len(good)):
+        assert error.startswith(f"{path} sample folder/{number:04d}: ")
+        assert reason in error
+
+
+@pytest.mark.parametrize("damage", ["no tar", "cut"])
+def test_a_damaged_shard_is_named_and_the_others_are_read(damage: str, tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, 2, 6)
     path = tmp_path / "00000.tar"
-    path.write_bytes(b"no tar")
-    with pytest.raises(RowError, match=r"00000\.tar: not a tar shard"):
-        next(StreamDataset(read_sources(pattern), encoder, print, 1)._rows(0))
-    write_shards(tmp_path, 1, 60)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 700])
-    with pytest.raises(RowError, match="a damaged shard"):
-        captions(StreamDataset(read_sources(pattern), encoder, print, 1), 0, 60)
+    path.write_bytes(b"no tar" if damage == "no tar" else path.read_bytes()[: path.stat().st_size // 2 + 700])
+    rows = list(read_shards(open_shards(Source(pattern).shards())))
+    (error,) = (str(row) for row in rows if isinstance(row, RowError))
+    assert error.startswith(f"{path}: a damaged shard (")
+    captions_read = {row.turns[0].answer for row in rows if isinstance(row, Row)}
+    assert captions_read >= {f"caption {number}" for number in range(6, 12)}
+    assert len(captions_read) < 12

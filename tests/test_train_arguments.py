@@ -70,13 +70,31 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"train_sampling_strategy": "group_by_length"}, "use --group_by_length"),
         ({"eval_data_path": "rows.json"}, "--eval_data_path and --eval_strategy"),
         ({"lr_scheduler_type": "wavy"}, "wavy"),
-        ({"learning_speed": 3}, "unknown flag --learning_speed"),
+        ({"lora_r": 16}, "--lora_r says how adapters are made; add --lora_enable True"),
+        ({"lora_enable": True, "lora_r": 0}, "--lora_r 0 is not positive"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0 is not positive"),
+        ({"global_batch_size": 0}, "--global_batch_size 0 is not positive"),
+        (
+            {"global_batch_size": 8, "gradient_accumulation_steps": 4},
+            "--global_batch_size sets --gradient_accumulation",
+        ),
+        ({"save_only_model": True}, "--save_only_model is not supported"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor is not supported"),
+        ({"save_strategy": "best", "eval_strategy": "steps"}, "--save_strategy best is not supported"),
+        ({"report_to": "wandb"}, "--report_to wandb needs a package"),
+        ({"learn_rate": 3}, "unknown flag --learn_rate; did you mean --learning_rate?"),
+        ({"zzz": 3}, "unknown flag --zzz; --help lists the flags"),
     ],
 )
 def test_contradictions_and_mistakes_are_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(YiVLError, match=re.escape(message)) as error:
         parse(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_pattern_that_the_shell_expanded_is_recognized() -> None:
+    with pytest.raises(YiVLError, match=r"b\.tar: which flag is it for\? A pattern .* needs quotes"):
+        parse_arguments([*["--model_name_or_path", "m", "--output_dir", "o", "--data_path", "a.tar", "b.tar"]])
 
 
 def test_flags_of_the_lineage_and_of_the_seed_recipe_mean_the_same() -> None:

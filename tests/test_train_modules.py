@@ -275,8 +275,12 @@ def test_the_position_table_is_interpolated_as_transformers_does(loaded: LoadedM
         ({"image_size": 50}, "--image_size 50 is no multiple of the patch size 14"),
         ({"model_name_or_path": "nowhere"}, "nowhere: no such folder"),
         ({"model_name_or_path": "LLM"}, "a language model alone; name the ViT"),
-        ({"image_folder": "nowhere"}, r"rows\.json row \d: nowhere/.*no such file; mend the row"),
-        ({"image_folder": "nowhere", "dataloader_num_workers": 1}, r"^/.*rows\.json row \d: nowhere/.*no such file"),
+        ({"image_folder": "nowhere"}, r"none of its first 4 pictures exists, such as nowhere/photo_rgb.jpg; give the"),
+        ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, "nothing would train"),
+        ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer is for a fresh start"),
+        ({"lora_enable": True, "bits": 4}, "4 bits on a CPU need layer widths"),
+        ({"optim": "apollo_adamw"}, "--optim"),
+        ({"eval_data_path": "EMPTY", "eval_strategy": "steps"}, "no row to evaluate on"),
         ({"data_path": "nowhere.json"}, r"nowhere\.json: cannot be read"),
         ({"data_path": "EMPTY"}, "no row to train on"),
         ({"data_path": "*.tar"}, "by --max_steps"),
@@ -288,8 +292,8 @@ def test_what_cannot_start_says_why(changes: dict[str, Any], message: str, loade
 
     if changes.get("model_name_or_path") == "LLM":
         changes = changes | {"model_name_or_path": write_language_model(tmp_path / "llm", loaded.model)}
-    if changes.get("data_path") == "EMPTY":
-        changes = changes | {"data_path": write_rows(tmp_path / "empty.json", [])}
+    empty = write_rows(tmp_path / "empty.json", [])
+    changes = {name: empty if value == "EMPTY" else value for name, value in changes.items()}
     data = changes.pop("data_path", None) or write_rows(tmp_path / "rows.json")
     with pytest.raises(YiVLError, match=message):
         train(tmp_path / "out", data, **{"image_folder": IMAGES} | changes)

@@ -147,6 +147,29 @@ def test_deepspeed_settings_are_what_their_name_says(path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_paths_are_those_of_the_caller(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, "q", "a")])
+    result = subprocess.run(
+        [
+            ROOT / "scripts/finetune.sh",
+            "--model_name_or_path",
+            CHECKPOINT,
+            "--data_path",
+            "rows.json",
+            "--output_dir",
+            "out",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": sys.executable, "GPUS": "0", "GLOBAL_BATCH": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/config.json").is_file()
+
+
+@pytest.mark.slow
 def test_the_three_stages_one_after_the_other_and_the_result_answers(loaded: LoadedModel, tmp_path: Path) -> None:
     language_model = write_language_model(tmp_path / "llm", loaded.model)
     shards = write_shards(tmp_path / "shards", 2, 8)
@@ -430,18 +453,22 @@ def test_the_commands_of_the_documents_on_the_tiny_model_run_as_typed(name: str,
 
 
 @pytest.mark.slow
-def test_a_bad_row_in_a_worker_of_a_script_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_row_in_a_worker_of_a_script_is_one_line(processes: int, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")])
+    rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")] * processes)
     result = subprocess.run(
         ["scripts/finetune.sh", *flags(CHECKPOINT, rows, tmp_path / "out"), "--dataloader_num_workers", "1"],
         cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable, "GPUS": "0", "GLOBAL_BATCH": "1"},
+        env=os.environ
+        | {"PYTHON": sys.executable, "GPUS": "0", "GLOBAL_BATCH": str(processes), "PROCESSES": str(processes)}
+        | {"MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 2
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {rows} row 0: {tmp_path}/bad.png: not a picture")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    last = errors[-1]
+    assert re.match(rf"error: {rows} row \d: {tmp_path}/bad\.png: not a picture", last)
     assert "--on_bad_row skip" in last

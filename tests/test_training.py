@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 from conftest import CHECKPOINT
 from PIL import Image
-from recipes import ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
+from recipes import FACTS, ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
 
 from yivl.data.rows import RowError
 from yivl.errors import CheckpointError, YiVLError
@@ -35,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     "packed": {"packing": True},
+    "evaluated": {"eval_data_path": "rows", "eval_strategy": "epoch", "lora_enable": True, "lora_dropout": 0.3},
     "stream": {"data_path": "shards", "max_steps": 8, "dataloader_num_workers": 2, "shuffle_buffer": 4},
 }
 
@@ -47,18 +48,21 @@ def assert_same_folder(one: Path, other: Path) -> None:
 
 
 def data_for(changes: dict[str, Any], folder: Path) -> Path | str:
-    if changes.pop("data_path", None) == "shards":
-        return write_shards(folder / "shards", 2, 7)
-    return write_rows(folder / "rows.json")
+    rows = write_rows(folder / "rows.json")
+    if "eval_data_path" in changes:
+        changes["eval_data_path"] = rows
+    return write_shards(folder / "shards", 2, 7) if changes.pop("data_path", None) == "shards" else rows
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
     changes = dict(RUNS[name])
     data = data_for(changes, tmp_path)
-    whole = train(tmp_path / "whole", data, **changes)
+    if "eval_strategy" in changes:
+        changes["save_steps"] = 2
+    whole = train(tmp_path / "whole", data, **changes, save_total_limit=5)
     assert len(losses(whole)) == 8
-    for step in (3, 6):  # within the first epoch, and within the second
+    for step in (4, 6) if "eval_strategy" in changes else (3, 6):  # in an epoch, at its end, in the second
         resumed = tmp_path / f"from {step}"
         resumed.mkdir()
         shutil.copytree(tmp_path / f"whole/checkpoint-{step}", resumed / f"checkpoint-{step}")
@@ -125,12 +129,60 @@ def test_a_run_leaves_a_model_a_log_a_curve_and_its_flags(tmp_path: Path) -> Non
     assert {"config.json", "tokenizer.model", "model.safetensors", "vit"} <= {path.name for path in out.iterdir()}
 
 
-def test_evaluation_rows_are_measured(tmp_path: Path) -> None:
+def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(tmp_path: Path) -> None:
+    rows = [conversation("photo_rgb.jpg" if i % 2 else None, f"q {i}", "word " * (1 + 5 * i)) for i in range(5)]
+    data = write_rows(tmp_path / "rows.json", rows)
+    measured = []
+    for size, packing, workers in ((1, False, 0), (2, False, 1), (5, False, 0), (3, True, 0)):
+        log = train(
+            tmp_path / f"{size}",
+            data,
+            eval_data_path=data,
+            eval_strategy="steps",
+            eval_steps=1,
+            max_steps=1,
+            learning_rate=0,
+            per_device_train_batch_size=5,
+            per_device_eval_batch_size=size,
+            packing=packing,
+            dataloader_num_workers=workers,
+        )
+        measured.append(next(line["eval_loss"] for line in log if "eval_loss" in line))
+        assert measured[-1] == pytest.approx(losses(log)[0], rel=1e-5)  # the same rows, before anything is learnt
+    assert measured == pytest.approx([measured[0]] * 4, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(YiVLError, match=r"step \d: the loss is (nan|inf); go on from a checkpoint before it"):
+        train(tmp_path / "out", write_rows(tmp_path / "rows.json"), learning_rate=1e30, warmup_ratio=0, max_grad_norm=0)
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_run_goes_on_only_as_the_run_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_rows(tmp_path / "rows.json")
-    log = train(tmp_path / "out", data, eval_data_path=data, eval_strategy="steps", eval_steps=4, packing=True)
-    measured = [line["eval_loss"] for line in log if "eval_loss" in line]
-    assert len(measured) == 2
-    assert measured[1] < measured[0]
+    out = tmp_path / "out"
+    train(out, data, max_steps=6)
+    for changes, message in (
+        ({"per_device_train_batch_size": 1}, "rows of a step was 2 when checkpoint-6 was written, and is 1 now"),
+        ({"seed": 7}, "seed was 42"),
+        ({"group_by_length": True}, "group_by_length was False"),
+        ({"unfreeze_mm_vision_tower": True}, "unfreeze_mm_vision_tower was False"),
+        ({"lora_enable": True}, "lora_enable was False"),
+        ({"max_steps": 4}, "has taken 6 steps, and the run is to take 4 in all"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(out, data, **{"max_steps": 8, "resume": "auto"} | changes)
+    with pytest.raises(CheckpointError, match="checkpoint-6 is later than checkpoint-3"):
+        train(out, data, max_steps=8, resume=out / "checkpoint-3")
+    train(tmp_path / "other", data, max_steps=1)
+    with pytest.raises(CheckpointError, match="holds checkpoint-1 of a run"):
+        train(tmp_path / "other", data, max_steps=8, resume=out / "checkpoint-6")
+    # Two micro-batches of one row are the step of one of two; another learning rate is said, and allowed.
+    with caplog.at_level("WARNING"):
+        changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 5e-4}
+        train(out, data, **changes, max_steps=8, resume="auto")
+    assert "learning_rate was 0.001 when checkpoint-6 was written, and is 0.0005 now" in caplog.messages
+    train(tmp_path / "new", data, max_steps=8, resume=out / "checkpoint-6")  # a new folder branches off
 
 
 def test_a_folder_with_a_run_or_a_model_is_not_overwritten(tmp_path: Path) -> None:
@@ -145,13 +197,19 @@ def test_a_folder_with_a_run_or_a_model_is_not_overwritten(tmp_path: Path) -> No
     assert find_checkpoint(tmp_path / "new", "auto") is None
 
 
-def test_a_finished_run_that_is_resumed_only_writes_its_model_again(tmp_path: Path) -> None:
+def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_rows(tmp_path / "rows.json")
     train(tmp_path / "out", data, max_steps=3)
-    before = weights(tmp_path / "out")
-    train(tmp_path / "out", data, max_steps=3, resume="auto")
-    after = weights(tmp_path / "out")
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+    def files() -> dict[Path, tuple[int, int]]:
+        paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+    before = files()
+    with caplog.at_level("INFO"):
+        train(tmp_path / "out", data, max_steps=3, resume="auto")
+    assert f"this run is finished (3 of 3 steps); the model is in {tmp_path / 'out'}" in caplog.messages
+    assert files() == before
 
 
 @pytest.mark.parametrize("writes", range(6))
@@ -255,6 +313,7 @@ def test_rows_whose_answers_are_all_cut_off_are_an_error_and_never_a_loss_of_zer
         train(tmp_path / "error", data, model_max_length=40)
     with pytest.raises(YiVLError, match="no target"):
         train(tmp_path / "skip", data, model_max_length=40, on_bad_row="skip")
+    assert losses(read_log(tmp_path / "skip/log.jsonl")) == []
 
 
 def test_a_tokenizer_with_another_stop_token_is_refused(tmp_path: Path) -> None:
@@ -290,4 +349,9 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, caplog: pyt
     assert "4 steps of 4 rows (2 x 2 accumulated x 1 processes)" in text
     assert "first batch: 2 rows" in text
     assert "estimated memory of one GPU" in text
+    bad = write_rows(tmp_path / "bad.json", [conversation("missing.png", "q", "a"), conversation(*FACTS[0])])
+    with pytest.raises(RowError, match=r"bad\.json row 0: .*missing\.png: no such file") as error:
+        main(flags(tmp_path / "out", bad, dry_run=True, dataloader_num_workers=1))
+    assert "Traceback" not in str(error.value)
+    main(flags(tmp_path / "out", bad, dry_run=True, on_bad_row="skip"))
     assert not (tmp_path / "out").exists()
