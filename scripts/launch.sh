@@ -44,9 +44,11 @@ launch() {
   if [[ -n ${HOSTFILE:-} ]]; then
     command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT"
       --no_local_rank --module yivl.train)
-  elif ((processes * NNODES > 1)); then
+  elif ((NNODES > 1)); then
     command=("$PYTHON" -m yivl.train.launch --nproc-per-node "$processes" --nnodes "$NNODES"
       --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m yivl.train)
+  elif ((processes > 1)); then # on any free port
+    command=("$PYTHON" -m yivl.train.launch --standalone --nproc-per-node "$processes" -m yivl.train)
   fi
   command+=(--global_batch_size "$global" --per_device_train_batch_size "$micro")
   [[ -n ${MODEL:-} ]] && command+=(--model_name_or_path "$MODEL")

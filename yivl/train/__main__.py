@@ -11,8 +11,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from yivl import entry
+
+if TYPE_CHECKING:
+    from yivl.data.bad_rows import BadRows
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_patches += start.config.mm_vision_select_feature == "cls_patch"
     encoder = Encoder(start.tokenizer, start.image_processor, num_patches, data.model_max_length)
     # A dry run writes nothing into the output folder, and a new run does not count the bad rows of another.
-    scratch = Path(tempfile.mkdtemp()) if training.dry_run else None
-    bad_rows = BadRows(data.on_bad_row, (scratch or Path(training.output_dir)) / "bad_rows.jsonl")
+    folder = (
+        Path(tempfile.gettempdir(), f"yivl-dry-run-{os.getpid()}") if training.dry_run else Path(training.output_dir)
+    )
+    bad_rows = BadRows(data.on_bad_row, folder / "bad_rows.jsonl")
     if checkpoint is None and training.should_log:
         bad_rows.path.unlink(missing_ok=True)
     batches = make_batches(data, training, encoder, bad_rows)
+    eval_loader = make_eval_loader(data, training, encoder, bad_rows)
     logger.info("%s", batches.mix)
     if checkpoint is not None and is_finished(checkpoint, arguments, total_steps(arguments, batches)):
         return
@@ -79,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("%s", modules.parameter_table(sizes))
     if training.dry_run:
         logger.info("%s", describe_run(arguments, batches, config, sizes))
+        _report(bad_rows)
         return
     if not any(size.trainable for size in sizes):
         raise YiVLError("nothing would train: every part of the model is frozen by the flags")
@@ -96,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer=start.tokenizer,
         image_processor=start.image_processor,
         num_patches=num_patches,
-        eval_loader=make_eval_loader(data, training, encoder, bad_rows),
+        eval_loader=eval_loader,
     )
     if training.resume:
         logger.info("going on from %s", checkpoint or "the beginning: there is no checkpoint yet")
@@ -117,8 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         result.metrics["train_samples_per_second"],
         training.output_dir,
     )
-    if training.should_log and bad_rows.report():
-        logger.warning("%s", bad_rows.report())
+    if training.should_log:
+        _report(bad_rows)
+
+
+def _report(bad_rows: "BadRows") -> None:
+    """Say how many rows were left out, if any were."""
+    if text := bad_rows.report():
+        logger.warning("%s", text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -68,7 +68,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             train_dataset=loader.dataset,
             eval_dataset=None if eval_loader is None else eval_loader.dataset,
             data_collator=loader.collate_fn,
-            callbacks=[self.run_log],
+            callbacks=[self.run_log, _EpochOrder(loader)],
         )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -259,6 +259,19 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model if model is None else model, resume_from_checkpoint)
+
+
+class _EpochOrder(TrainerCallback):  # type: ignore[misc]
+    """Tells our batches which epoch begins; on a resumed run not every version of transformers does."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self.loader = loader
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose the order of the epoch."""
+        self.loader.set_epoch(int(state.epoch or 0))
 
 
 def count_batch(batch: dict[str, Any], num_patches: int) -> tuple[int, int]:
