@@ -32,8 +32,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="medium", help="(default: %(default)s)")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[224, 448], help="pixels (default: 224 448)")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a run (default: %(default)s)")
+    parser.add_argument("--positions", type=int, default=5200, help="a batch has as many rows as fill them on average")
+    parser.add_argument("--batches", type=int, default=2, help="batches of a run (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the products")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of both ways")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -71,7 +71,7 @@ def measure_ways(arguments: argparse.Namespace, image_size: int) -> dict[str, di
     results = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way, "--image-size", str(image_size)]
-        for name in ("shape", "batch_size", "rows", "dtype", "attention", "device"):
+        for name in ("shape", "positions", "batches", "dtype", "attention", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         results[way] = json.loads(output)
@@ -85,7 +85,7 @@ def compare(runs: Sequence[dict[str, dict[str, float]]], rate: float) -> dict[st
     for way in WAYS:
         figures = {key: statistics.median(run[way][key] for run in runs) for key in runs[0][way]}
         figures["fraction_of_matrix_products"] = figures.pop("useful_flop_per_s") / rate
-        for key in ("rows_per_s", "peak_bytes", "step_bytes"):
+        for key in ("rows_per_s", "peak_bytes"):
             figures[f"{key}_over_lineage"] = statistics.median(run[way][key] / run["lineage"][key] for run in runs)
         table[way] = figures
     return table
@@ -109,16 +109,18 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     model = YiVLForCausalLM(config).to(arguments.device).train()
     model.get_vision_tower().requires_grad_(False).eval()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
-    examples = random_examples(arguments.rows + arguments.batch_size, config)
-    lengths = None if arguments.way == "lineage" else [example.num_positions for example in examples]
-    batches = list(BatchSampler(arguments.rows, arguments.batch_size, lengths=lengths and lengths[: arguments.rows]))
+    mean_length = config.num_patches + PROMPT_BEFORE + PROMPT_AFTER + (SHORTEST + LONGEST) // 2
+    batch_size = arguments.positions // mean_length
+    rows = random_examples(batch_size * arguments.batches, config)
+    lengths = None if arguments.way == "lineage" else [row.num_positions for row in rows]
+    batches = list(BatchSampler(len(rows), batch_size, lengths=lengths))
     collator = Collator(0, packing=packing)
     loss_of: Callable[..., Any] = lineage_loss if arguments.way == "lineage" else our_loss
 
     def step(indices: Sequence[int]) -> None:
         batch = {
             key: value.to(arguments.device) if value is not None else None
-            for key, value in collator([examples[index] for index in indices]).items()
+            for key, value in collator([rows[index] for index in indices]).items()
         }
         with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
             loss = loss_of(model, batch)
@@ -128,33 +130,30 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
         if arguments.device == "cuda":
             torch.cuda.synchronize()
 
-    # One step warms up and makes the optimizer's moments; before it, the weights alone are resident.
-    weights = resident_peak()
-    step(range(arguments.rows, arguments.rows + arguments.batch_size))
+    step([0])  # warms up, and makes the optimizer's moments
     start = time.perf_counter()
     for indices in batches:
         step(indices)
     seconds = time.perf_counter() - start
-    rows = examples[: arguments.rows]
     peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else resident_peak()
     return {
         "rows_per_s": len(rows) / seconds,
         "tokens_per_s": sum(row.num_positions for row in rows) / seconds,
         "useful_flop_per_s": sum(useful_flops(config, row) for row in rows) / seconds,
         "peak_bytes": peak,
-        "step_bytes": peak - weights,
-        "estimated_bytes": estimate(model, config, max(example.num_positions for example in examples), arguments),
+        "estimated_bytes": estimate(model, config, max(row.num_positions for row in rows), batch_size, arguments.dtype),
+        "rows_of_a_batch": batch_size,
     }
 
 
-def estimate(model: Any, config: Any, longest: int, arguments: argparse.Namespace) -> float:
+def estimate(model: Any, config: Any, longest: int, batch_size: int, dtype: str) -> float:
     """Return what the dry run would say that such a run needs, with rows of the longest length."""
     from yivl.train.arguments import Zero, parse_arguments
     from yivl.train.modules import part_sizes
     from yivl.train.plan import estimate_memory
 
     flags = f"--model_name_or_path m --data_path d --output_dir o --model_max_length {longest}".split()
-    flags += ["--per_device_train_batch_size", str(arguments.batch_size), "--bf16", str(arguments.dtype == "bfloat16")]
+    flags += ["--per_device_train_batch_size", str(batch_size), "--bf16", str(dtype == "bfloat16")]
     parsed = parse_arguments(flags)
     return estimate_memory(part_sizes(model, parsed.training), config, parsed, Zero(), 1).total
 

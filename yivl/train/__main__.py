@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from yivl.train.trainer import YiVLTrainer
 
     if training.process_index:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(logging.ERROR)
     set_seed(training.seed)
     if training.deepspeed:
         import deepspeed
