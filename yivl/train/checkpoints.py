@@ -33,14 +33,16 @@ UNFINISHED: Final = ".unfinished"
 _STATE: Final = "trainer_state.json"
 ARGUMENTS: Final = "training_arguments.json"
 _ROWS_OF_A_STEP: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+# Files may have moved, and kernels differ from machine to machine.
+_NAMES_OF_FILES: Final = ("model_name_or_path", "vision_tower", "attn_implementation")
 # What decides which parameters train, and on which rows a step does.
 _MUST_AGREE: Final = (
-    *(field.name for field in dataclasses.fields(ModelArguments) if field.name != "attn_implementation"),
-    *("data_path", "max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "rows of a step"),
+    *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _NAMES_OF_FILES),
+    *("max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "rows of a step"),
 )
 _STREAMS_MUST_AGREE: Final = (*_ROWS_OF_A_STEP, "dataloader_num_workers", "shuffle_buffer")
-_MAY_DIFFER: Final = (
-    *(
+_MAY_DIFFER: Final = frozenset(
+    [
         "output_dir",
         "resume",
         "dry_run",
@@ -49,8 +51,11 @@ _MAY_DIFFER: Final = (
         "logging_steps",
         "report_to",
         "disable_tqdm",
-    ),
-    *("local_rank", "global_batch_size", "run_name", "image_folder"),
+        "local_rank",
+        "global_batch_size",
+        "run_name",
+        "image_folder",
+    ]
 )
 _CONFIGURATIONS: Final = ("config.json", "adapter_config.json")
 
