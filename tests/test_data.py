@@ -214,6 +214,8 @@ def test_a_row_is_shown_with_its_targets() -> None:
     result = subprocess.run([*command, "0", *model], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "### Human: <image_placeholder>\nWhat is in this image?\n### Assistant:[ A small boat" in result.stdout
     assert "on a calm lake.\n###] \n98 tokens, " in result.stdout
+    result = subprocess.run([*command, "1", *model], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "谢谢。" in result.stdout  # several byte tokens, shown as the characters they make
     result = subprocess.run([*command, "99", *model], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == f"error: {GOLDEN}/training/data.json: no row 99\n"

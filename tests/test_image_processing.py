@@ -8,10 +8,14 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl import image_processing
 from yivl.errors import CheckpointError, ImageError
@@ -150,3 +154,30 @@ def test_float_pictures_are_clipped_not_wrapped() -> None:
 def test_an_unknown_aspect_ratio_is_refused() -> None:
     with pytest.raises(CheckpointError, match="image_aspect_ratio='anyres'"):
         ImageProcessor(None, "anyres")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": {"shortest_edge": 64}}, "size .* and crop_size .* differ"),
+        ({"do_normalize": False}, "expected do_resize, do_center_crop, do_rescale, do_normalize to be true"),
+    ],
+)
+def test_a_processor_that_is_set_to_something_else_than_clips_steps_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    fields = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}} | changes
+    with pytest.raises(CheckpointError, match=message):
+        ImageProcessor(CLIPImageProcessorPil(**fields))
+
+
+@pytest.mark.parametrize("mode", ["pad", "square"])
+@pytest.mark.parametrize("size", [(56, 56), (1, 90), (131, 57), (40, 300), (333, 32)])
+def test_pixels_are_those_of_the_library_bit_for_bit(mode: str, size: tuple[int, int]) -> None:
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    processor = ImageProcessor(clip, mode)
+    levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(levels)
+    expected = expand2square(image, processor.background) if mode == "pad" else image
+    batch = clip.preprocess(expected, return_tensors="pt", input_data_format="channels_last")
+    assert torch.equal(processor([image])[0], batch["pixel_values"][0])

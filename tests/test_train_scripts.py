@@ -263,6 +263,11 @@ def test_lora_is_trained_merged_and_asked(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert "give another --save-model-path" in result.stderr
+    other = tmp_path / "other"
+    printed = run_script("merge_lora.sh", "--model-path", merged, "--lora-path", out, "--save-model-path", other)
+    assert f"the adapter says that it was trained on {CHECKPOINT}; it is merged into {merged}" in printed
+    with pytest.raises(AssertionError, match="no adapter folder: it has no adapter_config"):
+        run_script("merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", merged, "--save-model-path", other)
 
 
 @pytest.mark.slow
