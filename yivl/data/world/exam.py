@@ -1,0 +1,68 @@
+"""Examinations: questions of one kind, each asked alone, with every answer about equally often."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from yivl.data.world.language import ASK, Question, QuestionKind
+from yivl.data.world.scenes import Scene, Split, sample_scene
+from yivl.data.world.words import COLOURS, FOODS, KINDS, Language
+
+# Of how many values the answers are: no value is asked for more often than its share.
+_VALUES: Final[dict[QuestionKind, int]] = {
+    "presence": 2,
+    "count": 5,
+    "kind": len(KINDS),
+    "activity": 5,
+    "food": len(FOODS),
+    "colour": len(COLOURS),
+    "place": 5,
+}
+EXAM_KINDS: Final[tuple[QuestionKind, ...]] = (
+    "presence",
+    "count",
+    "kind",
+    "kinds",
+    "activity",
+    "food",
+    "colour",
+    "place",
+    "sign",
+    "caption",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question about one scene."""
+
+    scene: Scene
+    question: Question
+
+
+def examine(split: Split, kind: QuestionKind, language: Language, number: int, *, first: int = 0) -> Iterator[Task]:
+    """Yield ``number`` tasks; the same on every machine.
+
+    Args:
+        split: Where the scenes are from.
+        kind: Of the questions.
+        language: Of question and answer.
+        number: How many tasks.
+        first: Number of the first scene that is tried.
+    """
+    rng = random.Random(f"{split} {kind} {language} {first}")
+    quota = -(-number // _VALUES[kind]) if kind in _VALUES else number
+    used: Counter[str] = Counter()
+    ask = ASK["kinds" if kind == "kind" else kind]
+    while used.total() < number:
+        scene = sample_scene(split, first)
+        question = ask(scene, language, rng)
+        first += 1
+        if question is None or question.kind != kind or used[question.value] >= quota:
+            continue
+        if kind == "sign" and question.value == "none":
+            continue
+        used[question.value] += 1
+        yield Task(scene, question)
