@@ -31,8 +31,9 @@ from yivl.data.world.words import (
 ASSETS: Final = Path(__file__).parents[2] / "assets" / "world"
 SPRITE_SIDE: Final = 128
 SPRITE_COLUMNS: Final = 8
-# A patch belongs to the thing that covers most of it, if that is at least this much of the patch.
-_MIN_COVER: Final = 0.3
+# A patch belongs to the thing that covers most of it, if that is at least this much of the patch: little enough that
+# a small thing on the corner of four patches is not lost.
+_MIN_COVER: Final = 0.12
 
 _WALL_ID, _FLOOR_ID = 0, 1
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -26,7 +27,7 @@ from yivl.data.world.words import (
 )
 
 QuestionKind = Literal[
-    "presence", "count", "kind", "kinds", "activity", "food", "colour", "place", "sign", "caption", "detail"
+    "presence", "count", "kind", "kinds", "activity", "food", "colour", "place", "places", "sign", "caption", "detail"
 ]
 
 
@@ -112,9 +113,11 @@ Ask = Callable[[Scene, Language, random.Random], Question | None]
 
 
 def _ask_presence(scene: Scene, language: Language, rng: random.Random) -> Question | None:
-    kind = _some_kind(scene, rng, absent=rng.random() < 0.5, among=scene.shown)
-    if kind is None:
+    absent = rng.random() < 0.5
+    kinds = [kind for kind in KINDS if (kind in scene.shown) != absent]
+    if not kinds:
         return None
+    kind = rng.choice(kinds)
     name = _say(kind, language)
     text = _choose(
         rng,
@@ -128,9 +131,13 @@ def _ask_presence(scene: Scene, language: Language, rng: random.Random) -> Quest
 
 
 def _ask_count(scene: Scene, language: Language, rng: random.Random) -> Question | None:
-    kind = _some_kind(scene, rng, absent=rng.random() < 0.2, among=scene.shown)
-    if kind is None or (kind in scene.shown and kind not in scene.kinds):
-        return None  # what animals use is not counted
+    if rng.random() < 0.2:
+        kind = rng.choice([kind for kind in KINDS if kind not in scene.shown])
+    elif scene.kinds:  # what animals use is not counted
+        # Single things are most frequent; weighted so, all counts are asked for about equally often.
+        kind = rng.choices(scene.kinds, [len(scene.of_kind(kind)) ** 3 for kind in scene.kinds])[0]
+    else:
+        return None
     text = _choose(
         rng,
         language,
@@ -164,9 +171,10 @@ def _ask_kinds(scene: Scene, language: Language, rng: random.Random) -> Question
 
 def _ask_activity(scene: Scene, language: Language, rng: random.Random) -> Question | None:
     groups = [group for group in _groups(scene) if group[0].kind in ANIMALS]
-    if not groups:
-        return None
-    group = rng.choice(groups)
+    acting = [group for group in groups if group[0].activity]
+    if not groups or (not acting and rng.random() < 0.6):
+        return None  # most animals do nothing; they are asked about less often
+    group = rng.choice(acting if acting and rng.random() < 0.8 else groups)
     kind, number, activity = group[0].kind, len(group), group[0].activity
     # "They" only where there is no doubt who is meant.
     named = len(groups) > 1 or rng.random() < 0.5
@@ -214,20 +222,21 @@ def _ask_colour(scene: Scene, language: Language, rng: random.Random) -> Questio
 
 
 def _ask_place(scene: Scene, language: Language, rng: random.Random) -> Question | None:
-    # Food in a bowl has the name of a thing that may lie elsewhere: no such kind is asked for.
-    single = [kind for kind in scene.kinds if len(scene.of_kind(kind)) == 1]
-    if not single:
+    if not scene.kinds:
         return None
-    kind = rng.choice(single)
-    name = _say(kind, language)
+    kind = rng.choice(scene.kinds)
+    things = scene.of_kind(kind)
+    en = f"is the {kind.en}" if len(things) == 1 else f"are the {kind.plural}"
     text = _choose(
         rng,
         language,
-        (f"Where is the {name}?", f"Where in the image is the {name}?"),
-        (f"{name}在哪里？", f"{name}在图片的哪里？"),
+        (f"Where {en}?", f"Where in the image {en}?"),
+        (f"{kind.zh}在哪里？", f"{kind.zh}在图片的哪里？"),
     )
-    things = scene.of_kind(kind)
-    return Question("place", text, _sentence(_where(things, language), language), things[0].place.en, kind)
+    answer = _sentence(_where(things, language), language)
+    return Question(
+        "place" if len(things) == 1 else "places", text, answer, " ".join(thing.place.en for thing in things), kind
+    )
 
 
 def _ask_sign(scene: Scene, language: Language, rng: random.Random) -> Question | None:
@@ -289,19 +298,20 @@ ASK: Final[dict[str, Ask]] = {
     "caption": _ask_caption,
     "detail": _ask_detail,
 }
-# How often each is asked, of all questions that a scene allows. The slow skills more often.
+# How often each is tried, as long as a scene allows it. The slow skills more often.
 _WEIGHTS: Final = {
-    "presence": 5,
-    "count": 5,
+    "presence": 4,
+    "count": 4,
     "kinds": 2,
-    "activity": 3,
-    "food": 3,
+    "activity": 2,
+    "food": 6,
     "colour": 1,
-    "place": 5,
-    "sign": 4,
+    "place": 4,
+    "sign": 3,
     "caption": 2,
     "detail": 1,
 }
+_MOST: Final = 2  # questions of one kind in a conversation
 
 
 def conversation(scene: Scene, language: Language, rng: random.Random, length: int) -> list[Question]:
@@ -310,14 +320,17 @@ def conversation(scene: Scene, language: Language, rng: random.Random, length: i
     A follow-up says "it" of what the question before asked for, so it needs the history.
     """
     asked: list[Question] = []
+    used: Counter[str] = Counter()
     names, weights = list(_WEIGHTS), list(_WEIGHTS.values())
-    for _ in range(4 * length):
+    for _ in range(8 * length):
         if len(asked) >= length:
             break
-        question = ASK[rng.choices(names, weights)[0]](scene, language, rng)
+        name = rng.choices(names, weights)[0]
+        question = ASK[name](scene, language, rng) if used[name] < _MOST else None
         if question is None or any((one.kind, one.about) == (question.kind, question.about) for one in asked):
             continue
         asked.append(question)
+        used[name] += 1
         if rng.random() < 0.4 and (follow_up := _follow_up(scene, language, question)):
             asked.append(follow_up)
     return asked[:length]
@@ -332,11 +345,6 @@ def _follow_up(scene: Scene, language: Language, question: Question) -> Question
         return None
     text = _pick(language, "Where is it?", "它在哪里？")
     return Question("place", text, _sentence(_where(things, language), language), things[0].place.en, question.about)
-
-
-def _some_kind(scene: Scene, rng: random.Random, *, absent: bool, among: set[Kind]) -> Kind | None:
-    kinds = [kind for kind in KINDS if kind not in among] if absent else [kind for kind in KINDS if kind in among]
-    return rng.choice(kinds) if kinds else None
 
 
 def _groups(scene: Scene) -> list[list[Thing]]:

@@ -135,16 +135,18 @@ def _draw(seed: str, *, new_sizes: bool) -> Scene:
     sort = rng.random()
     sign = _draw_sign(rng, free) if sort < 0.35 else None
     things: list[Thing] = []
-    if 0.25 < sort < 0.6:
+    if 0.25 < sort < 0.7:
         things += _draw_actors(rng, free, new_sizes)
-    # Which kind, then how many of it, so that all counts are equally frequent.
-    while len(things) < MAX_THINGS and free and (not things or rng.random() < 0.5):
+    # Some scenes have single things of several kinds; the others one kind or more, with all counts alike.
+    single = rng.random() < 0.4
+    while len(things) < MAX_THINGS and free and (not things or rng.random() < 0.6):
         kind = rng.choice(KINDS)
         if any(kind in {thing.kind, thing.food} for thing in things):
             continue
         if any(thing.activity and thing.activity.prop == kind.en for thing in things):
             continue
-        for _ in range(min(rng.randint(1, MAX_THINGS), MAX_THINGS - len(things), len(free))):
+        most = min(MAX_THINGS - len(things), len(free))
+        for _ in range(1 if single else min(rng.randint(1, MAX_THINGS), most)):
             size = _size(rng, _NEW_SIZES if new_sizes else (_SIZES,))
             things.append(_put(rng, kind, _take(rng, free), size, rng.uniform(-22, 22)))
     things.sort(key=lambda thing: PLACES.index(thing.place))
@@ -163,7 +165,7 @@ def _draw_sign(rng: random.Random, free: list[Word]) -> Sign:
 
 
 def _draw_actors(rng: random.Random, free: list[Word], new_sizes: bool) -> list[Thing]:
-    kind, activity = rng.choice(ANIMALS), rng.choice(ACTIVITIES)
+    kind, activity = rng.choice(ANIMALS), rng.choice((EATING, *ACTIVITIES))
     food = rng.choice(FOODS) if activity is EATING else None
     count = min(rng.randint(1, MAX_THINGS), len(free))
     ranges = _NEW_ACTOR_SIZES if new_sizes else (_ACTOR_SIZES,)

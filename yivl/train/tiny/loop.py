@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-_SAVE_EVERY = 500
 _LOG_EVERY = 50
 
 
@@ -39,6 +38,7 @@ def fit(
     folder: Path,
     *,
     collate: Callable[[Sequence[Any]], Any] | None = None,
+    save_every: int = 500,
 ) -> None:
     """Train a module in place, and go on where an earlier call stopped.
 
@@ -51,6 +51,7 @@ def fit(
         settings: Steps, batch and rate.
         folder: Of the state and of ``log.jsonl``.
         collate: Of the batches.
+        save_every: Steps between two saved states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_path, log_path = folder / "state.pt", folder / "log.jsonl"
@@ -88,7 +89,7 @@ def fit(
                 mean = float(torch.stack(losses).mean())
                 log.write(json.dumps({"step": step + 1, "loss": mean, "learning_rate": rate}) + "\n")
             losses.clear()
-        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == settings.steps:
+        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
             state = {"step": step + 1, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, f"{state_path}.tmp")
             os.replace(f"{state_path}.tmp", state_path)
