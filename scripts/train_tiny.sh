@@ -25,15 +25,16 @@ if [[ ${SMOKE:-0} == 1 ]]; then
   caption_scenes=128 gate=2 exam=2
 fi
 
-# once RESULT COMMAND...: runs the command, unless what it writes is there.
+# once RESULT COMMAND...: runs the command, unless what it writes is there, and notes how long it took.
 once() {
-  local result=$1
+  local result=$1 start=$SECONDS
   shift
   if [[ -e $result ]]; then
     echo "== $result is there"
   else
     echo "== $result"
     "$@"
+    printf '%s\t%s\n' "${result#"$OUT"/}" $((SECONDS - start)) >>"$OUT/seconds.tsv"
   fi
 }
 

@@ -3,7 +3,6 @@
 import random
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -63,17 +62,17 @@ class Picture:
 
     def patches(self, grid: int) -> list[tuple[Word, ...]]:
         """Return what lies under each of ``grid * grid`` patches, in raster order."""
-        bounds = np.linspace(0, len(self.owners), grid + 1).round().astype(int)
-        patches = []
-        for top, bottom in pairwise(bounds):
-            for left, right in pairwise(bounds):
-                cell = self.owners[top:bottom, left:right]
-                counts = np.bincount(cell.ravel(), minlength=2)
-                owner = int(counts[:2].argmax())
-                if counts[2:].size and counts[2:].max() >= _MIN_COVER * cell.size:
-                    owner = 2 + int(counts[2:].argmax())
-                patches.append(self.words[owner])
-        return patches
+        side = len(self.owners)
+        cells = np.arange(side) * grid // side
+        patch_of_pixel = cells[:, None] * grid + cells
+        number = len(self.words)
+        counts = np.bincount((patch_of_pixel * number + self.owners).ravel(), minlength=grid * grid * number)
+        counts = counts.reshape(grid * grid, number)
+        owners = counts[:, :2].argmax(1)
+        if number > 2:
+            covered = counts[:, 2:].max(1) >= _MIN_COVER * counts.sum(1)
+            owners = np.where(covered, 2 + counts[:, 2:].argmax(1), owners)
+        return [self.words[owner] for owner in owners]
 
 
 def draw(scene: Scene, side: int) -> Picture:
@@ -178,20 +177,21 @@ def _texture(style: str, side: int, rng: random.Random) -> np.ndarray:
     """Return the brightness of the floor, ``(side, side)``, about 1."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
     seed = rng.randrange(1 << 30)
+    brightness = np.ones((side, side), np.float32)
     if style == "gradient":
-        return 0.85 + 0.25 * y
-    if style == "tiles":
-        return 1 - 0.12 * ((x * 8).astype(int) + (y * 8).astype(int) & 1)
-    if style == "planks":
+        brightness = 0.85 + 0.25 * y
+    elif style == "tiles":
+        brightness = 1 - 0.12 * ((x * 8).astype(int) + (y * 8).astype(int) & 1)
+    elif style == "planks":
         row = (y * 14).astype(int)
-        return (1 - 0.04 * (row % 3)) * np.where(y * 14 - row < 0.12, 0.8, 1).astype(np.float32)
-    if style == "stones":
+        brightness = (1 - 0.04 * (row % 3)) * np.where(y * 14 - row < 0.12, 0.8, 1)
+    elif style == "stones":
         row = (y * 10).astype(int)
         shifted = x * 7 + row % 2 * 0.5
         column = shifted.astype(int)
-        tone = np.random.default_rng(seed).uniform(0.86, 1.08, (11, 9)).astype(np.float32)[row, column]
-        return np.where((y * 10 - row < 0.12) | (shifted - column < 0.1), 0.72, tone).astype(np.float32)
-    return np.ones((side, side), np.float32)
+        tone = np.random.default_rng(seed).uniform(0.86, 1.08, (11, 9))[row, column]
+        brightness = np.where((y * 10 - row < 0.12) | (shifted - column < 0.1), 0.72, tone)
+    return brightness
 
 
 def _put_up(image: Image.Image, owners: np.ndarray, sign: Sign, words: list[tuple[Word, ...]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -74,7 +75,7 @@ class CaptionedScenes(Dataset[dict[str, torch.Tensor]]):
         return {"pixel_values": self.image_processor([picture])[0], "ids": torch.tensor([*ids, 2])}
 
 
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return a batch, captions padded to the length of the text tower."""
     ids = pad_sequence([row["ids"] for row in rows], batch_first=True)
     return {

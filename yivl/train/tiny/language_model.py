@@ -69,10 +69,12 @@ class Vocabulary:
 
     def bags(self, patches: Sequence[tuple[Word, ...]]) -> torch.Tensor:
         """Return which words each patch is, ``(patches, words)`` of 0 and 1."""
-        bags = torch.zeros(len(patches), len(WORDS))
-        for patch, words in enumerate(patches):
-            bags[patch, self.ids(words)] = 1
-        return bags
+        different = list(dict.fromkeys(patches))
+        bags = torch.zeros(len(different), len(WORDS))
+        for row, words in enumerate(different):
+            bags[row, self.ids(words)] = 1
+        number = {words: row for row, words in enumerate(different)}
+        return bags[[number[words] for words in patches]]
 
 
 def written_features(bags: torch.Tensor, embeddings: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:

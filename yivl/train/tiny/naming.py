@@ -47,8 +47,8 @@ class NamedPatches(Dataset[dict[str, torch.Tensor]]):
         small, large = sorted(self.processors)
         side = small if index < self.small_until or index // _BLOCK % 5 == 0 else large
         scene = sample_scene("train", index)
-        # Drawn larger half of the time, as pictures of users are: sharper edges after the resize.
-        picture = draw(scene, side * (2 if random.Random(index).random() < 0.3 else 1))
+        # Some are drawn larger, as pictures of users are: sharper edges after the resize.
+        picture = draw(scene, side * (2 if random.Random(index).random() < 0.15 else 1))
         patches = picture.patches(side // self.patch_size)
         weights = [next((_WEIGHTS[word] for word in words if word in _WEIGHTS), 1.0) for words in patches]
         return {

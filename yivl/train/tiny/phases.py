@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -145,7 +145,7 @@ def naming(
     start = read_start(arguments)
     torch.manual_seed(0)
     model = load_start(start, arguments, dtype=torch.float32, packing=False)
-    tower, projector = model.get_vision_tower(), cast(nn.Module, model.model.mm_projector)
+    tower, projector = model.get_vision_tower(), model.model.mm_projector
     table = model.get_input_embeddings().weight.detach()
     patches.small_projector_start(projector, table)
     vocabulary = written.Vocabulary(start.tokenizer)

@@ -79,8 +79,18 @@ def report(folder: Path) -> str:
         compare(scores, CONTROLS),
         "## What the stages bring\n\nCaptions alone, questions not seen since the language model was trained.",
         compare(scores, STAGES),
+        _minutes(folder),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _minutes(folder: Path) -> str:
+    """Return how long each step of the script took; one that was stopped counts from where it went on."""
+    lines = ["## Minutes", "", "| written | minutes |", "|---|---|"]
+    for line in (folder / "seconds.tsv").read_text(encoding="utf-8").splitlines():
+        name, seconds = line.split("\t")
+        lines.append(f"| {name} | {int(seconds) / 60:.1f} |")
+    return "\n".join(lines)
 
 
 def _phases(folder: Path) -> str:
