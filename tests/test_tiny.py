@@ -144,12 +144,12 @@ def test_the_naming_loss_is_least_where_patches_are_named(tokenizer: YiTokenizer
     assert naming.named_right(right, batch, vocabulary.embed(table)).all()
 
 
-class Halves(torch.utils.data.Dataset[torch.Tensor]):
+class Halves(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return 1000
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([index / 1000, 1.0])
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor([index / 1000, 1.0])}
 
 
 def test_a_phase_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
@@ -158,8 +158,9 @@ def test_a_phase_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
         module = nn.Linear(2, 1)
         done = 0
 
-        def loss_of(batch: torch.Tensor, _: float) -> torch.Tensor:
+        def loss_of(rows: dict[str, torch.Tensor]) -> torch.Tensor:
             nonlocal done
+            batch = rows["x"]
             done += 1
             if stop is not None and done > stop:
                 raise KeyboardInterrupt

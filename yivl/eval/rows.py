@@ -92,7 +92,7 @@ def answer_items(
     images = show(items, pictures)
     order = sorted(range(len(items)), key=lambda index: len(items[index].answer))  # answers of a length end together
     answers = [""] * len(items)
-    for start in tqdm(range(0, len(order), batch_size), desc=f"pictures: {pictures}"):
+    for start in tqdm(range(0, len(order), batch_size), desc=f"pictures: {pictures}", disable=None):
         batch = order[start : start + batch_size]
         texts = chat.answer_batch(
             [items[index].question for index in batch],

@@ -116,7 +116,7 @@ def _work(task: Any, items: Iterable[Any], unit: str) -> list[Any]:
     items = list(items)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         results = pool.map(task, items, chunksize=max(1, min(64, len(items) // 64)))
-        return list(tqdm(results, total=len(items), unit=f" {unit}"))
+        return list(tqdm(results, total=len(items), unit=f" {unit}", disable=None))
 
 
 def _write_json(path: Path, rows: Sequence[Any]) -> None:

@@ -60,8 +60,8 @@ class Vocabulary:
 
     def embed(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return one vector for each word, ``(words, hidden)``: the sum of its tokens'."""
-        known = (self.tokens >= 0).unsqueeze(-1)
-        return (embeddings[self.tokens.clamp(min=0)] * known).sum(1)
+        tokens = self.tokens.to(embeddings.device)
+        return (embeddings[tokens.clamp(min=0)] * (tokens >= 0).unsqueeze(-1)).sum(1)
 
     def ids(self, words: Sequence[Word]) -> list[int]:
         """Return the numbers of words."""

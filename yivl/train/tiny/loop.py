@@ -33,7 +33,7 @@ class Settings:
 def fit(
     module: nn.Module,
     dataset: Dataset[Any],
-    loss_of: Callable[[Any, float], torch.Tensor],
+    loss_of: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     settings: Settings,
     folder: Path,
     *,
@@ -45,9 +45,9 @@ def fit(
     Example ``n`` of the data set is used once, in step ``n // batch_size``.
 
     Args:
-        module: What trains; in float32, computed in bfloat16.
+        module: What trains; in float32, computed in bfloat16, on the device it is on.
         dataset: With at least ``steps * batch_size`` examples.
-        loss_of: From a batch and how much of the phase is over (0 to 1).
+        loss_of: From a batch, whose tensors are on that device.
         settings: Steps, batch and rate.
         folder: Of the state and of ``log.jsonl``.
         collate: Of the batches.
@@ -66,29 +66,34 @@ def fit(
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         logger.info("going on at step %d of %d", first, settings.steps)
+    lines = log_path.read_text().splitlines(keepends=True) if log_path.is_file() else []
+    log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
     examples = Subset(dataset, range(first * settings.batch_size, settings.steps * settings.batch_size))
     loader = DataLoader(
         examples, settings.batch_size, collate_fn=collate, num_workers=1, persistent_workers=False, prefetch_factor=4
     )
     module.train()
     losses: list[torch.Tensor] = []
-    for step, batch in enumerate(tqdm(loader, initial=first, total=settings.steps, desc=folder.name), first):
+    device = next(module.parameters()).device
+    progress = tqdm(loader, initial=first, total=settings.steps, desc=folder.name, disable=None)
+    for step, batch in enumerate(progress, first):
         rate = _rate(step, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(step)  # the noise of a step does not depend on where the run was resumed
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(batch, step / settings.steps)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of({name: value.to(device) for name, value in batch.items()})
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
         if (step + 1) % _LOG_EVERY == 0:
+            mean = float(torch.stack(losses).mean())
             with log_path.open("a") as log:
-                mean = float(torch.stack(losses).mean())
                 log.write(json.dumps({"step": step + 1, "loss": mean, "learning_rate": rate}) + "\n")
             losses.clear()
+            logger.info("%s: step %d of %d, loss %.3f", folder.name, step + 1, settings.steps, mean)
         if (step + 1) % save_every == 0 or step + 1 == settings.steps:
             state = {"step": step + 1, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, f"{state_path}.tmp")

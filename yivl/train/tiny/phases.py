@@ -46,6 +46,10 @@ def training_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.training")
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def language_model(folder: Path, steps: int, questions: int) -> list[GateScore]:
     """Make the tokenizer, train the language model on written pictures, write both as a Llama folder."""
     if not (folder / "tokenizer.model").is_file():
@@ -60,13 +64,13 @@ def language_model(folder: Path, steps: int, questions: int) -> list[GateScore]:
     _spread(model)
     scenes = written.WrittenScenes(tokenizer, vocabulary, steps * _BATCH["language_model"])
 
-    def loss_of(batch: dict[str, torch.Tensor], _: float) -> torch.Tensor:
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits, targets = written.answer_logits(model, batch, vocabulary, _NOISE)
         return functional.cross_entropy(logits.float(), targets)
 
     settings = Settings(steps, _BATCH["language_model"], _RATE["language_model"])
-    fit(model, scenes, loss_of, settings, training_folder(folder), collate=written.collate)
-    model.save_pretrained(folder)
+    fit(model.to(_device()), scenes, loss_of, settings, training_folder(folder), collate=written.collate)
+    model.cpu().save_pretrained(folder)
     return _written_gate(model, scenes, questions)
 
 
@@ -119,14 +123,14 @@ def clip(language_model_folder: Path, folder: Path, steps: int, pairs: int) -> l
     processor = patches.processor_for(contrastive.IMAGE_SIZE)
     scenes = contrastive.CaptionedScenes(tokenizer, processor, "train", steps * _BATCH["clip"])
     fit(
-        model,
+        model.to(_device()),
         scenes,
-        lambda batch, _: contrastive.contrastive_loss(model, batch),
+        lambda batch: contrastive.contrastive_loss(model, batch),
         Settings(steps, _BATCH["clip"], _RATE["clip"]),
         training_folder(folder),
         collate=contrastive.collate,
     )
-    contrastive.save_clip(model, folder)
+    contrastive.save_clip(model.cpu(), folder)
     held_out = contrastive.CaptionedScenes(tokenizer, processor, "scenes", pairs)
     batch = contrastive.collate([held_out[index] for index in range(pairs)])
     with torch.inference_mode():
@@ -146,7 +150,7 @@ def naming(
     torch.manual_seed(0)
     model = load_start(start, arguments, dtype=torch.float32, packing=False)
     tower, projector = model.get_vision_tower(), model.model.mm_projector
-    table = model.get_input_embeddings().weight.detach()
+    table = model.to(_device()).get_input_embeddings().weight.detach()
     patches.small_projector_start(projector, table)
     vocabulary = written.Vocabulary(start.tokenizer)
     side = start.image_size
@@ -158,14 +162,14 @@ def naming(
         small_until=round(_SMALL_SHARE * steps) * _BATCH["naming"],
     )
 
-    def loss_of(batch: dict[str, torch.Tensor], _: float) -> torch.Tensor:
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         features = patches.encode(tower, projector, batch["pixel_values"])
         return patches.naming_loss(features, batch, table, vocabulary)
 
     settings = Settings(steps, _BATCH["naming"], _RATE["naming"])
     fit(nn.ModuleDict({"tower": tower, "projector": projector}), scenes, loss_of, settings, training_folder(folder))
-    model.save_pretrained(folder, tokenizer=start.tokenizer, image_processor=start.image_processor.clip_processor)
-    return _naming_gate(model, scenes, table, pictures)
+    model.cpu().save_pretrained(folder, tokenizer=start.tokenizer, image_processor=start.image_processor.clip_processor)
+    return _naming_gate(model, scenes, table.cpu(), pictures)
 
 
 @torch.inference_mode()
