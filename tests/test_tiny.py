@@ -167,7 +167,7 @@ def test_a_phase_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
             noise = torch.randn(len(batch), 1)
             return (module(batch) - batch[:, :1] / 2 + 0.1 * noise).pow(2).mean()
 
-        fit(module, Halves(), loss_of, Settings(12, 4, 1e-2, warmup=2), folder, save_every=5)
+        fit(module, Halves(), loss_of, Settings(12, 4, 1e-2, 1e-2, warmup=2), folder, save_every=5)
         return module
 
     whole = train(tmp_path / "whole", None)

@@ -106,8 +106,9 @@ def _parts(thing: Thing) -> list[Part]:
         assert thing.food is not None
         return [
             part(thing.kind, 0, -0.1, 1, thing.angle, activity),
-            part(thing.food, -0.45 * side, 0.12, 0.5, 0, activity),
-            part(prop, -0.45 * side, 0.38, 0.6, 0, activity),
+            part(thing.food, -0.45 * side, 0.08, 0.58, 0, activity),
+            # A bowl is also what is in it: at few patches nothing else of it is left.
+            part(prop, -0.45 * side, 0.4, 0.55, 0, activity, thing.food),
         ]
     if activity is PLAYING:
         return [

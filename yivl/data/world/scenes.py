@@ -165,7 +165,7 @@ def _draw_sign(rng: random.Random, free: list[Word]) -> Sign:
 
 
 def _draw_actors(rng: random.Random, free: list[Word], new_sizes: bool) -> list[Thing]:
-    kind, activity = rng.choice(ANIMALS), rng.choice((EATING, *ACTIVITIES))
+    kind, activity = rng.choice(ANIMALS), rng.choice((EATING, EATING, *ACTIVITIES))
     food = rng.choice(FOODS) if activity is EATING else None
     count = min(rng.randint(1, MAX_THINGS), len(free))
     ranges = _NEW_ACTOR_SIZES if new_sizes else (_ACTOR_SIZES,)

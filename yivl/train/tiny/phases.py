@@ -26,7 +26,8 @@ from yivl.train.tiny.loop import Settings, fit
 from yivl.train.tiny.tokenizer import train_tokenizer
 
 _BATCH: Final = {"language_model": 8, "clip": 128, "naming": 16}
-_RATE: Final = {"language_model": 1e-3, "clip": 1e-3, "naming": 1e-3}
+_RATE: Final = 1e-3  # of AdamW
+_MATRIX_RATE: Final = {"language_model": 1e-3, "clip": 1e-3, "naming": 1e-3}  # of Muon
 _EMBEDDING_SIZE: Final = 0.3  # standard deviation of fresh word embeddings
 _NOISE: Final = 0.3  # on written pictures, in units of their size
 _SMALL_SHARE: Final = 0.35  # of the naming phase, on small pictures alone
@@ -68,7 +69,7 @@ def language_model(folder: Path, steps: int, questions: int) -> list[GateScore]:
         logits, targets = written.answer_logits(model, batch, vocabulary, _NOISE)
         return functional.cross_entropy(logits.float(), targets)
 
-    settings = Settings(steps, _BATCH["language_model"], _RATE["language_model"])
+    settings = Settings(steps, _BATCH["language_model"], _RATE, _MATRIX_RATE["language_model"])
     fit(model.to(_device()), scenes, loss_of, settings, training_folder(folder), collate=written.collate)
     model.cpu().save_pretrained(folder)
     return _written_gate(model, scenes, questions)
@@ -126,7 +127,7 @@ def clip(language_model_folder: Path, folder: Path, steps: int, pairs: int) -> l
         model.to(_device()),
         scenes,
         lambda batch: contrastive.contrastive_loss(model, batch),
-        Settings(steps, _BATCH["clip"], _RATE["clip"]),
+        Settings(steps, _BATCH["clip"], _RATE, _MATRIX_RATE["clip"]),
         training_folder(folder),
         collate=contrastive.collate,
     )
@@ -166,7 +167,7 @@ def naming(
         features = patches.encode(tower, projector, batch["pixel_values"])
         return patches.naming_loss(features, batch, table, vocabulary)
 
-    settings = Settings(steps, _BATCH["naming"], _RATE["naming"])
+    settings = Settings(steps, _BATCH["naming"], _RATE, _MATRIX_RATE["naming"])
     fit(nn.ModuleDict({"tower": tower, "projector": projector}), scenes, loss_of, settings, training_folder(folder))
     model.cpu().save_pretrained(folder, tokenizer=start.tokenizer, image_processor=start.image_processor.clip_processor)
     return _naming_gate(model, scenes, table.cpu(), pictures)
