@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,28 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def draw_loss(log: Path, picture: Path) -> None:
     """Draw the losses of a log over its steps, with a running mean where they are many."""
+    draw_losses({"": log}, picture)
+
+
+def draw_losses(logs: Mapping[str, Path], picture: Path) -> None:
+    """Draw the losses of several logs beside each other, at most three in a row.
+
+    Args:
+        logs: By title.
+        picture: To be written.
+    """
     from matplotlib.figure import Figure  # slow to import, and only this needs it
 
-    lines = read_log(log)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    columns = min(len(logs), 3)
+    rows = -(-len(logs) // columns)
+    figure = Figure(figsize=(8, 4.5) if columns == 1 else (5 * columns, 3.2 * rows), layout="constrained")
+    for place, (title, log) in enumerate(logs.items(), 1):
+        axes = figure.add_subplot(rows, columns, place, title=title, xlabel="step", ylabel="loss")
+        _plot(axes, read_log(log))
+    figure.savefig(picture, dpi=120)
+
+
+def _plot(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         steps, losses = [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line]
         if not losses:
@@ -125,4 +143,3 @@ def draw_loss(log: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    figure.savefig(picture, dpi=120)

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from yivl.train.log import read_log
+
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY = 50
@@ -67,8 +69,8 @@ def fit(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         logger.info("going on at step %d of %d", first, settings.steps)
-    lines = log_path.read_text().splitlines(keepends=True) if log_path.is_file() else []
-    log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+    kept = [line for line in read_log(log_path) if line["step"] <= first]
+    log_path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     examples = Subset(dataset, range(first * settings.batch_size, settings.steps * settings.batch_size))
     loader = DataLoader(
         examples, settings.batch_size, collate_fn=collate, num_workers=1, persistent_workers=False, prefetch_factor=4
@@ -113,7 +115,8 @@ def _optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optim
 
     On written pictures Muon needed less than half of the steps of AdamW alone (docs/tiny.md).
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name

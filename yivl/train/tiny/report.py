@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from yivl import entry
 from yivl.errors import YiVLError
+from yivl.train.log import draw_losses
 
 TARGETS: Final = {
     "presence": 95,
@@ -26,6 +27,15 @@ TARGETS: Final = {
 SPLITS: Final = {"scenes": "new scenes", "combinations": "new combinations", "sizes": "new sizes"}
 CONTROLS: Final = {"scenes": "own picture", "another": "another's picture", "none": "no picture"}
 STAGES: Final = {"stage1": "stage 1, 96 pixels", "stage2": "stage 2, 192 pixels", "stage2-alone": "stage 2 without 1"}
+
+LOGS: Final = {
+    "language_model.training": "language model",
+    "clip.training": "CLIP",
+    "naming.training": "patch naming",
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "stage3": "stage 3",
+}
 
 
 def read_scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -106,7 +116,7 @@ def _kinds(scores: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Print a gate, or write ``report.md`` and print it."""
+    """Print a gate, or write ``report.md`` and ``losses.png`` and print the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -120,6 +130,7 @@ def main() -> None:
     folder = Path(arguments.output_dir)
     text = report(folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
+    draw_losses({title: folder / name / "log.jsonl" for name, title in LOGS.items()}, folder / "losses.png")
     print(text)  # noqa: T201 (the result)
 
 
