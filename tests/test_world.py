@@ -17,7 +17,7 @@ from yivl.data.stream import open_shards, read_shards
 from yivl.data.world.drawing import draw
 from yivl.data.world.exam import EXAM_KINDS, examine
 from yivl.data.world.examples import EXAMPLES
-from yivl.data.world.language import caption, conversation, detail, json_answer
+from yivl.data.world.language import caption, casually, conversation, detail, json_answer
 from yivl.data.world.scenes import MAX_THINGS, SPLITS, is_held_out, sample_scene
 from yivl.data.world.words import ACTIVITIES, EATING, KIND, KINDS, LANGUAGES, PLACES, SIGN, SIGN_TEXTS, Language
 
@@ -139,6 +139,13 @@ def test_answers_agree_with_the_scene(language: Language) -> None:
         assert len(asked) == len(set(asked))
     assert min(kinds.values()) > 30
     assert follow_ups > 50
+
+
+def test_people_type_questions_in_many_ways() -> None:
+    rng = random.Random(0)
+    typed = {casually("How many cats are there?", rng) for _ in range(300)}
+    assert typed == {f"{first}ow many cats{rest}" for first in "Hh" for rest in (" are there?", " are there", "?", "")}
+    assert "图中有多少只猫" in {casually("图中有几只猫？", rng) for _ in range(300)}
 
 
 @pytest.mark.parametrize("kind", EXAM_KINDS)

@@ -336,6 +336,31 @@ def conversation(scene: Scene, language: Language, rng: random.Random, length: i
     return asked[:length]
 
 
+# What people type instead, by the words it replaces.
+_OTHER_WORDS: Final = (
+    (" are there?", "?"),
+    ("the image", "the picture"),
+    ("this image", "the photo"),
+    ("the image", "this picture"),
+    ("What is", "What's"),
+    ("Is there", "Can you see"),
+    ("图片里", "图中"),
+    ("图片", "照片"),
+    ("几", "多少"),
+    ("什么颜色", "哪种颜色"),
+)
+
+
+def casually(question: str, rng: random.Random) -> str:
+    """Return a question the way people type it: now and then in other words, in small letters, without its mark."""
+    if rng.random() < 0.3:
+        old, new = rng.choice(_OTHER_WORDS)
+        question = question.replace(old, new)
+    if rng.random() < 0.15:
+        question = question[0].lower() + question[1:]
+    return question.rstrip("?.？。") if rng.random() < 0.15 else question
+
+
 def _follow_up(scene: Scene, language: Language, question: Question) -> Question | None:
     """Return "where is it?" after a question whose answer is that there is exactly one."""
     if question.kind not in ("presence", "count") or question.about not in scene.kinds:

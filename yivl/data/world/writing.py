@@ -17,7 +17,7 @@ from tqdm import tqdm
 from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.data.world.drawing import draw
 from yivl.data.world.exam import EXAM_KINDS, Task, examine
-from yivl.data.world.language import caption, conversation, detail, json_answer
+from yivl.data.world.language import caption, casually, conversation, detail, json_answer
 from yivl.data.world.scenes import Scene, Split, sample_scene
 from yivl.data.world.words import LANGUAGES
 
@@ -75,7 +75,8 @@ def _write_dialogue(number: int, folder: Path, side: int, *, as_json: bool) -> d
     if as_json:
         pairs = [json_answer(scene, language)]
     else:
-        pairs = [(one.text, one.answer) for one in conversation(scene, language, rng, _QUESTIONS)]
+        asked = conversation(scene, language, rng, _QUESTIONS)
+        pairs = [(casually(one.text, rng), one.answer) for one in asked]
     name = f"images/{number:09d}.jpg"
     (folder / name).write_bytes(_jpeg(scene, side))
     return {"id": f"{number:09d}", "image": name, "conversations": _messages(pairs)}
