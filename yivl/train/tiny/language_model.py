@@ -127,12 +127,17 @@ def conversation_turns(scene: Scene, language: Language, rng: random.Random) -> 
 
 
 def _worn(bags: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Return bags as a real tower might name them: here and there a patch is taken for another."""
-    patches = len(bags)
+    """Return bags as a real tower would name them: never quite sure, and here and there wrong.
+
+    Three patches in ten are partly another patch of the picture, as at the edges of things; two in ten are perhaps also
+    some other word. One thing is several patches, so it can still be known by most of them.
+    """
     worn = bags.clone()
-    for patch in range(patches):
-        if rng.random() < 0.05:
-            worn[patch] = bags[rng.randrange(patches)]
+    for patch in range(len(bags)):
+        if rng.random() < 0.3:
+            worn[patch].lerp_(bags[rng.randrange(len(bags))], rng.uniform(0, 0.6))
+        if rng.random() < 0.2:
+            worn[patch, rng.randrange(bags.shape[1])] += rng.uniform(0, 0.7)
     return worn
 
 
