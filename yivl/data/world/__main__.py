@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first scene (default: %(default)s)")
     parser.add_argument("--side", type=int, default=224, help="pixels on a side (default: %(default)s)")
     parser.add_argument("--split", choices=SPLITS, help="of an examination: where its scenes are from")
-    parser.add_argument("--json", action="store_true", help="dialogues: one answer in JSON each, as docs/tutorial.md")
+    parser.add_argument(
+        "--json", action="store_true", help="dialogues: one answer in JSON each, a skill no stage teaches"
+    )
     arguments = parser.parse_args()
     folder = Path(arguments.output_dir).expanduser()
     if arguments.number < 1 or arguments.side < 32:

@@ -101,7 +101,7 @@ def caption(scene: Scene, language: Language) -> str:
 def json_answer(scene: Scene, language: Language) -> tuple[str, str]:
     """Return a question for an answer in JSON, and that answer: how many of each kind, and the colour of the floor.
 
-    A skill the shipped model was not taught; docs/tutorial.md teaches it.
+    A skill that no stage teaches: something to fine-tune for.
     """
     counts = {_say(kind, language): len(scene.of_kind(kind)) for kind in scene.kinds}
     fields = {_pick(language, "things", "东西"): counts, _pick(language, "floor", "地板"): _say(scene.floor, language)}

@@ -1,0 +1,62 @@
+"""Make the sprite sheet and the font of the signs of the picture world from the Noto fonts.
+
+python scripts/make_sprites.py --emoji NotoColorEmoji.ttf --text NotoSansCJK-Bold.ttc --output_dir yivl/assets/world
+
+Needed only when a kind of thing or a word of a sign is added. Debian has the fonts in fonts-noto-color-emoji and
+fonts-noto-cjk; cutting the text font needs the fonttools package.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from string import ascii_uppercase, digits
+
+from PIL import Image, ImageDraw, ImageFont
+
+from yivl.data.world.drawing import SPRITE_COLUMNS, SPRITE_SIDE
+from yivl.data.world.words import KINDS, SIGN_TEXTS
+
+EMOJI_SIZE = 109
+"""The one size in pixels in which the emoji font has its pictures."""
+SIMPLIFIED_CHINESE = 2
+"""Number of the face in the collection."""
+
+
+def draw_sheet(font_path: str) -> Image.Image:
+    """Return all sprites, each as large as its cell allows, in 256 colours."""
+    font = ImageFont.truetype(font_path, EMOJI_SIZE)
+    rows = -(-len(KINDS) // SPRITE_COLUMNS)
+    sheet = Image.new("RGBA", (SPRITE_COLUMNS * SPRITE_SIDE, rows * SPRITE_SIDE))
+    for index, kind in enumerate(KINDS):
+        glyph = Image.new("RGBA", (200, 200))
+        ImageDraw.Draw(glyph).text((20, 20), kind.emoji, font=font, embedded_color=True)
+        glyph = glyph.crop(glyph.getbbox())
+        scale = (SPRITE_SIDE - 4) / max(glyph.size)
+        size = round(glyph.width * scale), round(glyph.height * scale)
+        glyph = glyph.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+        row, column = divmod(index, SPRITE_COLUMNS)
+        corner = column * SPRITE_SIDE + (SPRITE_SIDE - glyph.width) // 2
+        sheet.paste(glyph, (corner, row * SPRITE_SIDE + (SPRITE_SIDE - glyph.height) // 2))
+    return sheet.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--emoji", required=True, help="font file of Noto Color Emoji")
+    parser.add_argument("--text", required=True, help="font collection of Noto Sans CJK Bold")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write")
+    arguments = parser.parse_args()
+    draw_sheet(arguments.emoji).save(arguments.output_dir / "sprites.png", optimize=True)
+    characters = "".join(sorted({*"".join(SIGN_TEXTS), *ascii_uppercase, *digits}))
+    options = [f"--font-number={SIMPLIFIED_CHINESE}", f"--text={characters}", "--layout-features=", "--no-hinting"]
+    target = f"--output-file={arguments.output_dir / 'signs.otf'}"
+    command = [sys.executable, "-m", "fontTools.subset", arguments.text, *options, "--desubroutinize", target]
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
