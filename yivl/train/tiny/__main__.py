@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("phase", choices=tuple(STEPS))
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--language_model", help="folder of that phase; for the other two")
-    parser.add_argument("--vision_tower", help="folder of the clip phase; for naming (default: a fresh ViT)")
+    parser.add_argument("--vision_tower", help="folder of the clip phase; for naming")
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
     parser.add_argument("--questions", type=int, default=100, help="of each kind in the gate (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: %(default)s)")
@@ -42,8 +42,8 @@ def main() -> None:
 
     if (arguments.phase == "language_model") != (arguments.language_model is None):
         raise YiVLError("--language_model is for clip and naming, and they need it")
-    if arguments.vision_tower and arguments.phase != "naming":
-        raise YiVLError("--vision_tower is for naming")
+    if (arguments.phase == "naming") != (arguments.vision_tower is not None):
+        raise YiVLError("--vision_tower is for naming, and it needs it")
     steps = STEPS[arguments.phase] if arguments.steps is None else arguments.steps
     if min(steps, arguments.questions, arguments.threads) < 1:
         raise YiVLError("--steps, --questions and --threads are at least 1")
@@ -54,8 +54,8 @@ def main() -> None:
     elif arguments.phase == "clip":
         gate = phases.clip(Path(arguments.language_model), folder, steps, arguments.questions)
     else:
-        tower = Path(arguments.vision_tower) if arguments.vision_tower else None
-        gate = phases.naming(Path(arguments.language_model), tower, folder, steps, arguments.questions)
+        start = Path(arguments.language_model), Path(arguments.vision_tower)
+        gate = phases.naming(*start, folder, steps, arguments.questions)
     (phases.training_folder(folder) / "gate.json").write_text(
         json.dumps([score.__dict__ for score in gate], indent=2) + "\n"
     )

@@ -7,7 +7,7 @@ colours to come through a frozen language model. The language model takes no par
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -107,7 +107,11 @@ def processor_for(side: int) -> ImageProcessor:
     return ImageProcessor(clip_processor, "pad")
 
 
-def small_projector_start(projector: nn.Module, table: torch.Tensor) -> None:
-    """Let a fresh projector's features be as large as words, in place."""
-    last: Any = [module for module in projector.modules() if isinstance(module, nn.LayerNorm)][-1]
+def start_projector(projector: nn.Module, table: torch.Tensor) -> None:
+    """Draw a fresh projector by fan-in and let its features be as large as words, in place."""
+    layers = list(projector.modules())
+    for linear in (layer for layer in layers if isinstance(layer, nn.Linear)):
+        nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.zeros_(linear.bias)
+    last = [layer for layer in layers if isinstance(layer, nn.LayerNorm)][-1]
     nn.init.constant_(last.weight, float(table.pow(2).mean().sqrt()))

@@ -59,7 +59,7 @@ def language_model(folder: Path, steps: int, questions: int) -> list[GateScore]:
     vocabulary = written.Vocabulary(tokenizer)
     torch.manual_seed(0)
     config = written.small_config()
-    # The CPU's fused kernels are slower in training than plain products at this size (docs/benchmarks.md).
+    # The CPU's fused kernels are slower in training than plain products at this size (docs/tiny.md).
     config._attn_implementation = "eager"
     model = LlamaForCausalLM(config)
     _spread(model)
@@ -140,9 +140,7 @@ def clip(language_model_folder: Path, folder: Path, steps: int, pairs: int) -> l
     return [GateScore(f"caption among {pairs}", 100 * float(right.float().mean()), None)]
 
 
-def naming(
-    language_model_folder: Path, vision_tower: Path | None, folder: Path, steps: int, pictures: int
-) -> list[GateScore]:
+def naming(language_model_folder: Path, vision_tower: Path, folder: Path, steps: int, pictures: int) -> list[GateScore]:
     """Train ViT and projector to name patches, and write a whole checkpoint, which stage 1 starts from."""
     arguments = ModelArguments(
         model_name_or_path=str(language_model_folder), vision_tower=str(vision_tower), attn_implementation="eager"
@@ -152,7 +150,7 @@ def naming(
     model = load_start(start, arguments, dtype=torch.float32, packing=False)
     tower, projector = model.get_vision_tower(), model.model.mm_projector
     table = model.to(_device()).get_input_embeddings().weight.detach()
-    patches.small_projector_start(projector, table)
+    patches.start_projector(projector, table)
     vocabulary = written.Vocabulary(start.tokenizer)
     side = start.image_size
     scenes = patches.NamedPatches(

@@ -74,9 +74,9 @@ def train_tokenizer(folder: Path) -> None:
         control_symbols=list(_CONTROL),
         minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
     for name, content in _settings().items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
 def token_ids(word: Word, tokenizer: Any) -> list[int]:
