@@ -135,9 +135,25 @@ def _report(bad_rows: "BadRows") -> None:
         logger.warning("%s", text)
 
 
+def _leave() -> None:
+    """End a process of several at once, after the last of them is done.
+
+    The threads that DeepSpeed and gloo leave behind can abort a finished process on its way out ("terminate called
+    without an active exception"), and a run that wrote its model would count as failed.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
     entry.run(
         main,
         less_memory="--dry_run estimates what is needed; try a smaller --per_device_train_batch_size, "
         "--gradient_checkpointing True, --vision_gradient_checkpointing True, LoRA, or --deepspeed scripts/zero3.json",
     )
+    _leave()
