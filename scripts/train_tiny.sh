@@ -18,7 +18,7 @@ export OMP_NUM_THREADS=$THREADS
 mkdir -p "$OUT"
 
 # Steps of the phases and stages, scenes of the data, questions of each kind in gates and examinations.
-language_steps=8000 clip_steps=300 naming_steps=7500 stage1_steps=500 stage2_steps=800 stage3_rows=28000
+language_steps=8000 clip_steps=300 naming_steps=8000 stage1_steps=500 stage2_steps=800 stage3_rows=28000
 caption_scenes=22000 gate=50 exam=200
 if [[ ${SMOKE:-0} == 1 ]]; then
   language_steps=4 clip_steps=1 naming_steps=4 stage1_steps=2 stage2_steps=2 stage3_rows=32
@@ -91,7 +91,7 @@ DATA=$shards once "$OUT/stage2/config.json" stage 2 "$OUT/stage1" --image_size 1
   --learning_rate 3e-4
 once "$OUT/scores/stage2/scores.json" asked stage2 "$OUT/stage2" gate
 DATA=$OUT/dialogues/rows.json IMAGES=$OUT/dialogues once "$OUT/stage3/config.json" stage 3 "$OUT/stage2" \
-  --image_size 192 --num_train_epochs 1 --learning_rate 5e-4 --group_by_length True
+  --image_size 192 --num_train_epochs 1 --learning_rate 3e-4 --group_by_length True
 
 for split in scenes combinations sizes; do
   once "$OUT/scores/$split/scores.json" asked "$split" "$OUT/stage3" "$split"

@@ -30,7 +30,7 @@ _RATE: Final = 1e-3  # of AdamW
 _MATRIX_RATE: Final = {"language_model": 1e-3, "clip": 1e-3, "naming": 1e-3}  # of Muon
 _EMBEDDING_SIZE: Final = 0.3  # standard deviation of fresh word embeddings
 _NOISE: Final = 0.3  # on written pictures, in units of their size
-_SMALL_SHARE: Final = 0.35  # of the naming phase, on small pictures alone
+_SMALL_SHARE: Final = 0.4  # of the naming phase, on small pictures alone
 
 
 @dataclass(frozen=True)
