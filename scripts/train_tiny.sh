@@ -6,12 +6,8 @@
 #            THREADS=2  of the CPU    PYTHON=.venv/bin/python
 # Stop it at any time; the same command goes on where it was. Every phase ends with held-out scores beside targets.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-if [[ -z ${PYTHON:-} ]]; then
-  PYTHON=python3
-  [[ -x $ROOT/.venv/bin/python ]] && PYTHON=$ROOT/.venv/bin/python
-fi
+# shellcheck source=scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 export PYTHON
 OUT=${OUT:-out/tiny} THREADS=${THREADS:-2}
 export OMP_NUM_THREADS=$THREADS
