@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The small bilingual Yi-VL that is shipped with the package, from nothing: pictures, a language model on written
-# pictures, a CLIP, patch naming, the three published stages, examinations, a report. About two hours on two cores.
+# A small bilingual Yi-VL from nothing: pictures, a language model on written pictures, a CLIP, patch naming, the three
+# published stages, examinations, a report. The report says how long each step took.
 # Usage:     [OUT=out/tiny] scripts/train_tiny.sh
 # Optional:  SMOKE=1  all of it in minutes, with a few steps each: does it run, not is it good
 #            THREADS=2  of the CPU    PYTHON=.venv/bin/python

@@ -1,1 +1,1 @@
-"""How the small model that is shipped with the package is made, before the three stages of ``yivl.train``."""
+"""How a small model is made from nothing, before the three stages of ``yivl.train``."""

@@ -17,7 +17,7 @@ from yivl import entry
 logger = logging.getLogger(__name__)
 
 STEPS = {"language_model": 8000, "clip": 300, "naming": 8000}
-"""Of a full run; at the batch sizes of ``phases``. Source: what fits into two hours on two cores."""
+"""Of a full run; at the batch sizes of ``phases``. Source: ours."""
 
 
 def main() -> None:

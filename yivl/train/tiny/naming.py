@@ -90,15 +90,6 @@ def naming_loss(
     return ((choice + distance) * weights).sum() / weights.sum()
 
 
-def named_right(features: torch.Tensor, batch: Mapping[str, torch.Tensor], words: torch.Tensor) -> torch.Tensor:
-    """Return for each patch whether its ``k`` words are the ``k`` nearest to its feature, ``(num_images, patches)``."""
-    similar = functional.normalize(features.float(), dim=-1) @ functional.normalize(words, dim=-1).T
-    bags = batch["bags"]
-    hardest = similar.masked_fill(bags == 0, 2.0).amin(-1)
-    best_other = similar.masked_fill(bags == 1, -2.0).amax(-1)
-    return hardest > best_other
-
-
 def processor_for(side: int) -> ImageProcessor:
     """Return CLIP's own preprocessing to pictures of ``side`` pixels."""
     clip_processor = CLIPImageProcessorPil()
