@@ -113,7 +113,7 @@ def fit(
 def _optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices between layers, and AdamW for all else that trains.
 
-    On written pictures Muon needed less than half of the steps of AdamW alone (docs/tiny.md).
+    On written pictures Muon needed about half of the steps of AdamW alone (docs/tiny.md).
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
