@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yivl.constants import STOP_STRING
+from yivl.conversation import Turn
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.generation import Chat
 from yivl.model.loading import LoadedModel, load_model
 from yivl.sampling import Sampling
-from yivl.stopping import cut_answer, stable_prefix
+from yivl.stopping import cut_answer, find_stop, stable_prefix
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
@@ -112,16 +113,6 @@ def test_several_pictures_in_one_question(loaded: LoadedModel) -> None:
     alone.ask("Compare them.", PHOTO, **GREEDY)
     assert alone.last_answer is not None
     assert chat.last_answer.prompt_tokens == alone.last_answer.prompt_tokens + 16
-
-
-def test_a_batch_gives_the_answers_of_single_questions(loaded: LoadedModel) -> None:
-    images = [PHOTO, None, WIDE, PHOTO]
-    batch = Chat(loaded).answer_batch(QUESTIONS, images, **GREEDY)
-    assert batch == [Chat(loaded).ask(q, image, **GREEDY) for q, image in zip(QUESTIONS, images, strict=True)]
-    assert Chat(loaded).answer_batch(QUESTIONS[2:], **GREEDY) == [Chat(loaded).ask(q, **GREEDY) for q in QUESTIONS[2:]]
-    assert Chat(loaded).answer_batch([]) == []
-    with pytest.raises(ValueError, match="4 questions but 1 images"):
-        Chat(loaded).answer_batch(QUESTIONS, [PHOTO])
 
 
 def test_a_seed_makes_sampling_repeatable_and_leaves_the_generator_alone(loaded: LoadedModel) -> None:
@@ -358,14 +349,46 @@ def test_another_system_message_changes_the_prompt(loaded: LoadedModel) -> None:
     assert chat.last_answer.prompt_tokens < default.last_answer.prompt_tokens
 
 
-@given(st.lists(st.sampled_from(["#", "##", "a", " ", "\n", "\N{REPLACEMENT CHARACTER}", "你", STOP_STRING])))
-def test_what_was_streamed_is_never_taken_back(parts: list[str]) -> None:
+def test_a_conversation_held_elsewhere_goes_on_as_if_held_here(loaded: LoadedModel) -> None:
+    here, there = Chat(loaded), Chat(loaded)
+    here.ask("What is this?", PHOTO, **GREEDY)
+    there.restore(here.turns, [[PHOTO]])
+    assert there.ask("And now?", **GREEDY) == here.ask("And now?", **GREEDY)
+    with pytest.raises(ValueError, match="differ in number"):
+        there.restore(here.turns, [[], []])
+    with pytest.raises(ValueError, match="no answer"):
+        there.restore([Turn("hi")], [[]])
+    assert there.turns == here.turns
+
+
+def test_an_encoded_picture_serves_several_chats(loaded: LoadedModel) -> None:
+    first, second = Chat(loaded), Chat(loaded)
+    photo, wide = first.encode(PHOTO), first.encode(WIDE)
+    calls: list[int] = []
+    hook = loaded.model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    answers = [chat.ask("What is this?", picture, **GREEDY) for chat in (first, second) for picture in (photo, wide)]
+    hook.remove()
+    assert calls == []
+    assert answers[0] == Chat(loaded).ask("What is this?", PHOTO, **GREEDY)
+    assert answers[:2] == answers[2:]
+
+
+PARTS = st.lists(st.sampled_from(["#", "##", "a", "aba", " ", "\n", "\N{REPLACEMENT CHARACTER}", "你", STOP_STRING]))
+STOPS = st.lists(st.sampled_from(["ab", "a\n", "##a", "你 ", "bab"]), max_size=2)
+
+
+@given(PARTS, STOPS)
+def test_what_was_streamed_is_never_taken_back(parts: list[str], more: list[str]) -> None:
     """For every way a text can grow, each stable prefix starts the next one and the final answer."""
-    whole = cut_answer("".join(parts))
+    stops = [STOP_STRING, *more]
+    texts = ["".join(parts[:end]) for end in range(len(parts) + 1)]
+    # The answer ends with the first token that completes a stop string; there is no text after it.
+    texts = texts[: next((end + 1 for end, text in enumerate(texts) if find_stop(text, stops) >= 0), len(texts))]
+    whole = cut_answer(texts[-1], stops)
     shown = ""
-    for end in range(len(parts) + 1):
-        stable = stable_prefix("".join(parts[:end]))
+    for text in texts:
+        stable = stable_prefix(text, stops)
         assert stable.startswith(shown)
         assert whole.startswith(stable) or whole.rstrip("\N{REPLACEMENT CHARACTER}") == stable
         shown = stable
-    assert STOP_STRING not in whole
+    assert not any(stop in whole for stop in stops)

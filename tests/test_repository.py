@@ -21,6 +21,7 @@ LAYERS = (
     ("sampling", "stopping"),
     ("model",),
     ("generation", "data"),
+    ("batching",),
     ("mm_utils", "serve", "train", "eval"),
 )
 

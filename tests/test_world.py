@@ -185,3 +185,12 @@ def test_mistakes_are_one_line(flags: list[str], message: str) -> None:
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_an_examination_ends_where_a_split_lacks_values() -> None:
+    """Only some kinds have a combination of their own that was never trained, so those are asked for more often."""
+    tasks = list(examine("combinations", "kind", "en", 100))
+    asked = Counter(task.question.value for task in tasks)
+    assert len(tasks) == 100
+    assert 15 < len(asked) < 45
+    assert max(asked.values()) <= 5

@@ -1,10 +1,11 @@
 """Chat: image and question to answer. The inference spine; every entry point goes through it and nothing else.
 
 ``Chat`` owns the history and the key-value cache of one conversation. It knows nothing about terminals, pages or
-servers; several of them can share one ``LoadedModel``.
+servers; several of them can share one ``LoadedModel``, and ``yivl.batching`` decodes the replies of many together.
 """
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -22,9 +23,9 @@ from yivl.errors import ContextLengthError, YiVLError
 from yivl.image_processing import ImageSource, load_image
 from yivl.model.cache import make_cache
 from yivl.model.loading import LoadedModel, load_model
-from yivl.sampling import Sampling
-from yivl.stopping import StopOnEvent, StopOnText, cut_answer, stable_prefix
-from yivl.tokenization import tokenize_chunks
+from yivl.sampling import Sampler, Sampling
+from yivl.stopping import StopOnEvent, StopOnText, cut_answer, find_stop, stable_prefix
+from yivl.tokenization import YiTokenizer, tokenize_chunks
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -51,33 +52,66 @@ class Answer:
         return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture as the language model sees it; chats that share a model can share it."""
+
+    features: torch.Tensor
+    """``(num_patches, hidden)``."""
+    serial: int = field(default_factory=lambda: secrets.randbits(62) + 1)
+    """Tells pictures apart in the caches; drawn at random, so that no two chats draw the same."""
+
+
+Picture = ImageSource | EncodedImage
+
+
 @dataclass
-class _Progress:
-    """An answer that is being generated."""
+class Reply:
+    """An answer that is being generated: what it answers, its tokens so far, and the text they make."""
 
     turn: Turn
-    images: list["_Image"]  # of this turn
-    history: int  # finished turns that come before it; later ones are replaced
+    images: list[EncodedImage]
+    """Of this turn."""
+    history: int
+    """Finished turns that come before it; later ones are replaced."""
     input_ids: list[int]
-    features: torch.Tensor | None  # (num_images, num_patches, hidden), of all turns
-    keys: list[int]  # what each position of the fused prompt holds; see _position_keys
-    settings: Sampling
-    max_new_tokens: int  # what is left of the context, at most
+    features: torch.Tensor | None
+    """Of the pictures of all turns, ``(num_images, num_patches, hidden)``."""
+    keys: list[int]
+    """What each position of the fused prompt holds: a token id, or a negative number for its picture."""
+    sampler: Sampler
+    max_new_tokens: int
+    """What is left of the context, at most."""
+    stops: tuple[str, ...]
     stop_event: threading.Event
     start: float
     new_ids: list[int] = field(default_factory=list)
     raw_text: str = ""
+    num_shown: int = 0
     num_cached: int = 0
     first_token_at: float = 0.0
-    finish_reason: FinishReason = "length"
+    finish_reason: FinishReason | None = None
+    """``None`` while it goes on."""
 
+    @property
+    def text(self) -> str:
+        """The answer, once it is finished."""
+        return cut_answer(self.raw_text, self.stops)
 
-@dataclass(frozen=True)
-class _Image:
-    """A picture of the conversation, encoded once."""
-
-    features: torch.Tensor  # (num_patches, hidden)
-    serial: int  # tells pictures apart in the cache; never reused
+    def take(self, token: int, tokenizer: YiTokenizer) -> str:
+        """Add a token and return the text that it settles."""
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        self.new_ids.append(token)
+        self.raw_text = tokenizer.decode(self.new_ids, skip_special_tokens=True)
+        if token == tokenizer.eos_token_id or find_stop(self.raw_text, self.stops) >= 0:
+            self.finish_reason = "stop"
+        elif self.stop_event.is_set():
+            self.finish_reason = "cancelled"
+        elif len(self.new_ids) >= self.max_new_tokens:
+            self.finish_reason = "length"
+        settled = stable_prefix(self.raw_text, self.stops) if self.finish_reason is None else self.text
+        piece, self.num_shown = settled[self.num_shown :], max(len(settled), self.num_shown)
+        return piece
 
 
 class Chat:
@@ -106,8 +140,7 @@ class Chat:
         self.last_answer: Answer | None = None
         self._reuse_cache = reuse_cache
         self._turns: list[Turn] = []
-        self._images: list[list[_Image]] = []  # of each turn
-        self._num_encoded = 0
+        self._images: list[list[EncodedImage]] = []  # of each turn
         self._cache: Cache | None = None
         self._cached_keys: list[int] = []
         self._stream: Generator[str, None, None] | None = None
@@ -150,7 +183,7 @@ class Chat:
     def ask(
         self,
         question: str,
-        image: ImageSource | Sequence[ImageSource] | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         *,
         stop_event: threading.Event | None = None,
         **sampling: Any,
@@ -173,7 +206,7 @@ class Chat:
     def stream(
         self,
         question: str,
-        image: ImageSource | Sequence[ImageSource] | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         *,
         stop_event: threading.Event | None = None,
         **sampling: Any,
@@ -183,12 +216,33 @@ class Chat:
         Everything runs in the caller's thread, one step at a time. Closing the generator, or Ctrl-C, ends the answer;
         what was generated so far becomes the answer of the turn. The next call on this chat ends it too.
         """
+        reply = self.begin(question, image, stop_event=stop_event, **sampling)
+        return self._start(reply)
+
+    def begin(
+        self,
+        question: str,
+        image: Picture | Sequence[Picture] | None = None,
+        *,
+        stop_event: threading.Event | None = None,
+        stops: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Reply:
+        """Return a reply without a token yet, for ``yivl.batching``; arguments and errors are those of ``ask``.
+
+        Args:
+            question: As in ``ask``.
+            image: As in ``ask``.
+            stop_event: As in ``ask``.
+            stops: Strings that end the answer, beside ``###``.
+            **sampling: As in ``ask``.
+        """
         start = time.perf_counter()
         settings = Sampling(**sampling)
         self._close_stream()
-        images = [self._encode(source) for source in _as_list(image)]
+        images = [self.encode(source) for source in _as_list(image)]
         turn = Turn(question, num_images=len(images))
-        return self._answer(turn, images, settings, stop_event, start, history=len(self._turns))
+        return self._reply(turn, images, settings, stop_event, start, history=len(self._turns), stops=stops)
 
     def retry(self, *, stop_event: threading.Event | None = None, **sampling: Any) -> Generator[str, None, None]:
         """Answer the last question anew, streamed; the new answer replaces the old one once there is one.
@@ -201,54 +255,39 @@ class Chat:
             raise YiVLError("there is no question to answer again")
         settings, images = Sampling(**sampling), self._images[-1]
         turn = Turn(self._turns[-1].question, num_images=len(images))
-        return self._answer(turn, images, settings, stop_event, time.perf_counter(), history=len(self._turns) - 1)
+        history = len(self._turns) - 1
+        return self._start(self._reply(turn, images, settings, stop_event, time.perf_counter(), history=history))
 
-    def answer_batch(
-        self, questions: Sequence[str], images: Sequence[ImageSource | None] | None = None, **sampling: Any
-    ) -> list[str]:
-        """Return the answers to independent single-turn questions, generated together; the conversation is not used.
+    def restore(self, turns: Sequence[Turn], images: Sequence[Sequence[Picture]]) -> None:
+        """Take over a conversation that was held elsewhere, in place of this one.
 
         Args:
-            questions: One per row.
-            images: One picture or ``None`` per row.
-            **sampling: Fields of ``Sampling``.
+            turns: Answered turns, oldest first.
+            images: The pictures of each turn.
 
         Raises:
-            ValueError: If the numbers of questions and images differ.
+            ImageError: If a picture cannot be used.
+            ValueError: If a turn has no answer, or another number of pictures than it says.
         """
-        if not questions:
-            return []
-        images = [None] * len(questions) if images is None else images
-        if len(images) != len(questions):
-            raise ValueError(f"{len(questions)} questions but {len(images)} images")
-        settings, tokenizer = Sampling(**sampling), self.loaded.tokenizer
-        encoded = [self._encode(image).features for image in images if image is not None]
-        rows = [
-            torch.tensor(self._tokenize([Turn(question, num_images=int(image is not None))]))
-            for question, image in zip(questions, images, strict=True)
-        ]
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        lengths = torch.tensor([len(row) for row in rows])
-        attention_mask = (torch.arange(input_ids.shape[1]).flip(0) < lengths[:, None]).long()
-        num_patches = self.loaded.model.config.num_patches
-        longest = max(len(row) + int((row == IMAGE_TOKEN_INDEX).sum()) * (num_patches - 1) for row in rows)
-        with torch.inference_mode(), _seeded(settings.seed):
-            output = self.loaded.model.generate(
-                input_ids.to(self.loaded.model.device),
-                attention_mask=attention_mask.to(self.loaded.model.device),
-                image_features=torch.stack(encoded) if encoded else None,
-                generation_config=settings.generation_config(tokenizer, self._room(longest, settings)),
-                stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, input_ids.shape[1])]),
-            )
-        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :].tolist(), skip_special_tokens=True)
-        return [cut_answer(text) for text in texts]
+        if [turn.num_images for turn in turns] != [len(group) for group in images]:
+            raise ValueError("turns and images differ in number")
+        if any(turn.answer is None for turn in turns):
+            raise ValueError("a turn has no answer")
+        self.reset()
+        self._images = [[self.encode(source) for source in group] for group in images]
+        self._turns = list(turns)
 
-    def _encode(self, source: ImageSource) -> _Image:
-        image = load_image(source, allow_remote=self.allow_remote)
+    def encode(self, picture: Picture) -> EncodedImage:
+        """Return a picture as the language model sees it; one that is encoded already comes back as it is.
+
+        Raises:
+            ImageError: If it cannot be used.
+        """
+        if isinstance(picture, EncodedImage):
+            return picture
+        image = load_image(picture, allow_remote=self.allow_remote)
         with torch.inference_mode():
-            features = self.loaded.model.encode_images(self.loaded.image_processor([image]))[0]
-        self._num_encoded += 1
-        return _Image(features, self._num_encoded)
+            return EncodedImage(self.loaded.model.encode_images(self.loaded.image_processor([image]))[0])
 
     def _tokenize(self, turns: Sequence[Turn]) -> list[int]:
         messages = [message for turn in turns for message in turn.messages()]
@@ -264,34 +303,38 @@ class Chat:
             )
         return min(settings.max_new_tokens, context - prompt_length)
 
-    def _answer(
+    def _reply(
         self,
         turn: Turn,
-        images: list[_Image],
+        images: list[EncodedImage],
         settings: Sampling,
         stop_event: threading.Event | None,
         start: float,
         *,
         history: int,
-    ) -> Generator[str, None, None]:
-        """Check that the prompt fits, then return the generator that answers after ``history`` turns."""
+        stops: Sequence[str] = (),
+    ) -> Reply:
+        """Return what answers after ``history`` turns, once its prompt is known to fit."""
         input_ids = self._tokenize([*self._turns[:history], turn])
         all_images = [image for group in [*self._images[:history], images] for image in group]
         keys = _position_keys(input_ids, all_images)
-        progress = _Progress(
+        return Reply(
             turn=turn,
             images=images,
             history=history,
             input_ids=input_ids,
             features=torch.stack([image.features for image in all_images]) if all_images else None,
             keys=keys,
-            settings=settings,
+            sampler=Sampler(settings, input_ids, self.loaded.model.device),
             max_new_tokens=self._room(len(keys), settings),
+            stops=(STOP_STRING, *stops),
             stop_event=stop_event or threading.Event(),
             start=start,
         )
-        tokens = self._beam_tokens(progress) if settings.num_beams > 1 else self._tokens(progress)
-        self._stream = self._run(progress, tokens)
+
+    def _start(self, reply: Reply) -> Generator[str, None, None]:
+        tokens = self._beam_tokens(reply) if reply.sampler.settings.num_beams > 1 else self._tokens(reply)
+        self._stream = self._run(reply, tokens)
         return self._stream
 
     def _close_stream(self) -> None:
@@ -300,115 +343,88 @@ class Chat:
             self._stream.close()
             self._stream = None
 
-    def _run(self, progress: _Progress, tokens: Iterator[int]) -> Generator[str, None, None]:
+    def _run(self, reply: Reply, tokens: Iterator[int]) -> Generator[str, None, None]:
         """Turn tokens into pieces of text until something ends the answer, then keep the turn."""
         try:
-            yield from self._pieces(progress, tokens)
+            for token in tokens:
+                if piece := reply.take(token, self.loaded.tokenizer):
+                    yield piece
+                if reply.finish_reason:
+                    break
         except GeneratorExit:
-            progress.finish_reason = "cancelled"
-            self._finish(progress)
+            reply.finish_reason = "cancelled"
+            self.finish(reply)
             raise
         except KeyboardInterrupt:
             self._drop_cache()  # it may have come in the middle of a step
-            progress.finish_reason = "cancelled"
-            self._finish(progress)
+            reply.finish_reason = "cancelled"
+            self.finish(reply)
             raise
         except BaseException:
             self._drop_cache()
             raise
-        self._finish(progress)
+        self.finish(reply)
 
-    def _pieces(self, progress: _Progress, tokens: Iterator[int]) -> Generator[str, None, None]:
-        tokenizer, shown = self.loaded.tokenizer, ""
-        for token in tokens:
-            progress.first_token_at = progress.first_token_at or time.perf_counter()
-            progress.new_ids.append(token)
-            progress.raw_text = tokenizer.decode(progress.new_ids, skip_special_tokens=True)
-            if token == tokenizer.eos_token_id or STOP_STRING in progress.raw_text:
-                progress.finish_reason = "stop"
-                break
-            if progress.stop_event.is_set():
-                progress.finish_reason = "cancelled"
-                break
-            stable = stable_prefix(progress.raw_text)
-            if len(stable) > len(shown):
-                piece, shown = stable[len(shown) :], stable
-                yield piece
-        if rest := cut_answer(progress.raw_text)[len(shown) :]:
-            yield rest
-
-    def _finish(self, progress: _Progress) -> None:
+    def finish(self, reply: Reply) -> None:
         """Add the turn to the conversation and note what it took; one that ended before its first token never was."""
-        if progress.finish_reason == "cancelled" and not progress.new_ids:
+        if reply.finish_reason == "cancelled" and not reply.new_ids:
             return
-        end, text = time.perf_counter(), cut_answer(progress.raw_text)
-        self._turns[progress.history :] = [Turn(progress.turn.question, text, progress.turn.num_images)]
-        self._images[progress.history :] = [progress.images]
+        end = time.perf_counter()
+        self._turns[reply.history :] = [Turn(reply.turn.question, reply.text, reply.turn.num_images)]
+        self._images[reply.history :] = [reply.images]
         self.last_answer = Answer(
-            text=text,
-            finish_reason=progress.finish_reason,
-            prompt_tokens=len(progress.keys),
-            cached_tokens=progress.num_cached,
-            new_tokens=len(progress.new_ids),
-            seconds_to_first_token=(progress.first_token_at or end) - progress.start,
-            seconds=end - progress.start,
+            text=reply.text,
+            finish_reason=reply.finish_reason or "length",
+            prompt_tokens=len(reply.keys),
+            cached_tokens=reply.num_cached,
+            new_tokens=len(reply.new_ids),
+            seconds_to_first_token=(reply.first_token_at or end) - reply.start,
+            seconds=end - reply.start,
         )
         if self._cache is not None and self._reuse_cache:
-            self._cached_keys = (progress.keys + progress.new_ids)[: self._cache.get_seq_length()]
+            self._cached_keys = (reply.keys + reply.new_ids)[: self._cache.get_seq_length()]
         else:
             self._drop_cache()
 
-    def _tokens(self, progress: _Progress) -> Iterator[int]:
+    def _tokens(self, reply: Reply) -> Iterator[int]:
         """Yield new tokens one by one; a token is computed only when it is asked for."""
-        settings, input_ids = progress.settings, progress.input_ids
-        model, processors = self.loaded.model, settings.logits_processors()
-        generator = None if settings.seed is None else torch.Generator(model.device).manual_seed(settings.seed)
-        cache, progress.num_cached = self._cache_for(progress.keys)
-        logits = self._prefill(progress, cache)
-        # Logits processors index the vocabulary with the ids, so -200 cannot stay in them.
-        seen = torch.tensor([[max(token, 0) for token in input_ids]], device=logits.device)
+        cache, reply.num_cached = self._cache_for(reply.keys)
+        logits = self._prefill(reply, cache)
         while True:
-            scores = processors(seen, logits)
-            if settings.temperature > 0:
-                token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
-            else:
-                token = scores.argmax(-1, keepdim=True)
-            yield int(token)
-            seen = torch.cat([seen, token], dim=1)
-            if seen.shape[1] - len(input_ids) >= progress.max_new_tokens:
-                return
+            token = reply.sampler.choose(logits)
+            yield token
             logits = self._step(token, cache)
 
     @torch.inference_mode()
-    def _prefill(self, progress: _Progress, cache: Cache) -> torch.Tensor:
+    def _prefill(self, reply: Reply, cache: Cache) -> torch.Tensor:
         """Feed what the cache does not hold yet; return the logits of the last position, ``(1, vocabulary)``."""
         model = self.loaded.model
-        fused = model.fuse(torch.tensor([progress.input_ids], device=model.device), image_features=progress.features)
-        new_embeds = fused.inputs_embeds[:, progress.num_cached :]
+        fused = model.fuse(torch.tensor([reply.input_ids], device=model.device), image_features=reply.features)
+        new_embeds = fused.inputs_embeds[:, reply.num_cached :]
         logits: torch.Tensor = model(
             inputs_embeds=new_embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
         return logits[:, -1].float()
 
     @torch.inference_mode()
-    def _step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def _step(self, token: int, cache: Cache) -> torch.Tensor:
         """Feed one token; return the logits after it, ``(1, vocabulary)``."""
         model = self.loaded.model
-        logits: torch.Tensor = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True).logits
+        token_ids = torch.tensor([[token]], device=model.device)
+        logits: torch.Tensor = model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits
         return logits[:, -1].float()
 
-    def _beam_tokens(self, progress: _Progress) -> Iterator[int]:
+    def _beam_tokens(self, reply: Reply) -> Iterator[int]:
         """Yield the tokens of a beam search, which are known only at its end; no cache is kept."""
         self._drop_cache()
-        tokenizer, model, length = self.loaded.tokenizer, self.loaded.model, len(progress.input_ids)
-        with torch.inference_mode(), _seeded(progress.settings.seed):
+        tokenizer, model, length = self.loaded.tokenizer, self.loaded.model, len(reply.input_ids)
+        settings = reply.sampler.settings
+        with torch.inference_mode(), _seeded(settings.seed):
             output = model.generate(
-                torch.tensor([progress.input_ids], device=model.device),
-                image_features=progress.features,
-                generation_config=progress.settings.generation_config(tokenizer, progress.max_new_tokens),
-                stopping_criteria=StoppingCriteriaList(
-                    [StopOnText(tokenizer, length), StopOnEvent(progress.stop_event)]
-                ),
+                torch.tensor([reply.input_ids], device=model.device),
+                image_features=reply.features,
+                generation_config=settings.generation_config(tokenizer, reply.max_new_tokens),
+                stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, length), StopOnEvent(reply.stop_event)]),
             )
         yield from output[0, length:].tolist()
 
@@ -430,8 +446,8 @@ class Chat:
         return self._cache, shared
 
 
-def _position_keys(input_ids: Sequence[int], images: Sequence[_Image]) -> list[int]:
-    """Return what each position of the fused sequence holds: a token id, or a negative number for its picture."""
+def _position_keys(input_ids: Sequence[int], images: Sequence[EncodedImage]) -> list[int]:
+    """Return what each position of the fused sequence holds; see ``Reply.keys``."""
     keys: list[int] = []
     remaining = iter(images)
     for token in input_ids:
@@ -443,7 +459,7 @@ def _position_keys(input_ids: Sequence[int], images: Sequence[_Image]) -> list[i
     return keys
 
 
-def _as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+def _as_list(image: Picture | Sequence[Picture] | None) -> list[Picture]:
     if image is None:
         return []
     return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]

@@ -1,8 +1,10 @@
 """How the next token is chosen: the fields, and what the library makes of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import GenerationConfig
 from transformers.generation import (
     LogitsProcessorList,
@@ -80,3 +82,31 @@ class Sampling:
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
         )
+
+
+class Sampler:
+    """Chooses the tokens of one answer.
+
+    Args:
+        settings: How.
+        prompt_ids: Ids of the prompt, ``-200`` at image slots.
+        device: Of the logits.
+    """
+
+    def __init__(self, settings: Sampling, prompt_ids: Sequence[int], device: torch.device) -> None:
+        self.settings = settings
+        self._processors = settings.logits_processors()
+        self._generator = None if settings.seed is None else torch.Generator(device).manual_seed(settings.seed)
+        # Logits processors index the vocabulary with the ids, so -200 cannot stay in them.
+        self._seen = torch.tensor([[max(token, 0) for token in prompt_ids]], device=device)
+
+    @torch.inference_mode()
+    def choose(self, logits: torch.Tensor) -> int:
+        """Return the next token after ``(1, vocabulary)`` logits of float32."""
+        scores = self._processors(self._seen, logits)
+        if self.settings.temperature > 0:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self._seen = torch.cat([self._seen, token], dim=1)
+        return int(token)

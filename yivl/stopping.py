@@ -1,6 +1,7 @@
 """Where an answer ends, and which part of a growing one can be shown."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -12,21 +13,27 @@ from yivl.tokenization import YiTokenizer
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
 
 
-def cut_answer(text: str) -> str:
-    """Return what is shown of generated text: up to the stop string, outer whitespace removed."""
-    return text.split(STOP_STRING, 1)[0].strip()
+def find_stop(text: str, stops: Sequence[str]) -> int:
+    """Return where the first of the stop strings begins, or -1."""
+    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=-1)
 
 
-def stable_prefix(text: str) -> str:
+def cut_answer(text: str, stops: Sequence[str] = (STOP_STRING,)) -> str:
+    """Return what is shown of generated text: up to the first stop string, outer whitespace removed."""
+    place = find_stop(text, stops)
+    return (text if place < 0 else text[:place]).strip()
+
+
+def stable_prefix(text: str, stops: Sequence[str] = (STOP_STRING,)) -> str:
     """Return the part of unfinished text that no later token can change or remove."""
-    if STOP_STRING in text:
-        return cut_answer(text)
+    if find_stop(text, stops) >= 0:
+        return cut_answer(text, stops)
     text = text.rstrip(_INCOMPLETE)  # bytes of a character that is still incomplete
-    for length in range(len(STOP_STRING) - 1, 0, -1):
-        if text.endswith(STOP_STRING[:length]):
-            text = text[:-length]
-            break
-    return text.strip()  # whitespace at the end may turn out to be outer
+    begun = max(
+        (length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])),
+        default=0,
+    )
+    return text[: len(text) - begun].strip()  # whitespace at the end may turn out to be outer
 
 
 class StopOnText(StoppingCriteria):  # type: ignore[misc]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from yivl.batching import answer_batch
 from yivl.data.rows import RowError, parse_row, read_rows
 from yivl.generation import Chat
 
@@ -94,7 +95,8 @@ def answer_items(
     answers = [""] * len(items)
     for start in tqdm(range(0, len(order), batch_size), desc=f"pictures: {pictures}", disable=None):
         batch = order[start : start + batch_size]
-        texts = chat.answer_batch(
+        texts = answer_batch(
+            chat.loaded,
             [items[index].question for index in batch],
             [images[index] for index in batch],
             temperature=0,

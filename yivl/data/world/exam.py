@@ -10,7 +10,9 @@ from yivl.data.world.language import ASK, Question, QuestionKind
 from yivl.data.world.scenes import Scene, Split, sample_scene
 from yivl.data.world.words import COLOURS, FOODS, KINDS, Language
 
-# Of how many values the answers are: no value is asked for more often than its share.
+_PATIENCE: Final = 3_000  # scenes in a row that may have nothing to ask for before a value may exceed its share
+
+# Of how many values the answers are: no value is asked for more often than its share, unless the split lacks others.
 _VALUES: Final[dict[QuestionKind, int]] = {
     "presence": 2,
     "count": 5,
@@ -55,14 +57,18 @@ def examine(split: Split, kind: QuestionKind, language: Language, number: int, *
     rng = random.Random(f"{split} {kind} {language} {first}")
     quota = -(-number // _VALUES[kind]) if kind in _VALUES else number
     used: Counter[str] = Counter()
+    last = first
     ask = ASK["kinds" if kind == "kind" else kind]
     while used.total() < number:
         scene = sample_scene(split, first)
         question = ask(scene, language, rng)
         first += 1
+        if first - last > _PATIENCE:  # few kinds of things have a combination that was never trained
+            quota, last = quota + 1, first
         if question is None or question.kind != kind or used[question.value] >= quota:
             continue
         if kind == "sign" and question.value == "none":
             continue
         used[question.value] += 1
+        last = first
         yield Task(scene, question)
