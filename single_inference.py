@@ -13,7 +13,7 @@ from yivl import entry
 def parse_args() -> argparse.Namespace:
     """Return the flags; those of the release keep their names and defaults."""
     parser = entry.make_parser(__doc__)
-    parser.add_argument("--image-file", "--image", help="path (or address, see --allow-remote); none asks without one")
+    entry.add_picture_flags(parser, "path (or address, see --allow-remote); none asks without one")
     parser.add_argument("--question", default="Describe the picture in detail.", help="(default: %(default)s)")
     parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")

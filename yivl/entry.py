@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from yivl.generation import Chat
+    from yivl.model.loading import LoadedModel
 
 DEFAULT_MODEL = "01-ai/Yi-VL-6B"
 """Source: 01-ai/Yi, VL/single_inference.py."""
@@ -50,8 +51,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         choices=("sdpa", "eager", "flash_attention_2"),
         help="attention kernels (default: %(default)s)",
     )
-    group.add_argument("--allow-remote", action="store_true", help="accept http(s) addresses as pictures")
     return parser
+
+
+def add_picture_flags(parser: argparse.ArgumentParser, about: str) -> None:
+    """Add the flags for a picture of the first question, with ``about`` as the help of ``--image-file``."""
+    parser.add_argument("--image-file", "--image", help=about)
+    parser.add_argument("--allow-remote", action="store_true", help="accept http(s) addresses as pictures")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, top_p: float, max_new_tokens: int) -> None:
@@ -86,13 +92,13 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
     return sampling, load_image(os.path.expanduser(arguments.image_file), allow_remote=arguments.allow_remote)
 
 
-def load_chat(arguments: argparse.Namespace) -> "Chat":
-    """Load the model the flags describe."""
+def load(arguments: argparse.Namespace) -> "LoadedModel":
+    """Load the model that the flags describe."""
     log_to_stderr()
 
-    from yivl.generation import Chat
+    from yivl.model.loading import load_model
 
-    return Chat.from_pretrained(
+    return load_model(
         os.path.expanduser(arguments.model_path),
         device=arguments.device,
         dtype=arguments.dtype,
@@ -100,8 +106,16 @@ def load_chat(arguments: argparse.Namespace) -> "Chat":
         load_in_4bit=arguments.load_4bit,
         load_in_8bit=arguments.load_8bit,
         attn_implementation=arguments.attn_implementation,
-        allow_remote=arguments.allow_remote,
     )
+
+
+def load_chat(arguments: argparse.Namespace) -> "Chat":
+    """Load the model that the flags describe and start a conversation with it."""
+    loaded = load(arguments)
+
+    from yivl.generation import Chat
+
+    return Chat(loaded, allow_remote=arguments.allow_remote)
 
 
 def log_to_stderr() -> None:
@@ -147,12 +161,12 @@ def run(
     except ModuleNotFoundError as error:
         _fail(f"{error}; run ./scripts/setup.sh and then .venv/bin/python instead of {sys.executable}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _fail(f"not enough memory; {less_memory}", 1)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell a lack of memory from other errors; PyTorch's CPU allocator has no exception type of its own."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

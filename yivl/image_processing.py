@@ -39,15 +39,21 @@ DOWNLOAD_TIMEOUT: Final = 20.0
 """Seconds after which a fetch is given up, in all and without an answer. Source: ours."""
 
 
-def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Image:
+def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Return the picture upright (EXIF applied), decoded in full, in its own mode.
 
+    Args:
+        source: Where it is.
+        allow_remote: Whether it may be an address.
+        max_pixels: Of the square around it, at most ``MAX_IMAGE_PIXELS``.
+
     Raises:
-        ImageError: If it is missing, not an image, truncated, animated, empty, larger than ``MAX_IMAGE_PIXELS``, or an
+        ImageError: If it is missing, not an image, truncated, animated, empty, larger than ``max_pixels``, or an
             address while ``allow_remote`` is false.
     """
+    max_pixels = min(max_pixels, MAX_IMAGE_PIXELS)
     if isinstance(source, Image.Image):
-        return _upright(source, "image")
+        return _upright(source, "image", max_pixels)
     name, data = ("image bytes", source) if isinstance(source, bytes) else _read(os.fspath(source), allow_remote)
     try:
         with warnings.catch_warnings():
@@ -57,7 +63,7 @@ def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Imag
         raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the picture first") from error
     except Exception as error:  # Pillow's decoders raise whatever their formats come upon
         raise ImageError(f"{name}: not a picture that can be read; use JPEG, PNG, WebP, BMP or TIFF") from error
-    return _upright(image, name)
+    return _upright(image, name, max_pixels)
 
 
 def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:
@@ -93,12 +99,12 @@ def _fetch(address: str) -> bytes:
     return bytes(data)
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """Return the decoded picture with its EXIF orientation applied, after the checks that need only the header."""
     if not image.width or not image.height:
         raise ImageError(f"{name}: the picture is empty ({image.width}x{image.height} pixels)")
-    if max(image.size) ** 2 > MAX_IMAGE_PIXELS:
-        longest = math.isqrt(MAX_IMAGE_PIXELS)
+    if max(image.size) ** 2 > max_pixels:
+        longest = math.isqrt(max_pixels)
         raise ImageError(f"{name}: more than {longest:,} pixels on a side; shrink the picture first")
     try:
         frames = getattr(image, "n_frames", 1)

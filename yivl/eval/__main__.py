@@ -36,9 +36,9 @@ def main() -> None:
 
     data, images = Path(arguments.data).expanduser(), Path(arguments.image_folder).expanduser()
     items = read_items(data, images, arguments.group_by)
-    chat = entry.load_chat(arguments)
+    loaded = entry.load(arguments)
     answers = answer_items(
-        chat,
+        loaded,
         items,
         arguments.pictures,
         batch_size=arguments.batch_size,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from yivl.batching import answer_batch
 from yivl.data.rows import RowError, parse_row, read_rows
-from yivl.generation import Chat
+from yivl.model.loading import LoadedModel
 
 Pictures = Literal["own", "another", "none"]
 """Which picture is shown with a question: its own, that of another row, or none. The others are controls: a model that
@@ -87,7 +87,7 @@ def show(items: Sequence[Item], pictures: Pictures) -> list[Path | None]:
 
 
 def answer_items(
-    chat: Chat, items: Sequence[Item], pictures: Pictures, *, batch_size: int, max_new_tokens: int
+    loaded: LoadedModel, items: Sequence[Item], pictures: Pictures, *, batch_size: int, max_new_tokens: int
 ) -> list[str]:
     """Return the greedy answer to each question."""
     images = show(items, pictures)
@@ -96,7 +96,7 @@ def answer_items(
     for start in tqdm(range(0, len(order), batch_size), desc=f"pictures: {pictures}", disable=None):
         batch = order[start : start + batch_size]
         texts = answer_batch(
-            chat.loaded,
+            loaded,
             [items[index].question for index in batch],
             [images[index] for index in batch],
             temperature=0,

@@ -1,0 +1,127 @@
+"""Pictures from addresses, fetched so that a client cannot make the server reach for what is not meant for it.
+
+A host must be on the list, all its addresses must be public, the connection goes to the address that was checked, and
+every redirect is looked at anew.
+"""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from yivl.errors import ImageError
+
+_MAX_REDIRECTS: Final = 3
+_PORTS: Final = {"http": 80, "https": 443}
+_REDIRECTS: Final = (301, 302, 303, 307, 308)
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address is one of the public internet, also behind the notations that embed another."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if embedded:
+            return is_public(str(embedded))
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    return ip.is_global and not ip.is_multicast
+
+
+@dataclass(frozen=True)
+class Fetcher:
+    """Fetches pictures from a list of hosts.
+
+    Args:
+        hosts: Names that may be asked, each with ``:port`` if it is not that of its scheme; an empty list allows none.
+        max_bytes: Of a picture.
+        max_seconds: In all.
+        is_allowed: Whether an IP address may be connected to.
+    """
+
+    hosts: Collection[str]
+    max_bytes: int
+    max_seconds: float = 20.0
+    is_allowed: Callable[[str], bool] = is_public
+
+    def fetch(self, address: str) -> bytes:
+        """Return the bytes at an http(s) address.
+
+        Raises:
+            ImageError: If it is not allowed or cannot be fetched; with the same words whatever lies there.
+        """
+        deadline = time.monotonic() + self.max_seconds
+        for _ in range(_MAX_REDIRECTS + 1):
+            parts = self._checked(address)
+            try:
+                status, location, data = self._get(parts, deadline)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                raise ImageError("the picture at this address cannot be fetched") from error
+            if status == 200:
+                return data
+            if status not in _REDIRECTS or not location:
+                break
+            address = urljoin(address, location)
+        raise ImageError("the picture at this address cannot be fetched")
+
+    def _checked(self, address: str) -> SplitResult:
+        """Return the parts of an address whose scheme and host are allowed."""
+        # What parsers disagree about is refused before any of them looks.
+        if not address.isascii() or not address.isprintable() or set(address) & set(" \\"):
+            raise ImageError("the address of a picture may hold only ASCII, and no spaces or backslashes")
+        try:
+            parts = urlsplit(address)
+            port = parts.port
+        except ValueError as error:
+            raise ImageError("this is not an address") from error
+        if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
+            raise ImageError("the address of a picture must begin with http:// or https:// and name a host, no user")
+        host = parts.hostname.rstrip(".")
+        name = host if port in (None, _PORTS[parts.scheme]) else f"{host}:{port}"
+        if name not in {allowed.lower() for allowed in self.hosts}:
+            raise ImageError("pictures may not be fetched from this host")
+        return parts
+
+    def _get(self, parts: SplitResult, deadline: float) -> tuple[int, str | None, bytes]:
+        """Return status, where a redirect leads, and the body, from a connection to a checked address."""
+        assert parts.hostname
+        port = parts.port or _PORTS[parts.scheme]
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        addresses = [str(info[4][0]) for info in found]
+        if not addresses or not all(self.is_allowed(address) for address in addresses):
+            raise ValueError("not a public address")
+        connection = http.client.HTTPConnection(parts.hostname, port)
+        try:
+            stream = connection.sock = socket.create_connection((addresses[0], port), timeout=_left(deadline))
+            if parts.scheme == "https":
+                context = ssl.create_default_context()
+                stream = connection.sock = context.wrap_socket(stream, server_hostname=parts.hostname)
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "yivl"})
+            response = connection.getresponse()
+            data = bytearray()
+            while response.status == 200 and (block := response.read1(2**16)):
+                data += block
+                if len(data) > self.max_bytes:
+                    raise ValueError("too large")
+                stream.settimeout(_left(deadline))
+            return response.status, response.getheader("Location"), bytes(data)
+        finally:
+            connection.close()
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds that are left.
+
+    Raises:
+        TimeoutError: If there are none.
+    """
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("out of time")
+    return seconds
