@@ -165,6 +165,23 @@ class Chat:
         """The finished turns, oldest first."""
         return tuple(self._turns)
 
+    @property
+    def images(self) -> tuple[tuple[EncodedImage, ...], ...]:
+        """The pictures of each finished turn."""
+        return tuple(map(tuple, self._images))
+
+    @property
+    def num_cache_bytes(self) -> int:
+        """Memory of the keys and values that are kept for the next turn."""
+        layers = self._cache.layers if self._cache is not None else []
+        states = [state for layer in layers if layer.is_initialized for state in (layer.keys, layer.values)]
+        return sum(state.untyped_storage().nbytes() for state in states)
+
+    def free_cache(self) -> None:
+        """Give up the keys and values; the next turn computes them anew."""
+        self._close_stream()
+        self._drop_cache()
+
     def reset(self) -> None:
         """Forget the conversation and free its cache."""
         self._close_stream()
@@ -250,13 +267,21 @@ class Chat:
         Raises:
             YiVLError: If there is no question yet.
         """
-        self._close_stream()
         if not self._turns:
             raise YiVLError("there is no question to answer again")
-        settings, images = Sampling(**sampling), self._images[-1]
-        turn = Turn(self._turns[-1].question, num_images=len(images))
-        history = len(self._turns) - 1
-        return self._start(self._reply(turn, images, settings, stop_event, time.perf_counter(), history=history))
+        return self.edit(len(self._turns) - 1, self._turns[-1].question, stop_event=stop_event, **sampling)
+
+    def edit(
+        self, index: int, question: str, *, stop_event: threading.Event | None = None, **sampling: Any
+    ) -> Generator[str, None, None]:
+        """Answer another question about the pictures of turn ``index``, streamed.
+
+        Once there is an answer, this turn takes the place of the old one and of all that came after it.
+        """
+        self._close_stream()
+        settings, images = Sampling(**sampling), self._images[index]
+        turn = Turn(question, num_images=len(images))
+        return self._start(self._reply(turn, images, settings, stop_event, time.perf_counter(), history=index))
 
     def restore(self, turns: Sequence[Turn], images: Sequence[Sequence[Picture]]) -> None:
         """Take over a conversation that was held elsewhere, in place of this one.

@@ -1,7 +1,5 @@
 """The terminal chat: lines of text and a ``Chat`` in, a printed dialogue out."""
 
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -16,6 +14,7 @@ from yivl.errors import YiVLError
 from yivl.generation import Chat
 from yivl.image_processing import load_image
 from yivl.sampling import Sampling
+from yivl.serve.export import as_json
 
 HELP = """\
 /image PATH   show a picture with the next question
@@ -131,16 +130,8 @@ class Terminal:
     def _save(self, path: str) -> None:
         if not path:
             raise YiVLError("/save needs a file name")
-        conversation = {
-            "model": self.chat.loaded.name,
-            "system": self.chat.system,
-            "sampling": self.sampling,
-            "turns": [dataclasses.asdict(turn) for turn in self.chat.turns],
-        }
         try:
-            Path(path).expanduser().write_text(
-                json.dumps(conversation, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-            )
+            Path(path).expanduser().write_text(as_json(self.chat, self.sampling), encoding="utf-8")
         except OSError as error:
             raise YiVLError(f"{path}: cannot be written ({error.strerror})") from error
         self._print(f"saved {len(self.chat.turns)} turns to {path}")

@@ -1,0 +1,65 @@
+"""Talk with Yi-VL about pictures on a web page.
+
+python web_demo.py --server-port 8111
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from yivl import entry
+
+IMAGES = Path(__file__).parent / "images"
+EXAMPLES = (
+    (IMAGES / "cats.jpg", "Describe the cats and what they are doing in detail."),
+    (IMAGES / "cats.jpg", "图片里有什么？"),
+    (IMAGES / "exit.jpg", "What does the sign say?"),
+    (IMAGES / "bus.jpg", "牌子上写着什么？"),
+    (IMAGES / "owls.jpg", "What are they doing?"),
+    (IMAGES / "owls.jpg", "地板是什么颜色的？"),
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the flags; those of the release keep their names and defaults."""
+    from yivl.serve.limits import Limits
+
+    parser = entry.make_parser(__doc__)
+    group = parser.add_argument_group("page")
+    group.add_argument("--server-name", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    group.add_argument("--server-port", type=int, default=8111, help="(default: %(default)s)")
+    group.add_argument("--share", action="store_true", help="make a public address, through gradio's server")
+    group.add_argument("--inbrowser", action="store_true", help="open the page in a browser")
+    group.add_argument("--cpu-only", action="store_true", help="the same as --device cpu")
+    Limits.add_flags(parser, "web")
+    arguments = parser.parse_args()
+    if arguments.cpu_only:
+        arguments.device = "cpu"
+    return arguments
+
+
+def main() -> None:
+    """Load, then serve the page until Ctrl-C."""
+    arguments = parse_args()
+
+    from yivl.serve.limits import Limits
+
+    limits = Limits.from_flags(arguments)
+    loaded = entry.load(arguments)
+
+    from yivl.serve.web import build_page, launch
+
+    blocks = build_page(loaded, limits, EXAMPLES)
+    logging.getLogger(__name__).info("http://%s:%d", arguments.server_name, arguments.server_port)
+    launch(
+        blocks,
+        limits,
+        server_name=arguments.server_name,
+        server_port=arguments.server_port,
+        share=arguments.share,
+        inbrowser=arguments.inbrowser,
+    )
+
+
+if __name__ == "__main__":
+    entry.run(main)
