@@ -81,8 +81,7 @@ class Fetcher:
             raise ImageError("this is not an address") from error
         if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
             raise ImageError("the address of a picture must begin with http:// or https:// and name a host, no user")
-        host = parts.hostname.rstrip(".")
-        name = host if port in (None, _PORTS[parts.scheme]) else f"{host}:{port}"
+        name = parts.hostname if port in (None, _PORTS[parts.scheme]) else f"{parts.hostname}:{port}"
         if name not in {allowed.lower() for allowed in self.hosts}:
             raise ImageError("pictures may not be fetched from this host")
         return parts

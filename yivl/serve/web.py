@@ -241,6 +241,7 @@ def build_page(loaded: LoadedModel, limits: Limits, examples: Sequence[tuple[Pat
                 with gr.Row():
                     question = gr.Textbox(
                         label=words.question,
+                        elem_id="question",
                         placeholder=words.question_hint,
                         scale=5,
                         lines=1,
