@@ -108,7 +108,10 @@ class Visitor:
 
     @property
     def messages(self) -> list[str]:
-        return [one.inner_text().strip() for one in self.page.locator("#conversation [data-testid=user], #conversation [data-testid=bot]").all()]
+        return [
+            one.inner_text().strip()
+            for one in self.page.locator("#conversation [data-testid=user], #conversation [data-testid=bot]").all()
+        ]
 
     def expect_messages(self, *messages: str) -> None:
         for _ in range(100):
