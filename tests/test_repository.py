@@ -111,9 +111,10 @@ def test_python_in_the_documents_runs(path: Path) -> None:
 
 
 def test_every_flag_the_documents_name_exists() -> None:
-    programs = ["single_inference.py", "cli.py", "scripts/benchmark_inference.py", "scripts/benchmark_training.py"]
+    programs = ["single_inference.py", "cli.py", "web_demo.py"]
+    programs += [f"scripts/benchmark_{what}.py" for what in ("inference", "serving", "training")]
     modules = ["yivl.train", "yivl.train.merge", "yivl.data.check", "yivl.data.show", "yivl.data.world", "yivl.eval"]
-    modules += ["yivl.train.tiny"]
+    modules += ["yivl.train.tiny", "yivl.serve.api"]
     flags: set[str] = set()
     for program in [*([name] for name in programs), *(["-m", name] for name in modules)]:
         command = [sys.executable, *program, "--help"]
