@@ -34,6 +34,7 @@ class Texts:
     no_question: str
     nothing_to_repeat: str
     gone: str
+    no_memory: str
     first_token: str
     tokens_per_second: str
     stopped: str
@@ -65,6 +66,7 @@ TEXTS: Final[dict[Language, Texts]] = {
         no_question="Type a question first.",
         nothing_to_repeat="There is no question yet.",
         gone="This conversation was closed to make room for others; please start anew.",
+        no_memory="There is not enough memory for this; ask with fewer or shorter turns.",
         first_token="first token",
         tokens_per_second="tokens/s",
         stopped="stopped",
@@ -94,6 +96,7 @@ TEXTS: Final[dict[Language, Texts]] = {
         no_question="请先输入问题。",
         nothing_to_repeat="还没有问题。",
         gone="为了给别人腾出位置，这个对话已经关闭；请重新开始。",
+        no_memory="内存不足；请减少对话轮数或缩短问题。",
         first_token="首个词元",
         tokens_per_second="词元/秒",
         stopped="已停止",

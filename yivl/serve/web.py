@@ -9,6 +9,7 @@ from typing import Any, Final
 import gradio as gr
 from PIL import Image
 
+from yivl.entry import is_out_of_memory
 from yivl.errors import YiVLError
 from yivl.generation import Answer, Chat
 from yivl.image_processing import load_image
@@ -136,6 +137,11 @@ class Page:
                         session.picture = None
                 except YiVLError as error:
                     gr.Warning(str(error))
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    chat.free_cache()
+                    gr.Warning(TEXTS[language].no_memory)
             answer = chat.last_answer if chat.turns else None
             yield _messages(chat), self.about(answer, TEXTS[language])
         self.sessions.trim()
