@@ -28,7 +28,7 @@ from schemathesis import checks
 from yivl.generation import Chat
 from yivl.model.loading import LoadedModel, load_model
 from yivl.serve.api import build_app
-from yivl.serve.engine import Engine
+from yivl.serve.engine import Engine, Overloaded, Request
 from yivl.serve.limits import Limits
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
@@ -222,6 +222,8 @@ def test_everything_but_health_needs_the_key(api: Server, path: str, header: str
         ({"max_tokens": 10**6}, 400, "max_tokens", "at most 512"),
         ({"seed": -1}, 400, "seed", ""),
         ({"stop": ["a"] * 5}, 400, None, ""),
+        ({"stop": "a" * 257}, 400, None, ""),
+        ({"messages": [user("a" * 900_000)]}, 400, "messages", "characters"),
         ({"messages": []}, 400, "messages", ""),
         ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0", ""),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, None, "alternate"),
@@ -255,6 +257,7 @@ def test_what_is_not_supported_is_said(
         ("data:image/png,AAAA", "must be a data: URL"),
         ("data:image/png;base64,??", "no valid base64"),
         (data_url(b"nonsense"), "not a picture that can be read"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a picture that can be read"),
         (data_url(b""), "not a picture that can be read"),
         (data_url(PHOTO.read_bytes()[:2_000]), "damaged or truncated"),
         (data_url(png(40_000, 30_000)), "pixels"),
@@ -300,6 +303,38 @@ def test_a_client_that_leaves_stops_its_answer(api: Server) -> None:
         httpx.post(f"{api.url}/v1/chat/completions", json=body | {"n": 4}, headers=headers, timeout=0.3)
     assert api.idle()
     assert api.post(body | {"temperature": 0, "max_tokens": 2}).status_code == 200
+
+
+def test_what_is_null_is_not_set(api: Server) -> None:
+    body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY}
+    nothing = dict.fromkeys(["top_p", "n", "stream", "stop", "seed", "presence_penalty", "response_format", "user"])
+    assert api.post(body | nothing).json()["choices"] == api.post(body).json()["choices"]
+
+
+def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(api_model: LoadedModel) -> None:
+    engine = Engine(api_model, Limits(max_queue=2, max_batch=1))
+    ended = threading.Event()
+
+    def request(max_new_tokens: int) -> Request:
+        sampling = {"temperature": 1.0, "max_new_tokens": max_new_tokens}
+        tell = lambda _: None  # noqa: E731
+        return Request((), [[]], "hello", sampling, tell, lambda _: ended.set(), tell)
+
+    running = request(2000)
+    engine.submit([running])
+    while not engine.num_running:
+        time.sleep(0.01)
+    left = [request(5), request(5)]
+    engine.submit(left)
+    assert engine.is_full
+    with pytest.raises(Overloaded):
+        engine.submit([request(5)])
+    for one in left:
+        one.cancelled.set()
+    engine.submit([request(5)])
+    running.cancelled.set()
+    assert ended.wait(30)
+    engine.close()
 
 
 def test_a_full_queue_and_a_slow_answer_are_said(api_model: LoadedModel) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from yivl.batching import Batch, answer_batch
+from yivl.batching import Batch, _pad_left, answer_batch
 from yivl.errors import YiVLError
 from yivl.generation import Chat
 from yivl.model.loading import LoadedModel
@@ -101,18 +101,31 @@ def test_further_stop_strings_end_a_reply_and_are_not_shown(loaded: LoadedModel)
     assert "".join(piece for _, piece in pieces) == reply.text == whole[: whole.index(middle)].strip()
 
 
-def test_a_prompt_that_fails_joins_nothing(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["model", "cache", "sampler"])
+def test_a_prompt_that_fails_joins_nothing(where: str, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(loaded)
     reply = Chat(loaded).begin("hello", **GREEDY)
     batch.add([reply])
+    other = Chat(loaded).begin("What is this?", PHOTO, **GREEDY)
+    calls: list[int] = []
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(loaded.model.lm_head, "forward", fail)
+    def fail_in_the_second(states: torch.Tensor, length: int) -> torch.Tensor:
+        calls.append(length)
+        return _pad_left(states, length) if len(calls) < 7 else fail()  # type: ignore[return-value]
+
+    if where == "model":
+        monkeypatch.setattr(loaded.model.lm_head, "forward", fail)
+    elif where == "cache":  # memory runs out in the second of its layers
+        monkeypatch.setattr("yivl.batching._pad_left", fail_in_the_second)
+    else:
+        monkeypatch.setattr(other.sampler, "choose", fail)
     with pytest.raises(RuntimeError, match="boom"):
-        batch.add([Chat(loaded).begin("What is this?", PHOTO, **GREEDY)])
+        batch.add([other])
     monkeypatch.undo()
+    assert len(batch) == 1
     while len(batch):
         batch.step()
     assert reply.text == Chat(loaded).ask("hello", **GREEDY)

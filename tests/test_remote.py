@@ -91,7 +91,7 @@ def test_a_picture_of_a_listed_host_is_fetched(host: str) -> None:
         "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1",
         "::ffff:127.0.0.1",
         "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
-        "2002:7f00:1::", "2001:0:1::80ff:fffe",
+        "2002:7f00:1::", "2001:0:1::80ff:fffe", "fec0::1", "64:ff9b:1::7f00:1", "::127.0.0.1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_of_the_public_internet(address: str) -> None:

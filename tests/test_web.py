@@ -9,16 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from conftest import CHECKPOINT, GOLDEN
+from gradio.utils import get_upload_folder
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from recipes import ROOT
 
 from yivl.generation import Chat
 from yivl.model.loading import LoadedModel
+from yivl.serve import web as serve
 from yivl.serve.limits import Limits
 from yivl.serve.sessions import Sessions
 from yivl.serve.texts import TEXTS
@@ -304,6 +307,32 @@ def test_nothing_leaves_the_machine_and_a_phone_shows_all(browser: Browser, addr
         wide = visitor.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= options["viewport"]["width"]  # type: ignore[index]
         visitor.context.close()
+
+
+def test_only_uploads_are_opened(loaded: LoadedModel, tmp_path: Path) -> None:
+    """A request made by hand can name any file of the server."""
+    page, visitor = serve.Page(loaded, Limits()), SimpleNamespace(session_hash="visitor")
+    upload = Path(get_upload_folder()) / "test" / "photo.jpg"
+    upload.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(PHOTO, upload)
+    page.show_picture({"path": str(upload)}, visitor)
+    assert page.sessions.get("visitor").picture is not None
+    link = upload.with_name("link.jpg")
+    link.unlink(missing_ok=True)
+    link.symlink_to(PHOTO)
+    for path in (PHOTO, "/dev/zero", "/nothing", upload.parent, link, f"{upload.parent}/../../{PHOTO}"):
+        with pytest.warns(UserWarning, match="this is no upload"):
+            page.show_picture({"path": str(path)}, visitor)
+        assert page.sessions.get("visitor").picture is None
+    shutil.rmtree(upload.parent)
+
+
+def test_a_question_whose_conversation_was_closed_is_not_answered(loaded: LoadedModel) -> None:
+    page, visitor = serve.Page(loaded, Limits(max_sessions=1)), SimpleNamespace(session_hash="visitor")
+    _, asked, _ = page.take("hello", [], "English", visitor)
+    page.take("hello", [], "English", SimpleNamespace(session_hash="another"))
+    with pytest.warns(UserWarning, match="closed to make room"):
+        assert list(page.answer(asked, 0, 1.0, 5, None, "English", visitor)) == [([], page.about())]
 
 
 def test_conversations_are_bounded_by_number_and_memory(loaded: LoadedModel) -> None:

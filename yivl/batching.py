@@ -65,9 +65,16 @@ class Batch:
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        self._join(cache, [len(reply.keys) for reply in replies])
-        self._replies += replies
-        return self._take(replies, logits)
+        others = len(self._replies)
+        try:
+            self._join(cache, [len(reply.keys) for reply in replies])
+            self._replies = [*self._replies, *replies]
+            return self._take(replies, logits)
+        except BaseException:
+            # Memory may have run out between two layers: all of them go back to the rows that were there.
+            self._replies, self._lengths = self._replies[:others], self._lengths[:others]
+            self._keep(list(range(others)))
+            raise
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:

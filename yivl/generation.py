@@ -62,7 +62,8 @@ class EncodedImage:
     """Tells pictures apart in the caches; drawn at random, so that no two chats draw the same."""
 
 
-Picture = ImageSource | EncodedImage
+Picture = ImageSource | torch.Tensor | EncodedImage
+"""A picture to be loaded, its ``pixel_values`` ``(3, image_size, image_size)``, or what the model made of them."""
 
 
 @dataclass
@@ -310,11 +311,17 @@ class Chat:
         """
         if isinstance(picture, EncodedImage):
             return picture
-        image = load_image(picture, allow_remote=self.allow_remote)
+        if not isinstance(picture, torch.Tensor):
+            picture = self.loaded.image_processor([load_image(picture, allow_remote=self.allow_remote)])
         with torch.inference_mode():
-            return EncodedImage(self.loaded.model.encode_images(self.loaded.image_processor([image]))[0])
+            return EncodedImage(self.loaded.model.encode_images(picture)[0])
 
     def _tokenize(self, turns: Sequence[Turn]) -> list[int]:
+        # Whatever is longer than the longest tokens of the whole context need not be tokenized to know that.
+        most = self.loaded.model.config.max_position_embeddings * self.loaded.tokenizer.longest_piece
+        length = sum(len(turn.question) + len(turn.answer or "") + 1 for turn in turns)
+        if length + len(self.system) > most:
+            raise ContextLengthError(f"the conversation has {length} characters, more than any context of this model")
         messages = [message for turn in turns for message in turn.messages()]
         return tokenize_chunks(render_chunks(messages, self.system), self.loaded.tokenizer)
 

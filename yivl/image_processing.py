@@ -32,6 +32,9 @@ MAX_IMAGE_PIXELS: Final = 89_478_485
 """Size of the square around a picture above which it is refused before it is decoded: 9,459 pixels on a side. The
 square counts because padding fills it, however thin the picture. Source: Pillow's own warning threshold."""
 
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+"""What is read. Pillow knows more, among them EPS, for which it starts another program. Source: ours."""
+
 MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
 """Largest picture fetched from an address, in bytes. Source: ours."""
 
@@ -58,7 +61,7 @@ def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: i
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the picture first") from error
     except Exception as error:  # Pillow's decoders raise whatever their formats come upon

@@ -30,7 +30,12 @@ def stable_prefix(text: str, stops: Sequence[str] = (STOP_STRING,)) -> str:
         return cut_answer(text, stops)
     text = text.rstrip(_INCOMPLETE)  # bytes of a character that is still incomplete
     begun = max(
-        (length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])),
+        (
+            length
+            for stop in stops
+            for length in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:length])
+        ),
         default=0,
     )
     return text[: len(text) - begun].strip()  # whitespace at the end may turn out to be outer

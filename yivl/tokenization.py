@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sp_model = SentencePieceProcessor(model_file=self.vocab_file)
+
+    @cached_property
+    def longest_piece(self) -> int:
+        """Characters of the longest token."""
+        return max(len(self.sp_model.id_to_piece(index)) for index in range(self.sp_model.get_piece_size()))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> tuple[str, ...]:
         """Copy the tokenizer files as they were loaded: Yi-VL adds no tokens, and every reader knows these files."""

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
+import anyio
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -96,6 +97,8 @@ def as_api_error(error: Exception) -> APIError:
         return APIError(400, str(error))
     if isinstance(error, Overloaded):
         return APIError(429, "too many requests are waiting; try again in a while", code="overloaded")
+    if isinstance(error, TimeoutError):
+        return APIError(504, "the answer took too long; ask for fewer tokens", code="timeout")
     if entry.is_out_of_memory(error):
         return APIError(503, "not enough memory for this request; try again, or ask with less", code="out_of_memory")
     return APIError(500, "the server failed to answer")
@@ -141,7 +144,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, received = time.perf_counter(), 499, 0  # 499: the client left before there was a response
+        start, status, received = time.perf_counter(), 500, 0  # 500: nothing was sent, for something failed
 
         async def measured() -> ASGIMessage:
             nonlocal received
@@ -179,12 +182,12 @@ class Guard:
 class Exchange:
     """The answers to one request, as the engine's thread tells of them to the event loop."""
 
-    def __init__(self, asked: Asked, body: ChatRequest, limits: Limits) -> None:
+    def __init__(self, asked: Asked, body: ChatRequest, limits: Limits, deadline: float) -> None:
         self.requests: list[serving.Request] = []
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, str | Reply | Exception]] = asyncio.Queue()
         self._cancelled = threading.Event()
-        self._deadline = self._loop.time() + limits.max_seconds
+        self._deadline = deadline
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         for index in range(body.n):
             tell = partial(self._tell, index)
@@ -221,7 +224,7 @@ class Exchange:
                 async with asyncio.timeout_at(self._deadline):
                     index, event = await self._events.get()
             except TimeoutError as error:
-                raise APIError(504, "the answer took too long; ask for fewer tokens", code="timeout") from error
+                raise as_api_error(error) from error
             if isinstance(event, Exception):
                 raise as_api_error(event) from event
             going_on -= isinstance(event, Reply)
@@ -261,7 +264,7 @@ def build_app(
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     _add_error_handlers(app)
     fetcher = Fetcher(remote_hosts, limits.max_image_bytes)
-    started = int(time.time())
+    started, readers = int(time.time()), anyio.CapacityLimiter(limits.max_batch)
 
     @app.get("/health")
     async def health() -> Health:
@@ -286,8 +289,13 @@ def build_app(
             raise APIError(404, message, code="model_not_found", param="model")
         if body.n > limits.max_choices:
             raise APIError(400, f"n is at most {limits.max_choices}", param="n")
-        asked = await run_in_threadpool(read_messages, body.messages, limits, fetcher)
-        exchange = Exchange(asked, body, limits)
+        if engine.is_full:
+            raise Overloaded
+        deadline = asyncio.get_running_loop().time() + limits.max_seconds
+        read = partial(read_messages, body.messages, limits, fetcher, engine.loaded.image_processor)
+        async with asyncio.timeout_at(deadline):
+            asked = await anyio.to_thread.run_sync(read, limiter=readers, abandon_on_cancel=True)
+        exchange = Exchange(asked, body, limits, deadline)
         engine.submit(exchange.requests)
         label = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.loaded.name}
         if body.stream:
@@ -369,7 +377,7 @@ async def _unless_left(work: Awaitable[T], exchange: Exchange, request: Request)
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise APIError(400, "the client has left")
+            raise APIError(499, "the client has left")
         return working.result()
     except BaseException:
         exchange.cancel()
@@ -412,10 +420,10 @@ def _sampling(body: ChatRequest, limits: Limits, index: int) -> dict[str, Any]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def respond(_: Request, error: Exception) -> Response:
+    async def respond(_: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    def refuse(_: Request, error: Exception) -> Response:
+    async def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, str) or part.isidentifier())
@@ -423,11 +431,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = "this parameter is not supported" if unknown else str(first["msg"])
         return APIError(400, f"{place}: {message}" if place else message, param=place or None).response()
 
-    def name(_: Request, error: Exception) -> Response:
+    async def name(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _http_error(error.status_code).response()
 
-    for kind in (APIError, YiVLError, Overloaded, Exception):
+    for kind in (APIError, YiVLError, Overloaded, TimeoutError, Exception):
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(RequestValidationError, refuse)
     app.add_exception_handler(HTTPException, name)

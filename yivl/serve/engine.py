@@ -3,7 +3,6 @@
 Requests wait in order. Between two steps of the batch those that fit join it; answers go back through callbacks.
 """
 
-import hashlib
 import logging
 import threading
 from collections import OrderedDict, deque
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
+import torch
 
 from yivl.batching import Batch
 from yivl.constants import SYSTEM_PROMPT
@@ -29,21 +28,17 @@ class Overloaded(Exception):  # noqa: N818 (no mistake of anybody)
     """The queue is full, or the server is shutting down."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SentImage:
     """A picture of a request."""
 
-    image: Image.Image
+    pixel_values: torch.Tensor
+    """``(3, image_size, image_size)``: what waits is small, however large the picture was."""
     digest: bytes
     """Of the bytes it came as: the same picture is encoded once."""
 
-    @classmethod
-    def of(cls, image: Image.Image, data: bytes) -> "SentImage":
-        """Return the picture that these bytes hold."""
-        return cls(image, hashlib.sha256(data).digest())
 
-
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A conversation that waits for its next answer.
 
@@ -95,6 +90,13 @@ class Engine:
         """Answers that are being generated."""
         return len(self._running)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a request would be refused now."""
+        return (
+            self._is_closed or sum(not one.cancelled.is_set() for one in list(self._waiting)) >= self._limits.max_queue
+        )
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, all or none.
 
@@ -102,6 +104,7 @@ class Engine:
             Overloaded: If they do not fit, or the engine is closed.
         """
         with self._changed:
+            self._waiting = deque(request for request in self._waiting if not request.cancelled.is_set())
             if self._is_closed or len(self._waiting) + len(requests) > self._limits.max_queue:
                 raise Overloaded
             self._waiting += requests
@@ -154,7 +157,7 @@ class Engine:
         )
 
     def _encode(self, chat: Chat, sent: SentImage) -> EncodedImage:
-        encoded = self._images.pop(sent.digest, None) or chat.encode(sent.image)
+        encoded = self._images.pop(sent.digest, None) or chat.encode(sent.pixel_values)
         self._images[sent.digest] = encoded
         while len(self._images) > self._limits.max_encoded_images:
             self._images.popitem(last=False)

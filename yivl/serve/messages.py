@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Final
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
-from yivl.image_processing import load_image
+from yivl.image_processing import ImageProcessor, load_image
 from yivl.serve.engine import SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.remote import Fetcher
@@ -31,8 +32,10 @@ class Asked:
     question: str
 
 
-def read_messages(messages: Sequence[Message], limits: Limits, fetcher: Fetcher) -> Asked:
-    """Return what the messages ask; fetches and decodes their pictures.
+def read_messages(
+    messages: Sequence[Message], limits: Limits, fetcher: Fetcher, image_processor: ImageProcessor
+) -> Asked:
+    """Return what the messages ask; fetches, decodes and resizes their pictures.
 
     Raises:
         ImageError: If a picture cannot be used.
@@ -52,7 +55,7 @@ def read_messages(messages: Sequence[Message], limits: Limits, fetcher: Fetcher)
     ]
     if sum(map(len, sources)) > limits.max_images:
         raise YiVLError(f"a request may hold at most {limits.max_images} pictures")
-    images = [[_read_image(url, limits, fetcher) for url in group] for group in sources]
+    images = [[_read_image(_data(url, limits, fetcher), limits, image_processor) for url in group] for group in sources]
     texts = [_text(message.content) for message in messages]
     turns = [
         Turn(question, answer, num_images=len(group))
@@ -67,17 +70,20 @@ def _text(content: str | Sequence[Part]) -> str:
     return "\n".join(part.text for part in content if isinstance(part, TextPart))
 
 
-def _read_image(url: str, limits: Limits, fetcher: Fetcher) -> SentImage:
-    """Return the picture of a ``data:`` URL or of an allowed address; no other scheme is looked at."""
+def _read_image(data: bytes, limits: Limits, image_processor: ImageProcessor) -> SentImage:
+    image = load_image(data, max_pixels=limits.max_image_pixels)
+    return SentImage(image_processor([image])[0], hashlib.sha256(data).digest())
+
+
+def _data(url: str, limits: Limits, fetcher: Fetcher) -> bytes:
+    """Return the bytes of a ``data:`` URL or of an allowed address; no other scheme is looked at."""
     if header := _DATA_URL.match(url):
         if len(url) - header.end() > limits.max_image_bytes * 4 / 3 + 4:
             raise ImageError(f"a picture may have at most {limits.max_image_bytes:,} bytes")
         try:
-            data = base64.b64decode(url[header.end() :], validate=True)
+            return base64.b64decode(url[header.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise ImageError("the picture is no valid base64") from error
-    elif not fetcher.hosts:
+    if not fetcher.hosts:
         raise ImageError("the url of a picture must be a data: URL, data:image/...;base64,...")
-    else:
-        data = fetcher.fetch(url)
-    return SentImage.of(load_image(data, max_pixels=limits.max_image_pixels), data)
+    return fetcher.fetch(url)

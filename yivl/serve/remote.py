@@ -4,10 +4,12 @@ A host must be on the list, all its addresses must be public, the connection goe
 every redirect is looked at anew.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from yivl.errors import ImageError
 
 _MAX_REDIRECTS: Final = 3
 _PORTS: Final = {"http": 80, "https": 443}
+_LOCAL: Final = ("::/96", "64:ff9b:1::/48")  # IPv4 addresses in old dress, and NAT64 of local use
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 
 
@@ -30,6 +33,8 @@ def is_public(address: str) -> bool:
             return is_public(str(embedded))
         if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip.is_site_local or any(ip in ipaddress.ip_network(block) for block in _LOCAL):
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -94,7 +99,11 @@ class Fetcher:
         addresses = [str(info[4][0]) for info in found]
         if not addresses or not all(self.is_allowed(address) for address in addresses):
             raise ValueError("not a public address")
-        connection = http.client.HTTPConnection(parts.hostname, port)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname, port)
+        # A host that drips header bytes would start every timeout of the socket anew.
+        timer = threading.Timer(_left(deadline), lambda: _shut(connection.sock))
+        timer.start()
         try:
             stream = connection.sock = socket.create_connection((addresses[0], port), timeout=_left(deadline))
             if parts.scheme == "https":
@@ -111,7 +120,15 @@ class Fetcher:
                 stream.settimeout(_left(deadline))
             return response.status, response.getheader("Location"), bytes(data)
         finally:
+            timer.cancel()
             connection.close()
+
+
+def _shut(stream: socket.socket | None) -> None:
+    """End a connection from another thread: whoever reads from it gets an error or the end."""
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

@@ -1,8 +1,8 @@
 """Requests and responses of the OpenAI-style API, as far as it goes; whatever else a request holds is an error."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from yivl.generation import FinishReason
 
@@ -39,6 +39,7 @@ class ImagePart(_Strict):
     image_url: ImageURL
 
 
+Stop = Annotated[str, Field(max_length=256)]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
@@ -91,7 +92,7 @@ class ChatRequest(_Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int = Field(1, ge=1)
     stream: bool = False
@@ -101,6 +102,14 @@ class ChatRequest(_Strict):
     logprobs: Literal[False] | None = None
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, description="without effect")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, fields: Any) -> Any:
+        """Some clients send ``null`` for what they do not set."""
+        return (
+            {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+        )
 
 
 class AnswerMessage(BaseModel):

@@ -2,12 +2,14 @@
 
 import html
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
-from PIL import Image
+import torch
+from gradio.utils import get_upload_folder
 
 from yivl.entry import is_out_of_memory
 from yivl.errors import YiVLError
@@ -22,6 +24,7 @@ from yivl.serve.texts import TEXTS, Language, Texts
 # gradio hands even plain text to the browser as HTML; these are the places where HTML would begin.
 _MARKUP: Final = re.compile(r"<|&(?=[#\w])")
 _MODEL: Final = "model"  # all events that use the model share one place in the queue
+_FORGET_UPLOADS: Final = (600, 3600)  # seconds between two clean-ups, and the age of what they remove
 _CSS: Final = """
 .gradio-container {width: 100%; max-width: 1200px !important; margin: auto}
 #header {align-items: center; justify-content: space-between}
@@ -39,8 +42,8 @@ _SYSTEM_FONTS: Final = ("system-ui", "sans-serif")  # the theme's own would be f
 _SYSTEM_MONO_FONTS: Final = ("ui-monospace", "monospace")
 
 Message = dict[str, str]
-Asked = tuple[int, str]
-"""The number of the turn that a question makes or replaces, and the question."""
+Asked = tuple[int, str, threading.Event]
+"""The number of the turn that a question makes or replaces, the question, and what stops its answer."""
 
 
 class Page:
@@ -60,7 +63,7 @@ class Page:
         """Start a conversation about another picture, or about none.
 
         Args:
-            upload: As the browser sent it; gradio has checked that the file is one of its uploads.
+            upload: As the browser sent it.
             request: Of the visitor.
         """
         picture, shown = None, gr.skip()
@@ -73,11 +76,17 @@ class Page:
         self._session(request).start_anew(picture)
         return shown, [], self.about()
 
-    def _read(self, path: str) -> Image.Image:
-        if Path(path).stat().st_size > self.limits.max_image_bytes:
+    def _read(self, path: str) -> torch.Tensor:
+        """Return the ``pixel_values`` of an upload: what is kept is small, however large the picture was."""
+        place = Path(path).resolve()
+        # A request made by hand can name any file; gradio looks only at those that say they are files.
+        if not place.is_relative_to(Path(get_upload_folder()).resolve()) or not place.is_file():
+            raise YiVLError("this is no upload")
+        if place.stat().st_size > self.limits.max_image_bytes:
             raise YiVLError(f"the picture has more than {self.limits.max_image_bytes:,} bytes")
         try:
-            return load_image(path, max_pixels=self.limits.max_image_pixels)
+            image = load_image(path, max_pixels=self.limits.max_image_pixels)
+            return self.loaded.image_processor([image])[0]
         except YiVLError as error:  # says where the server keeps the file
             raise YiVLError(str(error).replace(path, Path(path).name)) from error
 
@@ -86,26 +95,26 @@ class Page:
         session = self._known(messages, language, request)
         if not question.strip():
             raise gr.Error(TEXTS[language].no_question, print_exception=False)
-        session.begin()
-        turns = session.chat.turns
-        return "", (len(turns), question), [*_messages(session.chat), _said("user", question)]
+        return (
+            "",
+            (len(session.chat.turns), question, session.begin()),
+            [*_messages(session.chat), _said("user", question)],
+        )
 
     def take_again(self, messages: list[Message], language: Language, request: gr.Request) -> Any:
         """Take the last question once more."""
         session = self._known(messages, language, request)
         if not session.chat.turns:
             raise gr.Error(TEXTS[language].nothing_to_repeat, print_exception=False)
-        session.begin()
         last = len(session.chat.turns) - 1
-        return (last, session.chat.turns[last].question), _messages(session.chat)[:-1]
+        return (last, session.chat.turns[last].question, session.begin()), _messages(session.chat)[:-1]
 
     def take_edited(self, edit: gr.EditData, messages: list[Message], language: Language, request: gr.Request) -> Any:
         """Take another question in the place of one that was asked."""
         session = self._known(messages, language, request)
-        session.begin()
         assert isinstance(edit.index, int)
         place, question = edit.index, html.unescape(str(edit.value))
-        return (place // 2, question), [*_messages(session.chat)[:place], _said("user", question)]
+        return (place // 2, question, session.begin()), [*_messages(session.chat)[:place], _said("user", question)]
 
     def answer(
         self,
@@ -118,8 +127,12 @@ class Page:
         request: gr.Request,
     ) -> Iterator[tuple[list[Message], str]]:
         """Stream the answer to what was taken."""
-        session, (place, question) = self._session(request), asked
-        event, sampling = session.stop, _sampling(temperature, top_p, max_tokens, seed)
+        session, (place, question, event) = self._session(request), asked
+        sampling = _sampling(temperature, top_p, max_tokens, seed)
+        if session.stop is not event:  # it was closed while the question waited
+            gr.Warning(TEXTS[language].gone)
+            yield _messages(session.chat), self.about()
+            return
         with session.lock:
             chat = session.chat
             if not event.is_set():
@@ -216,7 +229,7 @@ def build_page(loaded: LoadedModel, limits: Limits, examples: Sequence[tuple[Pat
         examples: Pictures and questions to start with.
     """
     page, words = Page(loaded, limits), TEXTS["English"]
-    with gr.Blocks(title=loaded.name, analytics_enabled=False) as blocks:
+    with gr.Blocks(title=loaded.name, analytics_enabled=False, delete_cache=_FORGET_UPLOADS) as blocks:
         asked = gr.State()
         with gr.Row(elem_id="header"):
             about = gr.Markdown(f"# Yi-VL\n{words.about}")
