@@ -160,6 +160,16 @@ def test_sampling_values_out_of_range_are_refused(field: str, value: float, chat
         chat.ask("hi", **{field: value})
 
 
+def test_whole_numbers_are_numbers(loaded: LoadedModel) -> None:
+    whole = {"temperature": 2, "repetition_penalty": 2, "top_p": 1, "seed": 1, "max_new_tokens": 4}
+    fractions = {
+        name: float(value) if name in ("temperature", "repetition_penalty", "top_p") else value
+        for name, value in whole.items()
+    }
+    for beams in (1, 2):
+        assert Chat(loaded).ask("hi", **whole, num_beams=beams) == Chat(loaded).ask("hi", **fractions, num_beams=beams)
+
+
 @pytest.mark.parametrize("temperature", [0, 0.5])
 def test_every_sampling_field_reaches_the_library(temperature: float, loaded: LoadedModel) -> None:
     sampling = Sampling(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ROOT / "out/screenshots"))
 
 browser_test = pytest.mark.browser
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +89,11 @@ class Visitor:
         self.page.wait_for_timeout(1_000)  # it travels to the server, and is looked at there
 
     def greedy(self, max_tokens: int) -> None:
-        """Set temperature and length."""
+        self.set(("Temperature", "0"), ("Tokens at most", str(max_tokens)))
+
+    def set(self, *parameters: tuple[str, str]) -> None:
         self.page.get_by_text("Parameters").click()
-        for label, value in (("Temperature", "0"), ("Tokens at most", str(max_tokens))):
+        for label, value in parameters:
             number = self.page.get_by_label(f"number input for {label}")
             number.fill(value)
             number.press("Enter")
@@ -111,10 +115,8 @@ class Visitor:
 
     @property
     def messages(self) -> list[str]:
-        return [
-            one.inner_text().strip()
-            for one in self.page.locator("#conversation [data-testid=user], #conversation [data-testid=bot]").all()
-        ]
+        said = self.page.locator("#conversation [data-testid=user], #conversation [data-testid=bot]")
+        return [text.strip() for text in said.all_inner_texts()]
 
     def expect_messages(self, *messages: str) -> None:
         for _ in range(100):
@@ -184,24 +186,28 @@ def test_a_question_without_a_picture(visitor: Visitor, loaded: LoadedModel) -> 
 
 
 @browser_test
-def test_an_answer_streams_and_stop_ends_it(visitor: Visitor) -> None:
-    visitor.page.get_by_text("Parameters").click()
-    for label, value in (("Temperature", "2"), ("Tokens at most", "2048")):
-        visitor.page.get_by_label(f"number input for {label}").fill(value)
-        visitor.page.get_by_label(f"number input for {label}").press("Enter")
-    for _ in range(10):  # an answer of noise may end by itself
-        visitor.type("hello")
-        visitor.page.click("#send")
-        seen: set[str] = set()
-        while len(seen) < 4 and not visitor.page.locator("#send").is_enabled():
-            seen.add(visitor.messages[-1] if len(visitor.messages) % 2 == 0 else "")
-            visitor.page.wait_for_timeout(20)
-        visitor.page.locator("#stop").click(force=True)
-        visitor.wait()
-        if "stopped" in visitor.page.inner_text("#status"):
-            break
+def test_an_answer_streams_and_stop_ends_it(visitor: Visitor, loaded: LoadedModel) -> None:
+    def is_long(seed: int) -> bool:
+        chat = Chat(loaded)
+        chat.ask("hello", temperature=2.0, seed=seed, max_new_tokens=1000)
+        assert chat.last_answer is not None
+        return chat.last_answer.finish_reason == "length"
+
+    seed = next(seed for seed in range(100) if is_long(seed))
+    visitor.set(("Temperature", "2"), ("Tokens at most", "2048"))
+    visitor.page.get_by_label("Seed").fill(str(seed))
+    visitor.type("hello")
+    visitor.page.click("#send")
+    answer = visitor.page.locator("#conversation [data-testid=bot]")
+    lengths = []
+    for _ in range(3):
+        expect(answer).to_have_count(1)
+        lengths.append(len(answer.inner_text()))
+        visitor.page.wait_for_timeout(200)
+    assert lengths[0] < lengths[-1]
+    visitor.page.click("#stop")
+    visitor.wait()
     assert "stopped" in visitor.page.inner_text("#status")
-    assert len(seen) >= 2
     stopped = visitor.messages
     visitor.page.wait_for_timeout(500)
     assert visitor.messages == stopped
@@ -325,6 +331,27 @@ def test_only_uploads_are_opened(loaded: LoadedModel, tmp_path: Path) -> None:
             page.show_picture({"path": str(path)}, visitor)
         assert page.sessions.get("visitor").picture is None
     shutil.rmtree(upload.parent)
+
+
+def test_a_failure_is_said_and_the_conversation_goes_on(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    page, visitor = serve.Page(loaded, Limits()), SimpleNamespace(session_hash="visitor")
+
+    def fail(message: str, *_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    for message, said in (("CUDA out of memory", "not enough memory"), ("boom", "The answer failed")):
+        _, asked, _ = page.take("hello", [], "English", visitor)
+        with monkeypatch.context() as patch:
+            patch.setattr(loaded.model.lm_head, "forward", partial(fail, message))
+            with pytest.warns(UserWarning, match=said):
+                shown = list(page.answer(asked, 0, 1.0, 5, None, "English", visitor))
+        assert shown == [([], page.about())]
+    assert "boom" in caplog.text
+    _, asked, _ = page.take("hello", [], "English", visitor)
+    *_, (messages, _) = page.answer(asked, 0, 1.0, 5, None, "English", visitor)
+    assert [one["role"] for one in messages] == ["user", "assistant"]
 
 
 def test_a_question_whose_conversation_was_closed_is_not_answered(loaded: LoadedModel) -> None:

@@ -58,9 +58,9 @@ class Sampling:
         """Return what turns logits into those that are sampled from, in the order of the library."""
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         if self.temperature not in (0, 1):
-            processors.append(TemperatureLogitsWarper(self.temperature))
+            processors.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.temperature > 0 and self.top_k > 0:
             processors.append(TopKLogitsWarper(self.top_k))
         if self.temperature > 0 and self.top_p < 1:
@@ -72,11 +72,11 @@ class Sampling:
         samples = self.temperature > 0
         return GenerationConfig(
             do_sample=samples,
-            temperature=self.temperature if samples else 1.0,
+            temperature=float(self.temperature) if samples else 1.0,
             top_p=self.top_p if samples else 1.0,
             top_k=self.top_k if samples else 50,
             num_beams=self.num_beams,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=float(self.repetition_penalty),
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -35,6 +35,7 @@ class Texts:
     nothing_to_repeat: str
     gone: str
     no_memory: str
+    failed: str
     first_token: str
     tokens_per_second: str
     stopped: str
@@ -67,6 +68,7 @@ TEXTS: Final[dict[Language, Texts]] = {
         nothing_to_repeat="There is no question yet.",
         gone="This conversation was closed to make room for others; please start anew.",
         no_memory="There is not enough memory for this; ask with fewer or shorter turns.",
+        failed="The answer failed; the server's log says why.",
         first_token="first token",
         tokens_per_second="tokens/s",
         stopped="stopped",
@@ -97,6 +99,7 @@ TEXTS: Final[dict[Language, Texts]] = {
         nothing_to_repeat="还没有问题。",
         gone="为了给别人腾出位置，这个对话已经关闭；请重新开始。",
         no_memory="内存不足；请减少对话轮数或缩短问题。",
+        failed="回答失败；原因见服务器日志。",
         first_token="首个词元",
         tokens_per_second="词元/秒",
         stopped="已停止",

@@ -1,8 +1,10 @@
 """The page: a picture, a conversation about it, and what one wants to change about the answers."""
 
 import html
+import logging
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +23,12 @@ from yivl.serve.limits import Limits
 from yivl.serve.sessions import Session, Sessions
 from yivl.serve.texts import TEXTS, Language, Texts
 
+logger = logging.getLogger(__name__)
+
 # gradio hands even plain text to the browser as HTML; these are the places where HTML would begin.
 _MARKUP: Final = re.compile(r"<|&(?=[#\w])")
 _MODEL: Final = "model"  # all events that use the model share one place in the queue
+_PAUSE: Final = 0.05  # seconds between two pieces: a browser draws no faster, and would fall behind
 _FORGET_UPLOADS: Final = (600, 3600)  # seconds between two clean-ups, and the age of what they remove
 _CSS: Final = """
 .gradio-container {width: 100%; max-width: 1200px !important; margin: auto}
@@ -141,23 +146,28 @@ class Page:
                         pieces = chat.edit(place, question, stop_event=event, **sampling)
                     else:
                         pieces = chat.stream(question, session.picture, stop_event=event, **sampling)
-                    text = ""
+                    text, sent = "", 0.0
                     shown = [*_messages(chat)[: 2 * place], _said("user", question)]
                     for piece in pieces:
                         text += piece
-                        yield [*shown, _said("assistant", text)], gr.skip()
+                        if time.monotonic() - sent > _PAUSE:
+                            sent = time.monotonic()
+                            yield [*shown, _said("assistant", text)], gr.skip()
                     if len(chat.turns) > place:  # not if it was stopped before it began
                         session.picture = None
-                except YiVLError as error:
-                    gr.Warning(str(error))
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    chat.free_cache()
-                    gr.Warning(TEXTS[language].no_memory)
+                except Exception as error:  # or the page would wait for ever
+                    gr.Warning(self._explain(error, TEXTS[language]))
             answer = chat.last_answer if chat.turns else None
             yield _messages(chat), self.about(answer, TEXTS[language])
         self.sessions.trim()
+
+    def _explain(self, error: Exception, texts: Texts) -> str:
+        if isinstance(error, YiVLError):
+            return str(error)
+        if is_out_of_memory(error):
+            return texts.no_memory
+        logger.error("an answer failed", exc_info=error)
+        return texts.failed
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is being generated or waits."""
@@ -304,7 +314,8 @@ def build_page(loaded: LoadedModel, limits: Limits, examples: Sequence[tuple[Pat
 
         translated = [about, picture, parameters, temperature, top_p, max_tokens, seed, chatbot, question]
         translated += [send, stop, again, undo, clear, save_json, save_markdown, shown.dataset]
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        # Without a place in the queue there would be no way for warnings to reach the page.
+        quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         language.change(translate, language, translated, **quick)
         # Opening an upload is ours, and so are the words when that fails: hence no preprocessing by gradio.
         as_sent = {**quick, "preprocess": False}
