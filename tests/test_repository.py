@@ -126,6 +126,12 @@ def test_every_flag_the_documents_name_exists() -> None:
             assert flag in flags, f"{flag} in {path.name}"
 
 
+def test_the_console_command_is_installed() -> None:
+    command = Path(sys.executable).with_name("yivl-api")
+    printed = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--allow-remote-images" in printed
+
+
 def test_the_hardware_table_is_what_the_dry_run_estimates() -> None:
     command = [sys.executable, "scripts/hardware_table.py"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

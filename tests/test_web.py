@@ -185,23 +185,32 @@ def test_a_question_without_a_picture(visitor: Visitor, loaded: LoadedModel) -> 
     visitor.expect_messages(*answers(loaded, "hello"))
 
 
-@browser_test
-def test_an_answer_streams_and_stop_ends_it(visitor: Visitor, loaded: LoadedModel) -> None:
+def long_seed(loaded: LoadedModel) -> int:
+    """Return a seed whose answer to "hello" at temperature 2 goes on and on."""
+
     def is_long(seed: int) -> bool:
         chat = Chat(loaded)
         chat.ask("hello", temperature=2.0, seed=seed, max_new_tokens=1000)
         assert chat.last_answer is not None
         return chat.last_answer.finish_reason == "length"
 
-    seed = next(seed for seed in range(100) if is_long(seed))
+    return next(seed for seed in range(100) if is_long(seed))
+
+
+def ask_at_length(visitor: Visitor, seed: int) -> None:
     visitor.set(("Temperature", "2"), ("Tokens at most", "2048"))
     visitor.page.get_by_label("Seed").fill(str(seed))
     visitor.type("hello")
     visitor.page.click("#send")
+    expect(visitor.page.locator("#conversation [data-testid=bot]")).to_have_count(1)
+
+
+@browser_test
+def test_an_answer_streams_and_stop_ends_it(visitor: Visitor, loaded: LoadedModel) -> None:
+    ask_at_length(visitor, long_seed(loaded))
     answer = visitor.page.locator("#conversation [data-testid=bot]")
     lengths = []
     for _ in range(3):
-        expect(answer).to_have_count(1)
         lengths.append(len(answer.inner_text()))
         visitor.page.wait_for_timeout(200)
     assert lengths[0] < lengths[-1]
@@ -283,6 +292,25 @@ def test_two_visitors_at_once_have_their_own_conversations(browser: Browser, add
     for visitor, picture in zip(visitors, (PHOTO, WIDE), strict=True):
         visitor.wait()
         visitor.expect_messages(*answers(loaded, "Tell me a story", image=picture))
+        visitor.context.close()
+
+
+@browser_test
+def test_who_waits_sees_the_place_in_the_queue_and_can_leave_it(
+    browser: Browser, address: str, loaded: LoadedModel
+) -> None:
+    first, second = Visitor(browser, address), Visitor(browser, address)
+    ask_at_length(first, long_seed(loaded))
+    second.type("hello")
+    second.page.click("#send")
+    expect(second.page.locator("#conversation")).to_contain_text("queue: 1/1")
+    second.page.click("#stop")
+    first.page.click("#stop")
+    for visitor in (first, second):
+        visitor.wait()
+    assert len(first.messages) == 2
+    assert second.messages == []
+    for visitor in (first, second):
         visitor.context.close()
 
 
