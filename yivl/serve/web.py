@@ -242,7 +242,8 @@ def build_page(loaded: LoadedModel, limits: Limits, examples: Sequence[tuple[Pat
     with gr.Blocks(title=loaded.name, analytics_enabled=False, delete_cache=_FORGET_UPLOADS) as blocks:
         asked = gr.State()
         with gr.Row(elem_id="header"):
-            about = gr.Markdown(f"# Yi-VL\n{words.about}")
+            gr.Markdown("# Yi-VL")
+            about = gr.Markdown(words.about)
             language = gr.Radio(list(TEXTS), value="English", show_label=False, container=False, min_width=160)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -295,28 +296,37 @@ def build_page(loaded: LoadedModel, limits: Limits, examples: Sequence[tuple[Pat
         def busy(is_busy: bool) -> list[Any]:
             return [gr.update(interactive=is_busy == (control is stop)) for control in controls]
 
-        def translate(language: Language) -> list[Any]:
-            texts = TEXTS[language]
-            return [
-                gr.update(value=f"# Yi-VL\n{texts.about}"),
-                gr.update(label=texts.picture),
-                gr.update(label=texts.parameters),
-                gr.update(label=texts.temperature, info=texts.temperature_hint),
-                gr.update(label=texts.top_p),
-                gr.update(label=texts.max_tokens),
-                gr.update(label=texts.seed, info=texts.seed_hint),
-                gr.update(label=texts.conversation, placeholder=texts.empty),
-                gr.update(label=texts.question, placeholder=texts.question_hint),
-                *(gr.update(value=text) for text in (texts.send, texts.stop, texts.again, texts.undo, texts.clear)),
-                *(gr.update(value=text) for text in (texts.save_json, texts.save_markdown)),
-                gr.update(label=texts.examples),
-            ]
+        # What of each component is in the visitor's language: its property, and the field of the texts.
+        translated: dict[Any, dict[str, str]] = {
+            about: {"value": "about"},
+            picture: {"label": "picture"},
+            parameters: {"label": "parameters"},
+            temperature: {"label": "temperature", "info": "temperature_hint"},
+            top_p: {"label": "top_p"},
+            max_tokens: {"label": "max_tokens"},
+            seed: {"label": "seed", "info": "seed_hint"},
+            chatbot: {"label": "conversation", "placeholder": "empty"},
+            question: {"label": "question", "placeholder": "question_hint"},
+            send: {"value": "send"},
+            stop: {"value": "stop"},
+            again: {"value": "again"},
+            undo: {"value": "undo"},
+            clear: {"value": "clear"},
+            save_json: {"value": "save_json"},
+            save_markdown: {"value": "save_markdown"},
+            shown.dataset: {"label": "examples"},
+        }
 
-        translated = [about, picture, parameters, temperature, top_p, max_tokens, seed, chatbot, question]
-        translated += [send, stop, again, undo, clear, save_json, save_markdown, shown.dataset]
+        def translate(language: Language) -> dict[Any, Any]:
+            texts = TEXTS[language]
+            return {
+                component: gr.update(**{name: getattr(texts, field) for name, field in names.items()})
+                for component, names in translated.items()
+            }
+
         # Without a place in the queue there would be no way for warnings to reach the page.
         quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        language.change(translate, language, translated, **quick)
+        language.change(translate, language, list(translated), **quick)
         # Opening an upload is ours, and so are the words when that fails: hence no preprocessing by gradio.
         as_sent = {**quick, "preprocess": False}
         picture.change(page.show_picture, picture, [picture, chatbot, status], **as_sent)
