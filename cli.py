@@ -1,6 +1,6 @@
 """Talk with Yi-VL about pictures in the terminal; /help lists the commands.
 
-python cli.py --model-path tests/golden/checkpoint --image-file images/cat.jpg
+python cli.py --image-file images/cats.jpg
 """
 
 import argparse

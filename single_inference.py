@@ -1,6 +1,6 @@
 """Ask one question about a picture.
 
-python single_inference.py --model-path tests/golden/checkpoint --image-file images/cat.jpg --question "What is this?"
+python single_inference.py --image-file images/cats.jpg --question "What is in this image?"
 """
 
 import argparse

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT, GOLDEN
 
-from yivl import entry, generation
+from yivl import entry
 from yivl.errors import YiVLError
 from yivl.generation import Chat
 from yivl.image_processing import load_image
@@ -84,7 +84,7 @@ def test_the_flags_reach_the_model(loaded: LoadedModel, monkeypatch: pytest.Monk
         seen.update(loading, model_path=model_path)
         return loaded
 
-    monkeypatch.setattr(generation, "load_model", spy)
+    monkeypatch.setattr("yivl.model.loading.load_model", spy)
     monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
     monkeypatch.setattr(sys, "argv", ["single_inference.py", *arguments, "--load-8bit", "--allow-remote"])
     parsed = runpy.run_path(str(ROOT / "single_inference.py"))["parse_args"]()
@@ -387,7 +387,7 @@ def test_ctrl_c_while_a_picture_is_read_does_not_leave(loaded: LoadedModel, monk
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "_encode", interrupt)
+    monkeypatch.setattr(chat, "encode", interrupt)
     terminal = Terminal(chat, {}, image=load_image(PHOTO), read_line=lambda _: next(lines), output=output)
     terminal.run()
     assert output.getvalue() == "\nexit...\n"

@@ -93,6 +93,18 @@ def test_the_first_command_of_the_readme_prints_what_the_readme_shows() -> None:
     assert result.stdout == code_blocks(ROOT / "README.md", "text")[0]
 
 
+def test_the_conversations_of_the_readme_are_real() -> None:
+    _, *conversations = code_blocks(ROOT / "README.md", "text")
+    assert len(conversations) == 2
+    for said in conversations:
+        questions = re.findall(r"^Human: (.*)$", said, re.MULTILINE)
+        assert len(questions) >= 3
+        command = [sys.executable, "cli.py", "--image-file", "images/cats.jpg", "--temperature", "0"]
+        lines = "".join(f"{question}\n" for question in questions)
+        talked = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True, check=True)
+        assert talked.stdout == f"{said}exit...\n"
+
+
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = next(block for block in code_blocks(ROOT / "README.md", "bash") if "pytest" in block).strip()
     setup, test = command.split(" && ")

@@ -72,6 +72,12 @@ def test_the_layout_is_the_published_one_in_safetensors(saved: Path, loaded: Loa
     assert {**generation, "transformers_version": ""} == {**published, "transformers_version": ""}
 
 
+def test_a_saved_config_names_no_folder(saved: Path) -> None:
+    for path in saved.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8")
+        assert str(CHECKPOINT.parent) not in path.read_text(encoding="utf-8")
+
+
 def test_both_copies_of_the_vit_are_the_models_own(saved: Path, loaded: LoadedModel) -> None:
     own = loaded.model.get_vision_tower().vit.state_dict()
     vit = load_file(saved / VIT / "model.safetensors")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT
 from recipes import ROOT
+from test_repository import code_blocks
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
@@ -208,3 +209,15 @@ def test_the_whole_recipe_runs_and_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "tiny/losses.png").stat().st_size > 10_000
     second = make()
     assert second.count("is there") == first.count("==")
+
+
+def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
+    settings, *commands = code_blocks(ROOT / "docs/tutorial.md", "bash")
+    assert settings.startswith("TRAIN=")
+    few = f"set -euo pipefail\nTRAIN=8 TEST=2 EPOCHS=1 OUT={tmp_path}\nexport PYTHON={sys.executable}\n"
+    done = subprocess.run(["bash", "-c", few + "".join(commands)], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("before", "after"):
+        scores = json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8"))["scores"]
+        assert [one["number"] for one in scores] == [2]
+    assert "outputs: " in done.stdout

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
     from yivl.generation import Chat
     from yivl.model.loading import LoadedModel
 
-DEFAULT_MODEL = "01-ai/Yi-VL-6B"
-"""Source: 01-ai/Yi, VL/single_inference.py."""
+logger = logging.getLogger(__name__)
+
+RELEASED_MODEL = "01-ai/Yi-VL-6B"
+"""Source: 01-ai/Yi, VL/single_inference.py, whose default it is."""
+
+EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "yi-vl-tiny")
+"""The small model in the package, which knows a small world of drawn pictures (docs/tiny.md)."""
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -31,8 +37,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model-path",
-        default=DEFAULT_MODEL,
-        help="checkpoint folder in the published layout, LoRA adapter folder, or hub id (default: %(default)s)",
+        default=EMBEDDED_MODEL,
+        help="checkpoint folder in the published layout, LoRA adapter folder, or hub id "
+        "(default: the small model in the package)",
     )
     group.add_argument("--model-base", help="checkpoint a LoRA adapter in --model-path goes on")
     group.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N (default: all GPUs, MPS or CPU)")
@@ -95,6 +102,12 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
 def load(arguments: argparse.Namespace) -> "LoadedModel":
     """Load the model that the flags describe."""
     log_to_stderr()
+    if arguments.model_path == EMBEDDED_MODEL:
+        logger.info(
+            "this is the small model of the package, which knows only drawn pictures like images/cats.jpg; "
+            "the released one: --model-path %s",
+            RELEASED_MODEL,
+        )
 
     from yivl.model.loading import load_model
 

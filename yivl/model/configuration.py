@@ -16,7 +16,15 @@ PUBLISHED_ARCHITECTURE: Final = "LlavaLlamaForCausalLM"
 """Class name every published checkpoint carries. Source: 01-ai/Yi-VL-6B, config.json."""
 
 # Bookkeeping of transformers or of this process that has no place in a published config.json.
-_UNPUBLISHED: Final = ("vision_config", "rope_parameters", "head_dim", "mlp_bias", "dtype", "use_cache")
+_UNPUBLISHED: Final = (
+    "vision_config",
+    "rope_parameters",
+    "head_dim",
+    "mlp_bias",
+    "dtype",
+    "use_cache",
+    "_name_or_path",  # where it was loaded from, on this machine
+)
 
 
 @strict

@@ -142,7 +142,9 @@ def save_checkpoint(
         _save_shards(weights, target, max_shard_size)
         vit = target / "vit" / config.vit_name
         vit.mkdir(parents=True)
-        write_json(vit / "config.json", config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]})
+        vision = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
+        vision.pop("_name_or_path", None)  # a folder of this machine
+        write_json(vit / "config.json", vision)
         vit_weights = {key.removeprefix(_TOWER): value for key, value in weights.items() if key.startswith(_TOWER)}
         save_file(vit_weights, vit / "model.safetensors", metadata=METADATA)
         if image_processor is not None:

@@ -1,6 +1,6 @@
 """OpenAI-style API: chat completions with pictures, for any client of theirs.
 
-YIVL_API_KEY=secret python -m yivl.serve.api --model-path yivl/assets/yi-vl-tiny
+YIVL_API_KEY=secret python -m yivl.serve.api
 """
 
 import asyncio
