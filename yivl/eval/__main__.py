@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--output", required=True, help="folder to write")
     arguments = parser.parse_args()
+    entry.log_to_stderr()  # before the imports, which have things to say
 
     from yivl.errors import YiVLError
 

@@ -259,6 +259,7 @@ def build_page(loaded: LoadedModel, limits: Limits, examples: Sequence[tuple[Pat
             with gr.Column(scale=3, min_width=300):
                 chatbot = gr.Chatbot(
                     label=words.conversation,
+                    show_label=False,  # it would lie on the messages
                     placeholder=words.empty,
                     height=440,
                     editable="user",

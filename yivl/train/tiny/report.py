@@ -59,7 +59,7 @@ def gate(folder: Path) -> str:
         en, zh = scores[kind, "en"], scores[kind, "zh"]
         constant = max(en["constant"], zh["constant"])
         lines.append(
-            f"| {kind} | {en['accuracy']:.0f} | {zh['accuracy']:.0f} | {constant:.0f} | {TARGETS.get(kind, '')} |"
+            f"| {kind} | {en['accuracy']:.1f} | {zh['accuracy']:.1f} | {constant:.1f} | {TARGETS.get(kind, '')} |"
         )
     return "\n".join(lines)
 
@@ -71,7 +71,7 @@ def compare(folder: Path, names: dict[str, str]) -> str:
     lines = [f"| question | {' | '.join(f'{title} %' for title in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for kind in _kinds(next(iter(columns.values()))):
         means = [(scores[kind, "en"]["accuracy"] + scores[kind, "zh"]["accuracy"]) / 2 for scores in columns.values()]
-        lines.append(f"| {kind} | {' | '.join(f'{mean:.0f}' for mean in means)} |")
+        lines.append(f"| {kind} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
     return "\n".join(lines)
 
 
@@ -107,7 +107,7 @@ def _phases(folder: Path) -> str:
     lines = ["## Gates of the phases before stage 1", "", "| held-out score | reached % | target % |", "|---|---|---|"]
     for phase in ("language_model", "clip", "naming"):
         for score in json.loads((folder / f"{phase}.training" / "gate.json").read_text()):
-            lines.append(f"| {score['name']} | {score['reached']:.0f} | {score['target'] or ''} |")
+            lines.append(f"| {score['name']} | {score['reached']:.1f} | {score['target'] or ''} |")
     return "\n".join(lines)
 
 
