@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from conftest import CHECKPOINT, GOLDEN
 from hypothesis import HealthCheck, given, settings
@@ -94,6 +95,15 @@ def serving(loaded: LoadedModel, limits: Limits = LIMITS, key: str = "secret") -
 @pytest.fixture(scope="module")
 def api_model() -> LoadedModel:
     return load_model(CHECKPOINT, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def talkative() -> LoadedModel:
+    """A model whose greedy answers are as long as they may be: neither stop string nor end of text ever leads."""
+    loaded = load_model(CHECKPOINT, device="cpu")
+    with torch.no_grad():
+        loaded.model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -291,18 +301,18 @@ def test_requests_that_are_no_requests(api: Server) -> None:
     assert httpx.get(f"{api.url}/nothing", headers=headers).json()["error"]["message"] == "there is nothing here"
 
 
-def test_a_client_that_leaves_stops_its_answer(api: Server) -> None:
-    body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 1.0, "max_tokens": 512}
-    headers = {"Authorization": f"Bearer {api.key}"}
-    with httpx.stream(
-        "POST", f"{api.url}/v1/chat/completions", json=body | {"stream": True}, headers=headers
-    ) as stream:
-        next(stream.iter_lines())
-    assert api.idle()
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{api.url}/v1/chat/completions", json=body | {"n": 4}, headers=headers, timeout=0.3)
-    assert api.idle()
-    assert api.post(body | {"temperature": 0, "max_tokens": 2}).status_code == 200
+def test_a_client_that_leaves_stops_its_answer(talkative: LoadedModel) -> None:
+    body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 2000}
+    with serving(talkative, Limits()) as server:
+        url, headers = f"{server.url}/v1/chat/completions", {"Authorization": f"Bearer {server.key}"}
+        with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60) as stream:
+            next(stream.iter_lines())
+        assert server.idle()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body | {"n": 4}, headers=headers, timeout=0.5)
+        assert server.idle()
+        assert server.post(body | {"max_tokens": 2}).status_code == 200
+        assert "yivl_completion_tokens_total 2.0" in metrics(server)  # only that of the last one was finished
 
 
 def test_what_is_null_is_not_set(api: Server) -> None:
@@ -311,12 +321,12 @@ def test_what_is_null_is_not_set(api: Server) -> None:
     assert api.post(body | nothing).json()["choices"] == api.post(body).json()["choices"]
 
 
-def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(api_model: LoadedModel) -> None:
-    engine = Engine(api_model, Limits(max_queue=2, max_batch=1))
+def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(talkative: LoadedModel) -> None:
+    engine = Engine(talkative, Limits(max_queue=2, max_batch=1))
     ended = threading.Event()
 
     def request(max_new_tokens: int) -> Request:
-        sampling = {"temperature": 1.0, "max_new_tokens": max_new_tokens}
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
         tell = lambda _: None  # noqa: E731
         return Request((), [[]], "hello", sampling, tell, lambda _: ended.set(), tell)
 
@@ -337,21 +347,24 @@ def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(api_model: Lo
     engine.close()
 
 
-def test_a_full_queue_and_a_slow_answer_are_said(api_model: LoadedModel) -> None:
-    body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 1.0, "max_tokens": 400}
-    with serving(api_model, Limits(max_queue=2, max_batch=1, max_seconds=60)) as server:
-        with ThreadPoolExecutor(8) as pool:
-            responses = list(pool.map(lambda _: server.post({**body, "n": 1, "max_tokens": 60}), range(8)))
-        statuses = [response.status_code for response in responses]
-        assert set(statuses) == {200, 429}
-        full = next(response for response in responses if response.status_code == 429)
+def test_a_full_queue_and_a_slow_answer_are_said(talkative: LoadedModel) -> None:
+    body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 2000}
+    with serving(talkative, Limits(max_queue=1, max_batch=1)) as server, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(server.post, body | {"max_tokens": 1000})]
+        while not server.engine.num_running:
+            time.sleep(0.01)
+        answers.append(pool.submit(server.post, body | {"max_tokens": 2}))
+        while not server.engine.num_waiting:
+            time.sleep(0.01)
+        full = server.post(body)
+        assert full.status_code == 429
         assert int(full.headers["retry-after"]) > 0
         assert full.json()["error"]["type"] == "rate_limit_error"
-        assert server.idle()
-    with serving(api_model, Limits(max_seconds=0.2)) as server:
-        late = server.post({**body, "n": 4, "max_tokens": 2000})
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+    with serving(talkative, Limits(max_seconds=1)) as server:
+        late = server.post({**body, "n": 4})
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
-        streamed = server.post({**body, "n": 4, "max_tokens": 2000, "stream": True})
+        streamed = server.post({**body, "n": 4, "stream": True})
         assert streamed.status_code in (200, 504)
         assert "took too long" in streamed.text
         assert server.idle()
@@ -437,17 +450,17 @@ def test_the_log_holds_nothing_that_clients_wrote(api: Server, caplog: pytest.Lo
     assert "private" not in caplog.text
 
 
-def test_an_engine_that_is_closed_ends_what_waits_and_runs(api_model: LoadedModel) -> None:
+def test_an_engine_that_is_closed_ends_what_waits_and_runs(talkative: LoadedModel) -> None:
     async def ask(server: Server) -> list[int]:
         async with httpx.AsyncClient(timeout=60, headers={"Authorization": f"Bearer {server.key}"}) as client:
-            body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 1.0, "max_tokens": 2000}
+            body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 2000}
             asked = [asyncio.create_task(client.post(f"{server.url}/v1/chat/completions", json=body)) for _ in range(4)]
             while server.engine.num_running + server.engine.num_waiting < 4:
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(server.engine.close)
             return [(await one).status_code for one in asked]
 
-    with serving(api_model, Limits(max_batch=2)) as server:
+    with serving(talkative, Limits(max_batch=2)) as server:
         assert asyncio.run(ask(server)) == [429] * 4
 
 
