@@ -36,7 +36,7 @@ def write(folder: Path, answers: list[str]) -> Path:
 
 def test_answers_are_those_of_a_chat(chat: Chat, tmp_path: Path) -> None:
     items = read_items(write(tmp_path, ["cat", "cup", "woman", "cat"]), IMAGES, ["kind"])
-    answers = answer_items(chat, items, "own", batch_size=3, max_new_tokens=6)
+    answers = answer_items(chat.loaded, items, "own", batch_size=3, max_new_tokens=6)
     for item, answer in zip(items, answers, strict=True):
         chat.reset()
         assert answer == chat.ask(item.question, item.image, temperature=0, max_new_tokens=6).strip()
