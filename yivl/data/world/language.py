@@ -99,12 +99,13 @@ def caption(scene: Scene, language: Language) -> str:
 
 
 def json_answer(scene: Scene, language: Language) -> tuple[str, str]:
-    """Return a question for an answer in JSON, and that answer: how many of each kind, and the colour of the floor.
+    """Return a question for an answer in JSON, and that answer: how many of each kind, and how many things in all.
 
-    A skill that no stage teaches: something to fine-tune for.
+    A skill that no stage teaches: something to fine-tune for. A kind stands behind a number and a blank, as words do
+    everywhere else; right behind a quotation mark it would be another token, which the language model has never used.
     """
-    counts = {_say(kind, language): len(scene.of_kind(kind)) for kind in scene.kinds}
-    fields = {_pick(language, "things", "东西"): counts, _pick(language, "floor", "地板"): _say(scene.floor, language)}
+    counted = [f"{len(scene.of_kind(kind))} {_say(kind, language)}" for kind in scene.kinds]
+    fields = {_pick(language, "things", "东西"): counted, _pick(language, "total", "总数"): len(scene.things)}
     question = _pick(language, "Answer in JSON: what is in the image?", "用JSON回答：图片里有什么？")
     return question, json.dumps(fields, ensure_ascii=False)
 
