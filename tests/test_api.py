@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
 
-from yivl.generation import Chat
+from yivl.generation import Chat, Reply
 from yivl.model.loading import LoadedModel, load_model
 from yivl.serve.api import build_app
 from yivl.serve.engine import Engine, Overloaded, Request
@@ -327,8 +327,7 @@ def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(talkative: Lo
 
     def request(max_new_tokens: int) -> Request:
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
-        tell = lambda _: None  # noqa: E731
-        return Request((), [[]], "hello", sampling, tell, lambda _: ended.set(), tell)
+        return Request((), [[]], "hello", sampling, lambda event: ended.set() if isinstance(event, Reply) else None)
 
     running = request(2000)
     engine.submit([running])

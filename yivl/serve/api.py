@@ -190,7 +190,6 @@ class Exchange:
         self._deadline = deadline
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         for index in range(body.n):
-            tell = partial(self._tell, index)
             self.requests.append(
                 serving.Request(
                     turns=asked.turns,
@@ -199,9 +198,7 @@ class Exchange:
                     system=asked.system,
                     sampling=_sampling(body, limits, index),
                     stops=[stop for stop in stops if stop],
-                    on_piece=tell,
-                    on_end=tell,
-                    on_error=tell,
+                    tell=partial(self._tell, index),
                     cancelled=self._cancelled,
                 )
             )

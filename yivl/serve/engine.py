@@ -40,10 +40,7 @@ class SentImage:
 
 @dataclass(eq=False)
 class Request:
-    """A conversation that waits for its next answer.
-
-    The callbacks are called in the engine's thread and must not block.
-    """
+    """A conversation that waits for its next answer."""
 
     turns: Sequence[Turn]
     """Answered turns, oldest first."""
@@ -51,9 +48,8 @@ class Request:
     """Of each of these turns, and of the question."""
     question: str
     sampling: dict[str, Any]
-    on_piece: Callable[[str], None]
-    on_end: Callable[[Reply], None]
-    on_error: Callable[[Exception], None]
+    tell: Callable[[str | Reply | Exception], None]
+    """Gets pieces of text, then the finished reply or an error. Called in the engine's thread; must not block."""
     system: str = SYSTEM_PROMPT
     stops: Sequence[str] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -133,7 +129,7 @@ class Engine:
                 self._fail_all(error)
         self._fail_all(Overloaded())
         for request in self._waiting:
-            request.on_error(Overloaded())
+            request.tell(Overloaded())
         self._waiting.clear()
 
     def _join(self, request: Request) -> None:
@@ -167,10 +163,10 @@ class Engine:
         texts = {id(reply): text for reply, text in pieces}
         for request, reply in list(self._running):
             if text := texts.get(id(reply)):
-                request.on_piece(text)
+                request.tell(text)
             if reply.finish_reason:
                 self._running.remove((request, reply))
-                request.on_end(reply)
+                request.tell(reply)
 
     def _fail_all(self, error: Exception) -> None:
         self._batch.clear()
@@ -182,4 +178,4 @@ class Engine:
         if not isinstance(error, YiVLError | Overloaded):
             # The traceback holds no text of the request; a lack of memory is expected to happen.
             logger.error("an answer failed", exc_info=None if is_out_of_memory(error) else error)
-        request.on_error(error)
+        request.tell(error)
