@@ -1,4 +1,4 @@
-"""Exact-match evaluation: which picture is shown, how answers are compared and grouped, what is written."""
+"""Evaluation on rows: which picture is shown, how answers are compared and grouped, what is written."""
 
 import json
 import subprocess
@@ -10,7 +10,8 @@ from conftest import CHECKPOINT
 from recipes import ROOT
 
 from yivl.data.rows import RowError
-from yivl.eval.rows import Item, answer_items, read_items, score, show, table
+from yivl.eval.answering import answer_questions
+from yivl.eval.rows import Item, questions, read_items, score, show, table
 from yivl.generation import Chat
 
 IMAGES = ROOT / "images"
@@ -36,20 +37,29 @@ def write(folder: Path, answers: list[str]) -> Path:
 
 def test_answers_are_those_of_a_chat(chat: Chat, tmp_path: Path) -> None:
     items = read_items(write(tmp_path, ["cat", "cup", "woman", "cat"]), IMAGES, ["kind"])
-    answers = answer_items(chat.loaded, items, "own", batch_size=3, max_new_tokens=6)
-    for item, answer in zip(items, answers, strict=True):
+    asked = questions(items, "own")
+    answers = answer_questions(lambda: chat.loaded, asked, tmp_path / "out", {}, batch_size=3, max_new_tokens=6)
+    assert answers is not None
+    for item, answer in zip(items, answers.values(), strict=True):
         chat.reset()
         assert answer == chat.ask(item.question, item.image, temperature=0, max_new_tokens=6).strip()
 
 
-def test_scores_are_exact_and_by_group() -> None:
+def test_scores_are_by_group() -> None:
     items = [Item(str(index), "?", None, "yes" if index < 3 else "no", (f"g{index % 2}",)) for index in range(6)]
-    scores = score(items, ["yes", "Yes", "yes", "no", "yes", "no"])
-    assert [(one.group, one.number, round(one.accuracy), round(one.constant)) for one in scores] == [
-        (("g0",), 3, 67, 67),
-        (("g1",), 3, 67, 67),
+    scores = score(items, ["yes", "Yes, it is", "yes", "no", "yes", "no"])
+    assert [
+        (one.group, one.number, round(one.accuracy), round(one.contains), round(one.constant)) for one in scores
+    ] == [
+        (("g0",), 3, 67, 67, 67),
+        (("g1",), 3, 67, 100, 67),
     ]
-    assert table(scores, ["kind"]).splitlines()[2] == "| g0 | 3 | 66.7 | 66.7 |"
+    assert table(scores, ["kind"]).markdown().splitlines() == [
+        "| kind | questions | exact % | contains % | best constant answer % |",
+        "| ---- | --------: | ------: | ---------: | ---------------------: |",
+        "| g0   |         3 |    66.7 |       66.7 |                   66.7 |",
+        "| g1   |         3 |    66.7 |      100.0 |                   66.7 |",
+    ]
 
 
 def test_controls_show_another_picture_or_none() -> None:
@@ -72,7 +82,8 @@ def test_the_command_writes_answers_and_scores(tmp_path: Path) -> None:
     command += ["--image-folder", str(IMAGES), "--group-by", "kind", "--max-new-tokens", "4", "--device", "cpu"]
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| kind | questions | exact % |")
+    assert done.stdout.startswith("| kind   | questions | exact % | contains % |")
+    assert done.stdout == (tmp_path / "out/scores.md").read_text(encoding="utf-8")
     report = json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))
     assert [(one["group"], one["number"]) for one in report["scores"]] == [(["animal"], 1), (["other"], 2)]
     lines = (tmp_path / "out/answers.jsonl").read_text(encoding="utf-8").splitlines()

@@ -34,6 +34,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_flags(parser)
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``load`` reads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model-path",
@@ -58,7 +64,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         choices=("sdpa", "eager", "flash_attention_2"),
         help="attention kernels (default: %(default)s)",
     )
-    return parser
 
 
 def add_picture_flags(parser: argparse.ArgumentParser, about: str) -> None:

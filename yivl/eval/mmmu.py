@@ -1,13 +1,56 @@
-"""MMMU's scores: what a response says, and whether that is right.
+"""MMMU: its questions as they are asked, what a response says, and whether that is right.
 
-The rules are those of the benchmark's own evaluation, with all their quirks: scores are comparable only if they are the
-same. Source: MMMU-Benchmark/MMMU, mmmu/utils/eval_utils.py, as recorded in tests/mmmu.
+The scoring rules are those of the benchmark's own evaluation, with all their quirks: else scores would compare to none.
+Source: MMMU-Benchmark/MMMU, mmmu/utils/eval_utils.py, as recorded in tests/mmmu.
 """
 
+import ast
+import json
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Literal
+
+from yivl.errors import YiVLError
+from yivl.eval.questions import Question, picture_bytes, read_split
+
+Protocol = Literal["yi", "official"]
+"""How questions are asked: as the authors of Yi-VL did, or as the benchmark's own example program does."""
+
+MAX_NEW_TOKENS: Final[dict[Protocol, int]] = {"yi": 64, "official": 128}
+"""Source: 01-ai/Yi at 526ec7a, VL/llava/eval/01_eval_mmmu.py; MMMU-Benchmark/MMMU, mmmu/utils/model_utils.py."""
+
+# What is asked for behind the question. Both configurations are YAML whose quoted text has blank lines, each of which
+# is one line break. Source: 01-ai/Yi at 526ec7a, VL/llava/eval/mmmu_configs/yi.yaml, and MMMU-Benchmark/MMMU,
+# mmmu/configs/llava1.5.yaml, which say the same.
+_CHOOSE: Final = "Answer with the option's letter from the given choices directly."
+_SAY: Final = "Answer the question using a single word or phrase."
+_TAG: Final = re.compile(r"<image \d+>")
+
+PUBLISHED: Final[dict[str, dict[str, float]]] = {
+    "Yi-VL-34B, published (domains: of the test split)": {
+        "validation": 45.9,
+        "test": 41.6,
+        "Art and Design": 56.1,
+        "Business": 33.3,
+        "Science": 32.9,
+        "Health and Medicine": 45.9,
+        "Humanities and Social Science": 66.5,
+        "Tech and Engineering": 36.0,
+    },
+    "Yi-VL-6B, published (domains: of the test split)": {
+        "validation": 39.1,
+        "test": 37.8,
+        "Art and Design": 53.4,
+        "Business": 30.3,
+        "Science": 30.0,
+        "Health and Medicine": 39.3,
+        "Humanities and Social Science": 58.5,
+        "Tech and Engineering": 34.1,
+    },
+}
+"""In percent: of both splits, and of the test split's domains. Source: MMMU's README; arXiv 2403.04652, table 7."""
 
 Parsed = str | float
 """A piece of text in lower case, or a number rounded to two decimals."""
@@ -45,6 +88,85 @@ _NUMBERS: Final = (
     re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),  # 1.5e-3
     re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),  # 12, 1.5, .5
 )
+
+
+def read_questions(data: str, split: str, protocol: Protocol) -> list[Question]:
+    """Return the questions of a split, subject by subject in the order of their names, as officially.
+
+    Args:
+        data: As in ``read_split``.
+        split: ``validation`` or ``test``.
+        protocol: How they are asked.
+
+    Raises:
+        YiVLError: If the data set cannot be read, or a row is none of MMMU.
+    """
+    dataset = read_split(data, split)
+    pictures = [name for name in dataset.column_names if name.startswith("image_")]
+    questions = [
+        _question(row, partial(picture_bytes, dataset, number, "image_1"), protocol, f"{data} {split} row {number}")
+        for number, row in enumerate(dataset.remove_columns(pictures))
+    ]
+    return sorted(questions, key=lambda question: _subject(question.id))
+
+
+def _question(row: Mapping[str, Any], picture: Any, protocol: Protocol, origin: str) -> Question:
+    try:
+        id, text, kind = row["id"], row["question"], row["question_type"]
+        options, answer = _as_list(row["options"]), row["answer"]
+    except (KeyError, ValueError, SyntaxError) as error:
+        raise YiVLError(f"{origin}: not a row of MMMU ({type(error).__name__}: {error})") from error
+    letters = [chr(ord("A") + place) for place in range(len(options))]
+    fields = {"id": id, "question_type": kind, "answer": answer}
+    if kind == "multiple-choice":
+        fields |= {"all_choices": letters, "index2ans": dict(zip(letters, options, strict=True))}
+    elif answer.startswith("["):  # several right answers, in one text
+        fields["answer"] = _as_list(answer)
+    is_blank = False
+    if protocol == "yi":
+        in_options = sum(len(_TAG.findall(option)) for option in options)
+        # None is shown where options hold more than one; without one in the question, theirs count twice.
+        is_blank = in_options * (1 if _TAG.search(text) else 2) > 1
+        text = _TAG.sub("", text)
+    form = "{}. {}\n" if protocol == "yi" else "({}) {}\n"
+    listed = "".join(form.format(letter, option) for letter, option in zip(letters, options, strict=True))
+    prompt = f"{text}\n{listed}\n{_CHOOSE}" if kind == "multiple-choice" else f"{text}\n{_SAY}"
+    return Question(id, prompt, picture, fields, is_blank)
+
+
+def _as_list(text: str) -> list[str]:
+    """Return the texts of a Python list in writing, which is how the data set holds lists; nothing is run."""
+    texts = ast.literal_eval(text)
+    if not isinstance(texts, list):
+        raise ValueError(f"{text!r} is no list")
+    return [str(one) for one in texts]
+
+
+def _subject(id: str) -> str:
+    """Return the subject in ``validation_Accounting_1``."""
+    return id.split("_", 1)[1].rsplit("_", 1)[0]
+
+
+def submission(questions: Sequence[Question], responses: Mapping[str, str]) -> tuple[str, str]:
+    """Return name and text of the predictions in the form that the official evaluation takes.
+
+    It is a JSON object with a letter for each question, the one that ``score_rows`` reads in the response, or with the
+    response itself for an open question.
+    """
+    rng = random.Random(FALLBACK_SEED)
+    predictions = {}
+    for question in questions:
+        response, fields = responses[question.id], question.fields
+        if fields["question_type"] == "multiple-choice":
+            response = parse_multiple_choice(response, fields["all_choices"], fields["index2ans"], rng)
+        predictions[question.id] = response
+    return "submission.json", json.dumps(predictions, indent=2, ensure_ascii=False) + "\n"
+
+
+def place(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """Return domain and subject of a question."""
+    subject = _subject(fields["id"])
+    return next(domain for domain, subjects in DOMAINS.items() if subject in subjects), subject
 
 
 def parse_multiple_choice(
@@ -104,8 +226,7 @@ def score_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rng = random.Random(FALLBACK_SEED)
     marks: dict[str, list[bool]] = {}
     for row in rows:
-        subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]
-        marks.setdefault(subject, []).append(is_correct(row, rng))
+        marks.setdefault(_subject(row["id"]), []).append(is_correct(row, rng))
     by_domain = {
         domain: [mark for subject in subjects for mark in marks.get(subject, ())]
         for domain, subjects in DOMAINS.items()

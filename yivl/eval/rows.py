@@ -1,19 +1,16 @@
-"""Exact-match evaluation on rows of questions: each asked alone, greedily, and compared with its answer."""
+"""Evaluation on rows of questions: each asked alone, greedily, and compared with its answer."""
 
 import json
-import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from tqdm import tqdm
-
-from yivl.batching import answer_batch
 from yivl.data.rows import RowError, parse_row, read_rows
-from yivl.model.loading import LoadedModel
+from yivl.eval.questions import Question
+from yivl.eval.reporting import Table, write_whole
 
 Pictures = Literal["own", "another", "none"]
 """Which picture is shown with a question: its own, that of another row, or none. The others are controls: a model that
@@ -40,6 +37,8 @@ class Score:
     number: int
     accuracy: float
     """Percentage of answers that equal the right one."""
+    contains: float
+    """Percentage of answers that hold the right one, in upper or lower case."""
     constant: float
     """Percentage that the best single answer to all of them would reach."""
 
@@ -86,61 +85,39 @@ def show(items: Sequence[Item], pictures: Pictures) -> list[Path | None]:
     return shown
 
 
-def answer_items(
-    loaded: LoadedModel, items: Sequence[Item], pictures: Pictures, *, batch_size: int, max_new_tokens: int
-) -> list[str]:
-    """Return the greedy answer to each question."""
-    images = show(items, pictures)
-    order = sorted(range(len(items)), key=lambda index: len(items[index].answer))  # answers of a length end together
-    answers = [""] * len(items)
-    for start in tqdm(range(0, len(order), batch_size), desc=f"pictures: {pictures}", disable=None):
-        batch = order[start : start + batch_size]
-        texts = answer_batch(
-            loaded,
-            [items[index].question for index in batch],
-            [images[index] for index in batch],
-            temperature=0,
-            max_new_tokens=max_new_tokens,
-        )
-        for index, text in zip(batch, texts, strict=True):
-            answers[index] = text.strip()
-    return answers
+def questions(items: Sequence[Item], pictures: Pictures) -> list[Question]:
+    """Return what is asked; rows may share an id, so their places tell the questions apart."""
+    shown = show(items, pictures)
+    return [
+        Question(str(place), item.question, lambda path=path: path, {})  # type: ignore[misc]
+        for place, (item, path) in enumerate(zip(items, shown, strict=True))
+    ]
 
 
 def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
     """Return the scores of all groups, in the order in which they first occur."""
-    right: dict[tuple[str, ...], list[bool]] = defaultdict(list)
-    wanted: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    by_group: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
     for item, answer in zip(items, answers, strict=True):
-        right[item.group].append(answer == item.answer)
-        wanted[item.group][item.answer] += 1
-    return [
-        Score(group, len(marks), 100 * sum(marks) / len(marks), 100 * wanted[group].most_common(1)[0][1] / len(marks))
-        for group, marks in right.items()
-    ]
+        by_group[item.group].append((item.answer, answer))
+    scores = []
+    for group, pairs in by_group.items():
+        exact = sum(answer == wanted for wanted, answer in pairs)
+        contains = sum(wanted.casefold() in answer.casefold() for wanted, answer in pairs)
+        [(_, most)] = Counter(wanted for wanted, _ in pairs).most_common(1)
+        scores.append(Score(group, len(pairs), *(100 * number / len(pairs) for number in (exact, contains, most))))
+    return scores
 
 
-def write_report(
-    folder: Path, items: Sequence[Item], answers: Sequence[str], scores: Sequence[Score], about: Mapping[str, Any]
-) -> None:
-    """Write ``answers.jsonl`` and ``scores.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-        for item, answer in zip(items, answers, strict=True):
-            fields = {"id": item.id, "question": item.question, "answer": item.answer, "response": answer}
-            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
-    report = {**about, "scores": [asdict(one) for one in scores]}
-    partial = folder / "scores.json.partial"
-    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "scores.json")
-
-
-def table(scores: Sequence[Score], group_by: Sequence[str]) -> str:
-    """Return the scores as a Markdown table."""
+def write_answers(folder: Path, items: Sequence[Item], answers: Sequence[str]) -> None:
+    """Write ``answers.jsonl``: every question with its answer and the response."""
     lines = [
-        f"| {' | '.join(group_by)} | questions | exact % | best constant answer % |",
-        "|---" * (len(group_by) + 3) + "|",
+        {"id": item.id, "question": item.question, "answer": item.answer, "response": answer}
+        for item, answer in zip(items, answers, strict=True)
     ]
-    for one in scores:
-        lines.append(f"| {' | '.join(one.group)} | {one.number} | {one.accuracy:.1f} | {one.constant:.1f} |")
-    return "\n".join(lines)
+    write_whole(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def table(scores: Sequence[Score], group_by: Sequence[str]) -> Table:
+    """Return the scores as a table."""
+    columns = [*group_by, "questions", "exact %", "contains %", "best constant answer %"]
+    return Table(columns, [[*one.group, one.number, one.accuracy, one.contains, one.constant] for one in scores])
