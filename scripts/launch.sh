@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shared by the training scripts, which source it: finds the devices, checks the batch arithmetic, prints the command
-# and runs it.
+# Shared by the training and evaluation scripts, which source it: finds the devices, checks the batch arithmetic, prints
+# the command and runs it.
 # Optional:  GPUS=all that are visible  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
 #            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   several nodes, each runs the same script
 #            HOSTFILE=hosts  several nodes, started from this one over ssh by DeepSpeed
@@ -31,6 +31,39 @@ if [[ -n ${HOSTFILE:-} ]]; then
   NNODES=$(grep -c '^[^#[:space:]]' "$HOSTFILE")
 fi
 
+# processes_of MODULE: sets `command` to what starts the module once, or once for each process.
+processes_of() {
+  local module=$1
+  command=("$PYTHON" -m "$module")
+  if [[ -n ${HOSTFILE:-} ]]; then
+    command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT"
+      --no_local_rank --module "$module")
+  elif ((NNODES > 1)); then
+    command=("$PYTHON" -m yivl.train.launch --nproc-per-node "$processes" --nnodes "$NNODES"
+      --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m "$module")
+  elif ((processes > 1)); then # on any free port
+    command=("$PYTHON" -m yivl.train.launch --standalone --nproc-per-node "$processes" -m "$module")
+  fi
+}
+
+# run_command: prints `command` and runs it.
+run_command() {
+  printf '%q ' "${command[@]}"
+  echo
+  [[ ${DRY_RUN:-0} == 1 ]] || exec "${command[@]}"
+}
+
+# evaluate BENCHMARK [flags...]
+evaluate() {
+  processes_of yivl.eval
+  command+=("$1")
+  [[ -n ${MODEL:-} ]] && command+=(--model-path "$MODEL")
+  [[ -n ${DATA:-} ]] && command+=(--data "$DATA")
+  [[ -n ${OUT:-} ]] && command+=(--output "$OUT")
+  command+=("${@:2}")
+  run_command
+}
+
 # launch DEFAULT_ZERO GLOBAL_BATCH MICRO_BATCH [flags of the script...] -- [flags of the user...]
 launch() {
   local zero=$1 global=$2 micro=$3
@@ -40,16 +73,7 @@ launch() {
     echo "error: GLOBAL_BATCH=$global is no multiple of $rows (MICRO_BATCH=$micro x $processes processes x $NNODES nodes)" >&2
     exit 2
   fi
-  local command=("$PYTHON" -m yivl.train)
-  if [[ -n ${HOSTFILE:-} ]]; then
-    command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT"
-      --no_local_rank --module yivl.train)
-  elif ((NNODES > 1)); then
-    command=("$PYTHON" -m yivl.train.launch --nproc-per-node "$processes" --nnodes "$NNODES"
-      --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m yivl.train)
-  elif ((processes > 1)); then # on any free port
-    command=("$PYTHON" -m yivl.train.launch --standalone --nproc-per-node "$processes" -m yivl.train)
-  fi
+  processes_of yivl.train
   command+=(--global_batch_size "$global" --per_device_train_batch_size "$micro")
   [[ -n ${MODEL:-} ]] && command+=(--model_name_or_path "$MODEL")
   [[ -n ${DATA:-} ]] && command+=(--data_path "$DATA")
@@ -66,7 +90,5 @@ launch() {
   done
   shift
   command+=("$@")
-  printf '%q ' "${command[@]}"
-  echo
-  [[ ${DRY_RUN:-0} == 1 ]] || exec "${command[@]}"
+  run_command
 }

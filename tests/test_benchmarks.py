@@ -1,6 +1,7 @@
 """MMMU and CMMMU from data set to table: what is asked and shown, and that no answer is lost, asked twice or stale."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -128,12 +129,16 @@ def cmmmu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(benchmark: str, data: Path, output: Path, *flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable]
+    """Run the module, or for several processes the script, whose first line is the command."""
+    command = [sys.executable, "-m", "yivl.eval", benchmark] if processes == 1 else [f"scripts/eval_{benchmark}.sh"]
+    command += ["--model-path", str(CHECKPOINT), "--data", str(data), "--output", str(output)]
+    command += ["--device", "cpu", "--batch-size", "3", *flags]
+    settings = os.environ | {"PYTHON": sys.executable, "GPUS": "0", "PROCESSES": str(processes)}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     if processes > 1:
-        command += ["-m", "yivl.train.launch", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "yivl.eval", benchmark, "--model-path", str(CHECKPOINT), "--data", str(data)]
-    command += ["--output", str(output), "--device", "cpu", "--batch-size", "3", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        shown, done.stdout = done.stdout.split("\n", 1)
+        assert f"--nproc-per-node {processes}" in shown
+    return done
 
 
 def by_id(questions: list[Question]) -> dict[str, Question]:
