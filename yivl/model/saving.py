@@ -139,7 +139,7 @@ def save_checkpoint(
         write_json(target / "config.json", fields)
         generation = model.generation_config.to_diff_dict() | {"max_length": config.max_position_embeddings}
         write_json(target / "generation_config.json", generation)
-        _save_shards(weights, target, max_shard_size)
+        save_shards(weights, target, max_shard_size)
         vit = target / "vit" / config.vit_name
         vit.mkdir(parents=True)
         vision = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
@@ -153,7 +153,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(target)
 
 
-def _save_shards(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+def save_shards(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
     """Write ``model.safetensors``, or numbered shards and their index."""
     split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
