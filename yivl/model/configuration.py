@@ -99,7 +99,8 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
                 f"{folder}/config.json: no mm_vision_tower; this is no checkpoint in the Yi-VL layout"
             )
         vision = read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
-        fields.pop("model_type", None)
+        for name in ("model_type", "text_config", "vision_config"):  # the last two are for SGLang
+            fields.pop(name, None)
         try:
             return cls(**fields, vision_config=CLIPVisionConfig(**vision))
         except (StrictDataclassError, CheckpointError, TypeError) as error:
