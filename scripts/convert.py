@@ -1,7 +1,13 @@
-"""Turn checkpoint files from one form into another.
+"""Turn checkpoints and data from one program's form into another's (docs/interop.md).
 
 python scripts/convert.py safetensors SOURCE TARGET         .bin checkpoint to safetensors; prints SHA-256 hashes
 python scripts/convert.py open-clip WEIGHTS CONFIG TARGET   open_clip visual tower to a ViT folder
+python scripts/convert.py to-hf SOURCE TARGET               published layout to that of Yi-VL-6B-hf (LLaMA-Factory)
+python scripts/convert.py from-hf SOURCE TARGET             and back
+python scripts/convert.py to-sglang SOURCE TARGET           published layout to the folder that SGLang reads
+python scripts/convert.py to-gguf SOURCE TARGET             two GGUF files for llama.cpp
+python scripts/convert.py to-llamafactory ROWS FOLDER       training data to LLaMA-Factory's sharegpt form
+python scripts/convert.py from-llamafactory INFO NAME ROWS  and back
 """
 
 import argparse
@@ -12,30 +18,96 @@ from yivl import entry
 
 def parse_args() -> argparse.Namespace:
     """Return the command and its paths."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("safetensors", help="turn the .bin files of a checkpoint into safetensors")
-    command.add_argument("source", type=Path, help="checkpoint folder with .bin files")
-    command.add_argument("target", type=Path, help="folder to write; replaced if it exists")
-    command = commands.add_parser("open-clip", help="turn an open_clip visual tower into a ViT folder")
-    command.add_argument("weights", type=Path, help="open_clip_pytorch_model.bin or open_clip_model.safetensors")
-    command.add_argument("config", type=Path, help="the open_clip_config.json beside it")
-    command.add_argument("target", type=Path, help="folder to write; replaced if it exists")
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, about: str, **arguments: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        for argument, meaning in arguments.items():
+            command.add_argument(argument, type=Path, help=meaning)
+        return command
+
+    published, written = (
+        "checkpoint folder in the published layout, or hub id",
+        "folder to write; replaced if it exists",
+    )
+    add(
+        "safetensors",
+        "turn the .bin files of a checkpoint into safetensors",
+        source="checkpoint folder with .bin files",
+        target=written,
+    )
+    add(
+        "open-clip",
+        "turn an open_clip visual tower into a ViT folder",
+        weights="open_clip_pytorch_model.bin or open_clip_model.safetensors",
+        config="the open_clip_config.json beside it",
+        target=written,
+    )
+    add("to-hf", "turn the published layout into that of Yi-VL-6B-hf", source=published, target=written)
+    add("from-hf", "turn the layout of Yi-VL-6B-hf into the published one", source="folder", target=written)
+    add("to-sglang", "write the folder that SGLang's Yi-VL class reads", source=published, target=written)
+    gguf = add("to-gguf", "write two GGUF files for llama.cpp", source=published, target="folder for the two files")
+    gguf.add_argument(
+        "--dtype",
+        default="float16",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the matrices (default: %(default)s)",
+    )
+    to_factory = add(
+        "to-llamafactory",
+        "turn training data into a data set of LLaMA-Factory",
+        source="rows, .json or .jsonl",
+        target="dataset_dir of LLaMA-Factory",
+    )
+    to_factory.add_argument("--name", help="of the data set there (default: that of the file)")
+    from_factory = add(
+        "from-llamafactory",
+        "turn a data set of LLaMA-Factory into training data",
+        source="dataset_info.json that declares it",
+    )
+    from_factory.add_argument("name", help="of the data set there")
+    from_factory.add_argument("target", type=Path, help=".json file to write; replaced if it exists")
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the conversion."""
     arguments = parse_args()
-
-    from yivl.model.conversion import bin_to_safetensors, open_clip_to_vit
-
+    entry.log_to_stderr()
     if arguments.command == "open-clip":
+        from yivl.model.conversion import open_clip_to_vit
+
         open_clip_to_vit(arguments.weights, arguments.config, arguments.target)
-        return
-    for name, digest in bin_to_safetensors(arguments.source, arguments.target).items():
-        print(f"{digest}  {name}")
+    elif arguments.command == "safetensors":
+        from yivl.model.conversion import bin_to_safetensors
+
+        for name, digest in bin_to_safetensors(arguments.source, arguments.target).items():
+            print(f"{digest}  {name}")
+    elif arguments.command in ("to-hf", "from-hf"):
+        from yivl.bridges.hf import from_hf, to_hf
+
+        (to_hf if arguments.command == "to-hf" else from_hf)(arguments.source, arguments.target)
+    elif arguments.command == "to-sglang":
+        from yivl.bridges.sglang import to_sglang
+
+        to_sglang(arguments.source, arguments.target)
+    elif arguments.command == "to-gguf":
+        from yivl.bridges.gguf import export_gguf
+
+        for path in export_gguf(arguments.source, arguments.target, dtype=arguments.dtype):
+            print(path)
+    else:
+        from yivl.bridges.llamafactory import from_llamafactory, to_llamafactory
+
+        if arguments.command == "to-llamafactory":
+            number = to_llamafactory(arguments.source, arguments.target, name=arguments.name or arguments.source.stem)
+        else:
+            number = from_llamafactory(arguments.source, arguments.name, arguments.target)
+        print(f"{number} rows")
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, less_memory="free some, or use a machine with more than the checkpoint takes")

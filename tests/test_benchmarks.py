@@ -234,7 +234,9 @@ def test_a_run_writes_responses_submission_table_and_chart(mmmu_folder: Path, tm
     questions = mmmu.read_questions(str(mmmu_folder), "validation", "yi")
     assert [*responses] == [question.id for question in questions]
     scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-    assert scores == mmmu.score_rows([{**one.fields, "response": responses[one.id]} for one in questions])
+    official = mmmu.score_rows([{**one.fields, "response": responses[one.id]} for one in questions])
+    about = {"benchmark": "mmmu", "data": str(mmmu_folder), "split": "validation", "protocol": "yi"}
+    assert scores == about | {"model": str(CHECKPOINT)} | official
     assert done.stdout == (out / "scores.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
     assert lines[0] == ["domain", "subject", "questions", "accuracy %"]
@@ -255,7 +257,7 @@ def test_a_run_writes_responses_submission_table_and_chart(mmmu_folder: Path, tm
     assert submission["validation_Math_1"] in ("A", "B")
     # The predictions of a run score as its responses do.
     again = mmmu.score_rows([{**one.fields, "response": submission[one.id]} for one in questions])
-    assert again == scores
+    assert again == official
 
 
 def test_a_test_split_gives_predictions_and_no_scores(mmmu_folder: Path, tmp_path: Path) -> None:

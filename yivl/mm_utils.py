@@ -64,9 +64,10 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
     return image_processing.load_image(base64.b64decode(image))
 
 
-def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
-    """Return the picture in RGB, centred on a square of the background colour."""
-    return image_processing.expand2square(image_processing.to_rgb(pil_img, background_color), background_color)
+def expand2square(pil_img: Image.Image, background_color: int | tuple[int, int, int]) -> Image.Image:
+    """Return the picture in RGB, centred on a square of the background colour; one number is a level of grey."""
+    background = (background_color,) * 3 if isinstance(background_color, int) else background_color
+    return image_processing.expand2square(image_processing.to_rgb(pil_img, background), background)
 
 
 def process_images(

@@ -11,7 +11,7 @@ def chat_template(image_token: str = "") -> str:
 
     Args:
         image_token: Written, with a line break, in front of a question for each of its pictures; nothing where the
-            program puts a marker of its own into the text.
+            program puts a marker of its own into the text, as llama.cpp does.
     """
     pictures = (
         "{% if content is not string %}{% for part in content %}{% if part['type'] == 'image' %}"
@@ -20,7 +20,7 @@ def chat_template(image_token: str = "") -> str:
     )
     return (
         "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
-        "{% for part in content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+        "{% for part in content %}{% if part['type'] != 'image' %}{{ part['text'] }}{% endif %}{% endfor %}"
         "{% endif %}{% endmacro %}"
         f"{{% macro pictures(content) %}}{pictures if image_token else ''}{{% endmacro %}}"
         "{% if messages and messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) }}"

@@ -92,9 +92,10 @@ def run_rows(arguments: argparse.Namespace) -> None:
     answers = list(responses.values())
     scores = rows.score(items, answers)
     table = rows.table(scores, arguments.group_by)
-    about = {"data": os.fspath(data), "model": arguments.model_path, "pictures": arguments.pictures}
+    about = {name: getattr(arguments, name) for name in ("benchmark", "data", "pictures", "group_by")}
+    about |= {"model": arguments.model_path, "scores": [dataclasses.asdict(one) for one in scores]}
     rows.write_answers(folder, items, answers)
-    write_reports(folder, {**about, "scores": [dataclasses.asdict(one) for one in scores]}, table)
+    write_reports(folder, about, table)
     print(table.markdown())  # noqa: T201 (the result)
 
 
@@ -181,7 +182,9 @@ def report(
         rows.append([domain, "all", sum(inside.values()), accuracy])
     rows.append(["all", "all", sum(numbers.values()), overall])
     table = Table(["domain", "subject", "questions", "accuracy %"], rows)
-    write_reports(folder, scores, table)
+    names = ("benchmark", "data", "split", "protocol")
+    about = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    write_reports(folder, about | {"model": arguments.model_path} | scores, table)
     theirs = {
         name: {("all" if key == arguments.split else key): value for key, value in values.items()}
         for name, values in published.items()

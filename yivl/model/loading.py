@@ -24,6 +24,9 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 NON_LORA_TRAINABLES: Final = "non_lora_trainables.safetensors"
 """What was trained beside an adapter. Source: haotian-liu/LLaVA, llava/train/train.py (there ``.bin``)."""
 
+UNUSED_FILES: Final = ("*/open_clip_*", "*.png", ".gitattributes")
+"""What no load reads. The ViT folder of the release carries a second copy at 224 pixels of 3.9 GB."""
+
 UNQUANTIZED_MODULES: Final = ["model.vision_tower", "model.mm_projector", "lm_head"]
 """Kept in full precision under 4 and 8 bits: small, and the features are sensitive. Source: ours."""
 
@@ -113,16 +116,15 @@ def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        # The ViT folder of the release carries a second, unused copy at 224 pixels of 3.9 GB.
-        return Path(snapshot_download(os.fspath(model_path), ignore_patterns=["*/open_clip_*", "*.md", "*.png"]))
+        return Path(snapshot_download(os.fspath(model_path), ignore_patterns=[*UNUSED_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{model_path}: no such folder, and no model of that name could be downloaded; give a checkpoint folder in "
-            f"the published layout or a hub id such as 01-ai/Yi-VL-6B ({_reason(error)})"
+            f"the published layout or a hub id such as 01-ai/Yi-VL-6B ({reason_of(error)})"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return why a download failed: the first error of the chain, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__

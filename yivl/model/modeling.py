@@ -33,6 +33,7 @@ from yivl.model.fusion import (
 )
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
+from yivl.model.rotary import ExactRotaryEmbedding
 from yivl.model.saving import save_checkpoint
 from yivl.model.vision_tower import VisionTower
 from yivl.model.vit_weights import copy_vit_weights, read_vit_weights
@@ -76,6 +77,7 @@ class YiVLModel(LlamaModel):  # type: ignore[misc]
 
     def __init__(self, config: YiVLConfig) -> None:
         super().__init__(config)
+        self.rotary_emb = ExactRotaryEmbedding(config)
         self.vision_tower = VisionTower(config)  # checkpoint key
         self.mm_projector = build_projector(  # checkpoint key
             config.mm_projector_type, config.mm_hidden_size, config.hidden_size

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from yivl.errors import YiVLError
     from yivl.train import modules
     from yivl.train.batches import make_batches, make_eval_loader
-    from yivl.train.checkpoints import find_checkpoint, finished_checkpoints, is_finished
+    from yivl.train.checkpoints import describe_origin, find_checkpoint, finished_checkpoints, is_finished
     from yivl.train.plan import describe_run, total_steps
     from yivl.train.start import empty_start, load_start, read_start
     from yivl.train.trainer import YiVLTrainer
@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_processor=start.image_processor,
         num_patches=num_patches,
         eval_loader=eval_loader,
+        record=describe_origin(model_arguments.model_name_or_path, batches.sources),
     )
     if training.resume:
         logger.info("going on from %s", checkpoint or "the beginning: there is no checkpoint yet")

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,8 +38,14 @@ class Batches:
     """What a run learns from."""
 
     loader: BatchLoader
-    mix: str
-    """Rows by source, as a table for people."""
+    sources: Sequence[Mapping[str, Any]]
+    """Each with its ``source``, and ``rows``, ``rows_per_epoch`` and ``pictures``; in a stream ``weight`` and, of tars,
+    ``shards``."""
+
+    @property
+    def mix(self) -> str:
+        """The sources as a table for people."""
+        return _stream_table(self.sources) if "weight" in self.sources[0] else _row_table(self.sources)
 
 
 def make_batches(
@@ -73,7 +79,7 @@ def make_batches(
             shuffle_buffer=data.shuffle_buffer,
         )
         numbers = StreamSampler(batch_size, training.max_steps * training.gradient_accumulation_steps)
-        return Batches(_loader(stream, numbers, collator, training), _stream_table(sources))
+        return Batches(_loader(stream, numbers, collator, training), _stream_facts(sources))
     parts = [load_rows(source, training.seed, on_bad_row) for source in sources]
     for source, part in zip(sources, parts, strict=True):
         _check_image_folder(source, part)
@@ -97,7 +103,7 @@ def make_batches(
         groups=groups,
     )
     dataset = RowDataset(rows, encoder, on_bad_row)
-    return Batches(_loader(dataset, sampler, collator, training), _row_table(sources, parts, weighted))
+    return Batches(_loader(dataset, sampler, collator, training), _row_facts(sources, parts, weighted))
 
 
 def own_words(error: RowError) -> RowError:
@@ -155,19 +161,41 @@ def _loader(dataset: Any, sampler: Any, collator: Collator, training: YiVLTraini
     )
 
 
-def _row_table(sources: Sequence[Source], parts: Sequence[Sequence[Row]], weighted: Sequence[Sequence[Row]]) -> str:
-    total = sum(map(len, weighted))
+def _row_facts(
+    sources: Sequence[Source], parts: Sequence[Sequence[Row]], weighted: Sequence[Sequence[Row]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": source.data_path,
+            "rows": len(part),
+            "rows_per_epoch": len(rows),
+            "pictures": Counter(modality_of(row) for row in rows)[1],
+        }
+        for source, part, rows in zip(sources, parts, weighted, strict=True)
+    ]
+
+
+def _stream_facts(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    return [
+        {"source": source.data_path, "weight": source.weight}
+        | ({"shards": len(source.shards())} if source.is_stream else {})
+        for source in sources
+    ]
+
+
+def _row_table(facts: Sequence[Mapping[str, Any]]) -> str:
+    total = sum(fact["rows_per_epoch"] for fact in facts)
     lines = [f"{'rows':>10}{'per epoch':>11}{'share':>7}{'pictures':>10}  source"]
-    for source, part, rows in zip(sources, parts, weighted, strict=True):
-        pictures = Counter(modality_of(row) for row in rows)[1]
-        lines.append(f"{len(part):>10,}{len(rows):>11,}{len(rows) / total:>7.1%}{pictures:>10,}  {source.data_path}")
+    for fact in facts:
+        rows = fact["rows_per_epoch"]
+        lines.append(f"{fact['rows']:>10,}{rows:>11,}{rows / total:>7.1%}{fact['pictures']:>10,}  {fact['source']}")
     return "\n".join(lines)
 
 
-def _stream_table(sources: Sequence[Source]) -> str:
-    total = sum(source.weight for source in sources)
+def _stream_table(facts: Sequence[Mapping[str, Any]]) -> str:
+    total = sum(fact["weight"] for fact in facts)
     lines = [f"{'share':>7}{'shards':>8}  source"]
-    for source in sources:
-        shards = f"{len(source.shards()):,}" if source.is_stream else "-"
-        lines.append(f"{source.weight / total:>7.1%}{shards:>8}  {source.data_path}")
+    for fact in facts:
+        shards = f"{fact['shards']:,}" if "shards" in fact else "-"
+        lines.append(f"{fact['weight'] / total:>7.1%}{shards:>8}  {fact['source']}")
     return "\n".join(lines)

@@ -7,14 +7,17 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+import yivl
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
@@ -32,7 +35,10 @@ UNFINISHED: Final = ".unfinished"
 """Folder in which a checkpoint or the final model is written before it is moved to its place."""
 _STATE: Final = "trainer_state.json"
 ARGUMENTS: Final = "training_arguments.json"
-_ROWS_OF_A_STEP: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+RECORD: Final = "training_run.json"
+"""Lies beside the arguments: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
+ROWS_OF_A_STEP: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+"""Flags whose product they are."""
 # Files may have moved, and kernels differ from machine to machine.
 _NAMES_OF_FILES: Final = ("model_name_or_path", "vision_tower", "attn_implementation")
 # What decides which parameters train, and on which rows a step does.
@@ -40,7 +46,7 @@ _MUST_AGREE: Final = (
     *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _NAMES_OF_FILES),
     *("max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "rows of a step"),
 )
-_STREAMS_MUST_AGREE: Final = (*_ROWS_OF_A_STEP, "dataloader_num_workers", "shuffle_buffer")
+_STREAMS_MUST_AGREE: Final = (*ROWS_OF_A_STEP, "dataloader_num_workers", "shuffle_buffer")
 _MAY_DIFFER: Final = frozenset(
     [
         "output_dir",
@@ -68,6 +74,22 @@ def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
         if match and (path / _STATE).is_file():
             found[int(match[1])] = path
     return [path for _, path in sorted(found.items())]
+
+
+def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what ``RECORD`` holds; of the model only a hub id, since a folder of this machine says nothing elsewhere.
+
+    Args:
+        model_name_or_path: What the run starts from.
+        sources: Of its data, as in ``Batches``.
+    """
+    is_folder = Path(model_name_or_path).expanduser().exists()
+    packages = ("accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers")
+    return {
+        "base_model": None if is_folder else model_name_or_path,
+        "sources": list(sources),
+        "versions": {"yivl": yivl.__version__} | {name: version(name) for name in packages},
+    }
 
 
 def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> Path | None:
@@ -123,7 +145,7 @@ def is_finished(checkpoint: Path, arguments: Arguments, total_steps: int) -> boo
         return True
     before, now = read_json(checkpoint / ARGUMENTS), json.loads(json.dumps(as_dict(arguments), default=str))
     for flags in (before, now):
-        flags["rows of a step"] = math.prod(flags[name] for name in _ROWS_OF_A_STEP)
+        flags["rows of a step"] = math.prod(flags[name] for name in ROWS_OF_A_STEP)
     is_stream = any(source.is_stream for source in read_sources(arguments.data.data_path, "."))
     must_agree = _MUST_AGREE + (_STREAMS_MUST_AGREE if is_stream else ())
     for name, value in now.items():

@@ -7,19 +7,22 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
+LOG: Final = "log.jsonl"
+"""Name of the log in an output folder."""
+
 
 class RunLog(TrainerCallback):  # type: ignore[misc]
     """Keeps every logged line in ``log.jsonl`` and draws ``loss.png`` from it; shows a bar, or lines to no terminal."""
 
     def __init__(self, output_dir: str) -> None:
-        self.path, self.picture = Path(output_dir) / "log.jsonl", Path(output_dir) / "loss.png"
+        self.path, self.picture = Path(output_dir) / LOG, Path(output_dir) / "loss.png"
         self.bar: tqdm[Any] | None = None
         self.started, self.first_step = time.monotonic(), 0
 

@@ -6,6 +6,7 @@ python -m yivl.train.merge --model-path BASE --lora-path ADAPTER --save-model-pa
 import argparse
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from yivl import entry
@@ -43,6 +44,8 @@ def main() -> None:
     from yivl.model.configuration import read_json
     from yivl.model.loading import load_adapter, load_model
     from yivl.model.saving import check_replaceable, save_checkpoint
+    from yivl.train.checkpoints import ARGUMENTS, RECORD
+    from yivl.train.log import LOG
 
     base, adapter, target = (
         os.path.expanduser(path) for path in (arguments.model_path, arguments.lora_path, arguments.save_model_path)
@@ -58,6 +61,9 @@ def main() -> None:
     loaded = load_model(base, device=arguments.device, dtype=arguments.dtype)
     model = load_adapter(loaded.model, adapter, merge=True)
     save_checkpoint(model, target, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
+    for name in (ARGUMENTS, RECORD, LOG):  # how it was trained, for its model card
+        if (Path(adapter) / name).is_file():
+            shutil.copyfile(Path(adapter) / name, Path(target) / name)
     logger.info("the merged model is in %s", target)
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from yivl.train.arguments import Arguments, YiVLTrainingArguments, Zero, as_dict
 from yivl.train.batches import BatchLoader, own_words
 from yivl.train.checkpoints import (
     ARGUMENTS,
+    RECORD,
     UNFINISHED,
     load_trained,
     move_into_place,
@@ -60,6 +61,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         image_processor: ImageProcessor,
         num_patches: int,
         eval_loader: BatchLoader | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_log = RunLog(arguments.training.output_dir)
         super().__init__(
@@ -74,6 +76,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             self.remove_callback(callback)
         self.arguments, self.loader, self.eval_loader = arguments, loader, eval_loader
         self.tokenizer, self.image_processor, self.num_patches = tokenizer, image_processor, num_patches
+        self.record = {} if record is None else record
         self._empty_steps = 0
         self._frozen = frozen_modules(model)
         self._run_dir = Path(arguments.training.output_dir)
@@ -251,6 +254,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             state_dict=state_dict,
         )
         write_json(folder / ARGUMENTS, as_dict(self.arguments))
+        write_json(folder / RECORD, self.record)
 
     @property
     def is_adapter(self) -> bool:

@@ -1,0 +1,52 @@
+"""Configuration and model. Source: 01-ai/Yi, VL/llava/model/__init__.py."""
+
+import os
+from typing import Any
+
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from yivl.image_processing import load_clip_processor
+from yivl.model.configuration import YiVLConfig, vit_folder
+from yivl.model.loading import resolve_checkpoint
+from yivl.model.modeling import YiVLForCausalLM
+from yivl.model.vision_tower import VisionTower
+
+__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM"]
+
+
+class LlavaConfig(YiVLConfig):
+    """The configuration, read as the release's callers read it."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **_: Any) -> "LlavaConfig":
+        """Return the configuration of a checkpoint folder or hub id."""
+        return cls.from_folder(resolve_checkpoint(folder))
+
+
+class CLIPVisionTower(VisionTower):
+    """The vision tower with what callers ask it for; it is loaded with the model."""
+
+    is_loaded = True
+    image_processor: CLIPImageProcessorPil
+
+    def load_model(self) -> None:
+        """Do nothing: the weights are there."""
+
+
+class LlavaLlamaForCausalLM(YiVLForCausalLM):
+    """The model for callers that load it themselves, piece by piece."""
+
+    _no_split_modules = [*YiVLForCausalLM._no_split_modules, "CLIPVisionTower"]  # noqa: RUF012 (as there)
+
+    def __init__(self, config: YiVLConfig) -> None:
+        super().__init__(config)
+        self.model.vision_tower = CLIPVisionTower(config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> "LlavaLlamaForCausalLM":
+        """Load a checkpoint folder or hub id; the arguments are those of transformers."""
+        checkpoint = resolve_checkpoint(folder)
+        model = super().from_pretrained(checkpoint, **kwargs)
+        tower = vit_folder(checkpoint, model.config.mm_vision_tower)
+        model.get_vision_tower().image_processor = load_clip_processor(tower)
+        return model
