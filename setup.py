@@ -32,6 +32,7 @@ setup(
         "dev": [
             "codespell",
             "hypothesis",
+            "llama-cpp-python>=0.3.36,<0.4",  # built from source: scripts/setup.sh
             "mypy>=2",
             "openai>=2",
             "playwright>=1.50",

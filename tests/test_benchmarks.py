@@ -189,7 +189,7 @@ def test_subjects_come_in_the_official_order(mmmu_folder: Path) -> None:
 
 def test_cmmmu_is_asked_as_the_authors_of_yi_vl_did(cmmmu_folder: Path) -> None:
     questions = by_id(cmmmu.read_questions(str(cmmmu_folder), "val"))
-    assert [*questions] == ["101", "102", "103", "104", "105", "1", "2", "3", "4", "5"]  # art before business
+    assert [*questions] == [str(start + number) for start in (100, 0) for number in range(1, 7)]  # art before business
     assert questions["1"].prompt == (
         "请回答以下多项选择题，并选出正确选项。这些题目可能包括单选和多选题型。如果所提供的信息不足以确定一个明确的答案，"
         "那么请根据可用的数据和你的判断来选择最可能正确的选项。\n\n"
@@ -202,6 +202,15 @@ def test_cmmmu_is_asked_as_the_authors_of_yi_vl_did(cmmmu_folder: Path) -> None:
     assert questions["4"].is_blank
     assert not questions["5"].is_blank
     shown = questions["5"].picture()  # that of the question, although it comes second
+    assert isinstance(shown, bytes)
+    assert load_image(shown).tobytes() == picture(7).tobytes()
+
+
+def test_the_only_picture_of_an_option_is_shown(cmmmu_folder: Path) -> None:
+    questions = by_id(cmmmu.read_questions(str(cmmmu_folder), "val"))
+    assert not questions["6"].is_blank
+    assert "(B) \n" in questions["6"].prompt
+    shown = questions["6"].picture()
     assert isinstance(shown, bytes)
     assert load_image(shown).tobytes() == picture(7).tobytes()
 
@@ -278,7 +287,7 @@ def test_cmmmu_runs_shared_by_two_processes_as_by_one(cmmmu_folder: Path, tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "1/submission.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["id"], line["type"]) for line in lines[:3]] == [(101, "选择"), (102, "判断"), (103, "填空")]
     shares = [len((tmp_path / f"2/responses-0000{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
-    assert shares == [5, 5]
+    assert shares == [6, 6]
 
 
 def kept(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN
 
 ROOT = GOLDEN.parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("images/*.md")]
+DOCUMENTS = [path for place in (".", "docs", "images", "compat") for path in ROOT.glob(f"{place}/*.md")]
 
 # A module imports only from its left; parts of one layer may import each other.
 LAYERS = (
@@ -23,6 +23,7 @@ LAYERS = (
     ("generation", "data"),
     ("batching",),
     ("mm_utils", "serve", "train", "eval"),
+    ("bridges",),
 )
 
 
@@ -125,10 +126,13 @@ def test_python_in_the_documents_runs(path: Path) -> None:
 def test_every_flag_the_documents_name_exists() -> None:
     programs = ["single_inference.py", "cli.py", "web_demo.py"]
     programs += [f"scripts/benchmark_{what}.py" for what in ("inference", "serving", "training")]
-    modules = ["yivl.train", "yivl.train.merge", "yivl.data.check", "yivl.data.show", "yivl.data.world", "yivl.eval"]
+    modules = ["yivl.train", "yivl.train.merge", "yivl.data.check", "yivl.data.show", "yivl.data.world"]
     modules += ["yivl.train.tiny", "yivl.serve.api"]
+    commands = [["-m", "yivl.eval", benchmark] for benchmark in ("rows", "mmmu", "cmmmu")]
+    commands += [["scripts/convert.py", "to-gguf"], ["scripts/convert.py", "to-llamafactory"]]
+    commands += [["scripts/hub.py", command] for command in ("upload", "download", "card")]
     flags: set[str] = set()
-    for program in [*([name] for name in programs), *(["-m", name] for name in modules)]:
+    for program in [*([name] for name in programs), *(["-m", name] for name in modules), *commands]:
         command = [sys.executable, *program, "--help"]
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         flags.update(re.findall(r"--[a-z0-9][a-z0-9_-]*", printed))
