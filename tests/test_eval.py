@@ -71,6 +71,13 @@ def test_controls_show_another_picture_or_none() -> None:
     assert others == show(items, "another")
 
 
+def test_a_row_with_two_pictures_in_its_question_is_refused(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "<image_placeholder><image_placeholder>Same?"}, {"from": "gpt", "value": "No."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": ["cat.jpg", "coffee.jpg"], "conversations": said}]))
+    with pytest.raises(RowError, match="row 0: 2 pictures in the first question"):
+        read_items(tmp_path / "rows.json", IMAGES, [])
+
+
 def test_a_row_without_a_field_to_group_by_is_named(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="row 0: no field 'split'"):
         read_items(write(tmp_path, ["cat"]), IMAGES, ["split"])

@@ -15,7 +15,7 @@ DOCUMENTS = [path for place in (".", "docs", "images", "compat") for path in ROO
 
 # A module imports only from its left; parts of one layer may import each other.
 LAYERS = (
-    ("constants", "errors", "entry"),  # entry imports the rest only when a program runs
+    ("constants", "errors", "files", "entry"),  # entry imports the rest only when a program runs
     ("conversation", "image_processing"),
     ("tokenization",),
     ("sampling", "stopping"),

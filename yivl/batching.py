@@ -154,6 +154,11 @@ def answer_batch(
     replies = [
         Chat(loaded).begin(question, image, **sampling) for question, image in zip(questions, images, strict=True)
     ]
+    return finish_together(loaded, replies)
+
+
+def finish_together(loaded: LoadedModel, replies: Sequence[Reply]) -> list[str]:
+    """Generate replies from ``Chat.begin`` to their ends, in one batch, and return their texts."""
     batch = Batch(loaded)
     if replies:
         batch.add(replies)

@@ -38,14 +38,15 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that ``load`` reads."""
+def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> None:
+    """Add the flags that ``load`` reads; the model is the small one of the package where it need not be named."""
     group = parser.add_argument_group("model")
+    kinds = "checkpoint folder in the published layout, LoRA adapter folder, or hub id"
     group.add_argument(
         "--model-path",
-        default=EMBEDDED_MODEL,
-        help="checkpoint folder in the published layout, LoRA adapter folder, or hub id "
-        "(default: the small model in the package)",
+        default=None if must_name_model else EMBEDDED_MODEL,
+        required=must_name_model,
+        help=kinds if must_name_model else f"{kinds} (default: the small model in the package)",
     )
     group.add_argument("--model-base", help="checkpoint a LoRA adapter in --model-path goes on")
     group.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N (default: all GPUs, MPS or CPU)")

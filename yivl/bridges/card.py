@@ -56,9 +56,11 @@ class _Scores:
     groups: Sequence[tuple[str, Sequence[float]]]
     """Name of each group, and its figures; the accuracy, in percent, comes first."""
     dataset: str
+    model: str
+    """Last part of the path or hub id that was measured."""
     metric: str
     is_claim: bool
-    """Whether the figures say how good the model is; those with another picture or none are controls."""
+    """Whether the figures say how good that model is: not with another picture or none, and not in part."""
 
 
 def make_card(
@@ -100,7 +102,7 @@ def make_card(
         base_model=base,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
         tags=["yi-vl", "llava", *(["lora"] if adapter else [])],
-        model_name=name if (results := _eval_results(reports)) else None,
+        model_name=name if (results := _eval_results(reports, {name, folder.resolve().name})) else None,
         eval_results=results or None,
     )
     sections = [
@@ -133,7 +135,9 @@ def known_base(folder: Path, given: str | None = None) -> str | None:
         return given
     recorded = _read_if_there(folder / RECORD).get("base_model")
     named = _read_if_there(folder / "adapter_config.json").get("base_model_name_or_path")
-    return next((name for name in (recorded, named) if isinstance(name, str) and is_hub_id(name)), None)
+    names = [name for name in (recorded, named) if isinstance(name, str)]
+    # A relative path may look like a hub id.
+    return next((name for name in names if is_hub_id(name) and not Path(name).exists()), None)
 
 
 def is_hub_id(text: str) -> bool:
@@ -163,13 +167,16 @@ def _read_scores(path: Path) -> _Scores:
         if "overall" in about:
             named = {**about["domains"], "all": about["overall"]}
             protocol = f", protocol {about['protocol']}" if "protocol" in about else ""
+            split = f"{about['split']} split, {about['questions']:,} questions{protocol}"
+            is_on_hub = is_hub_id(about["data"]) and not Path(about["data"]).exists()
             return _Scores(
-                f"{about['benchmark'].upper()}, {about['split']} split{protocol}, measured on `{model}`:",
+                f"{about['benchmark'].upper()}, {split}, measured on `{model}`:",
                 ("domain", "accuracy %"),
                 [(name, [100 * accuracy]) for name, accuracy in named.items()],
-                dataset,
+                about["data"] if is_on_hub else dataset,
+                model,
                 "accuracy",
-                is_claim=True,
+                is_claim=about["is_whole"],
             )
         shown = {"own": "", "another": ", shown the picture of another question", "none": ", shown no picture"}
         return _Scores(
@@ -177,6 +184,7 @@ def _read_scores(path: Path) -> _Scores:
             (", ".join(about["group_by"]) or "group", "exact %", "best constant answer %", "questions"),
             [(", ".join(one["group"]) or "all", _figures(one)) for one in about["scores"]],
             dataset,
+            model,
             "exact_match",
             is_claim=about["pictures"] == "own",
         )
@@ -214,19 +222,19 @@ def _front_matter(folder: Path) -> ModelCardData:
     return data
 
 
-def _eval_results(reports: Iterable[_Scores]) -> list[EvalResult]:
-    """Return the scores for the index of the hub, controls left out."""
+def _eval_results(reports: Iterable[_Scores], names: set[str]) -> list[EvalResult]:
+    """Return the scores for the index of the hub: those of this model, by its names, and no controls."""
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=report.dataset.rsplit(".", 1)[0],
+            dataset_type=report.dataset.removesuffix(".jsonl").removesuffix(".json"),
             dataset_name=report.dataset,
             metric_type=report.metric,
             metric_name=f"{report.metric.replace('_', ' ')} in percent, {name}",
             metric_value=figures[0],
         )
         for report in reports
-        if report.is_claim
+        if report.is_claim and report.model in names
         for name, figures in report.groups
     ]
 

@@ -30,16 +30,15 @@ from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
 from yivl.model.configuration import YiVLConfig
 from yivl.model.loading import read_small_files, resolve_checkpoint
-from yivl.model.saving import settle
+from yivl.model.saving import TOWER, settle
 from yivl.model.vit_weights import read_vit_weights
-from yivl.model.weight_files import StateDict, check_checkpoint_files, read_weights
+from yivl.model.weight_files import BUFFERS, StateDict, check_checkpoint_files, read_weights
 from yivl.tokenization import YiTokenizer, tokenize_chunks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-_TOWER: Final = "model.vision_tower.vision_tower.vision_model."
+_VIT: Final = f"{TOWER}vision_model."
 _PROJECTOR: Final = "model.mm_projector."
-_BUFFER: Final = ".rotary_emb.inv_freq"  # written by old versions of transformers; computed, not learned
 
 _PROJECTORS: Final = ("mlp2x_gelu_Norm", "mlp2x_gelu")
 """What llama.cpp computes. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
@@ -134,11 +133,11 @@ def _weight_sources(source: Path, config: YiVLConfig) -> list[Source]:
         return {
             key: value
             for key, value in weights.items()
-            if not key.startswith("model.vision_tower.") and not key.endswith(_BUFFER)
+            if not key.startswith("model.vision_tower.") and not key.endswith(BUFFERS)
         }
 
     def read_vit() -> StateDict:
-        return {f"{_TOWER}{key}": value for key, value in read_vit_weights(source, config.mm_vision_tower).items()}
+        return {f"{_VIT}{key}": value for key, value in read_vit_weights(source, config.mm_vision_tower).items()}
 
     return [*(partial(read_shard, path) for path in check_checkpoint_files(source)), read_vit]
 
@@ -232,7 +231,7 @@ def _language_tensors(config: YiVLConfig) -> Convert:
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
 
     def convert(key: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        if key.startswith((_TOWER, _PROJECTOR)):
+        if key.startswith((_VIT, _PROJECTOR)):
             return None
         if key.endswith((".q_proj.weight", ".k_proj.weight")):
             tensor = _interleave_halves(tensor, config.head_dim)
@@ -257,9 +256,9 @@ def _vision_tensors(config: YiVLConfig) -> Convert:
         if key.startswith(_PROJECTOR):
             return f"mm.{key.removeprefix(_PROJECTOR)}", tensor
         # llama.cpp applies post_layernorm where it finds one, which the features are taken before.
-        if not key.startswith(_TOWER) or "post_layernorm" in key:
+        if not key.startswith(_VIT) or "post_layernorm" in key:
             return None
-        name = key.replace(_TOWER, "vision_tower.vision_model.")
+        name = key.replace(_VIT, "vision_tower.vision_model.")
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         return None if found is None else (found, tensor)  # no name: a layer beyond those that run
 

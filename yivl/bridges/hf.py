@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import torch
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.bridges.published import (
     STRATEGIES,
     TEXT_FIELDS,
     TOKENIZER_FILES,
-    TOWER,
     check_weights,
     empty_model,
     read_main_weights,
@@ -31,7 +31,7 @@ from yivl.bridges.published import (
 from yivl.errors import CheckpointError
 from yivl.image_processing import load_clip_processor
 from yivl.model.configuration import YiVLConfig, read_json
-from yivl.model.saving import atomic_folder, save_checkpoint, save_shards, write_json
+from yivl.model.saving import TOWER, atomic_folder, check_apart, save_checkpoint, save_shards, write_json
 from yivl.tokenization import load_tokenizer
 
 IMAGE_TOKEN: Final = "<image>"
@@ -77,6 +77,7 @@ def to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
     Raises:
         CheckpointError: If the projector is not that of Yi-VL, weights are missing, or ``target`` may not be replaced.
     """
+    check_apart(source, target)
     published = read_published(source)
     config, weights = published.config, published.weights
     rows = -(-(config.vocab_size + 2) // _MULTIPLE) * _MULTIPLE
@@ -105,6 +106,7 @@ def from_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
     Raises:
         CheckpointError: If ``source`` is no such folder, weights are missing, or ``target`` may not be replaced.
     """
+    check_apart(source, target)
     folder = Path(source)
     published = read_json(folder / _PUBLISHED) if (folder / _PUBLISHED).is_file() else {}
     config = _our_config(folder, published.get("config.json", {}))
@@ -120,7 +122,7 @@ def from_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
     with tempfile.TemporaryDirectory() as own:
         shutil.copyfile(folder / "tokenizer.model", Path(own) / "tokenizer.model")
         _write_our_tokenizer(folder, Path(own), published, config.vocab_size)
-        tokenizer, image_processor = load_tokenizer(own), load_clip_processor(folder)
+        tokenizer, image_processor = load_tokenizer(own), _clip_processor(folder)
         save_checkpoint(model, target, tokenizer=tokenizer, image_processor=image_processor, state_dict=weights)
 
 
@@ -184,6 +186,15 @@ def _our_config(folder: Path, published: Mapping[str, Any]) -> YiVLConfig:
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}/config.json: not the -hf layout of a Yi-VL model ({reason})") from error
+
+
+def _clip_processor(folder: Path) -> CLIPImageProcessorPil:
+    """Return the CLIP preprocessing, from the file of its own or that of transformers 5 for all of a processor."""
+    if not (folder / "preprocessor_config.json").is_file() and (folder / "processor_config.json").is_file():
+        fields = read_json(folder / "processor_config.json").get("image_processor")
+        if isinstance(fields, dict):
+            return CLIPImageProcessorPil(**fields)
+    return load_clip_processor(folder)
 
 
 def _write_our_tokenizer(folder: Path, new: Path, published: Mapping[str, Any], vocabulary: int) -> None:

@@ -22,21 +22,27 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 
 from yivl.bridges.card import CARD, is_generated, known_base, make_card
 from yivl.errors import CheckpointError
+from yivl.files import write_whole
 from yivl.model.configuration import read_json, vit_folder
 from yivl.model.loading import NON_LORA_TRAINABLES, UNUSED_FILES, read_small_files, reason_of
 from yivl.model.saving import settle, sync
 from yivl.model.weight_files import check_checkpoint_files, check_weight_file, find_weights
+from yivl.train.log import LOG
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER: Final = "adapter_config.json"
-_CONFIGS: Final = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_CONFIGS: Final = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("preprocessor_config.json", "processor_config.json"),  # in a folder for SGLang
+)
 # What is published beside the weights and ``vit/``; not optimizers, arguments, bad rows and events, which name paths.
 _PUBLISHED: Final = (
     *(*_CONFIGS, _ADAPTER, "added_tokens.json", "tokenizer.json", "tokenizer.model", "*.index.json"),
-    *(CARD, "LICENSE*", "NOTICE*", "*.png", "*.jpg", "log.jsonl", "train_results.json"),
+    *("chat_template.jinja", CARD, "LICENSE*", "NOTICE*", "loss.png", LOG, "train_results.json"),
 )
-_MACHINE_PATH: Final = re.compile(r"/[^/\s]+/|~[/\\]|[A-Za-z]:[/\\]|file:")
+_VIT_CONFIGS: Final = ("config.json", "preprocessor_config.json")
+_MACHINE_PATH: Final = re.compile(r"/[^/\s]+/|\.\.[/\\]|~[/\\]|[A-Za-z]:[/\\]|file:")
 
 
 def upload(
@@ -89,7 +95,7 @@ def upload(
     if private and not info.private:
         raise CheckpointError(f"{repo_id}: exists and is public; make it private on the hub, or upload it for all")
     if card is not None:
-        _write(folder / CARD, card)
+        write_whole(folder / CARD, card)
     names = _names_to_publish(folder)
     left_out = {path.name for path in folder.iterdir()} - {name.split("/")[0] for name in names}
     if left_out:
@@ -98,7 +104,10 @@ def upload(
         logger.info("%s: its %s is written by hand and kept", repo_id, CARD)
         names.remove(CARD)
     operations: list[Any] = [CommitOperationAdd(name, contents.get(name, os.fspath(folder / name))) for name in names]
-    operations += [CommitOperationDelete(name) for name in sorted(there.difference(names)) if _is_weights(name)]
+    replaced = [name for name in sorted(there.difference(names)) if _is_weights(name)]
+    if replaced:
+        logger.info("deleted there, weights of another upload: %s", ", ".join(replaced))
+    operations += [CommitOperationDelete(name) for name in replaced]
     with _clear_errors(repo_id):
         return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
 
@@ -177,7 +186,7 @@ def _names_to_publish(folder: Path) -> list[str]:
         weights = [*folder.glob("adapter_model.*"), *_beside(folder)]
     else:
         vit = vit_folder(folder, read_json(folder / "config.json")["mm_vision_tower"])
-        weights = [path for path in vit.rglob("*") if path.is_file() and not path.name.startswith("open_clip_")]
+        weights = [vit / name for name in _VIT_CONFIGS if (vit / name).is_file()] + [find_weights(vit)]
         weights += check_checkpoint_files(folder)
     others = [
         path
@@ -194,16 +203,22 @@ def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
         CheckpointError: If one names a path of this machine.
     """
     contents: dict[str, bytes] = {}
-    configs = [folder / name for name in (*_CONFIGS, _ADAPTER)] + sorted(folder.glob("vit/*/*.json"))
+    configs = [folder / name for name in (*_CONFIGS, _ADAPTER)]
+    if (folder / "config.json").is_file() and not (folder / _ADAPTER).is_file():
+        vit = vit_folder(folder, read_json(folder / "config.json")["mm_vision_tower"])
+        configs += [vit / name for name in _VIT_CONFIGS]
     for path in (path for path in configs if path.is_file()):
         fields = read_json(path)
-        if path.name == _ADAPTER and base is not None and fields.get("base_model_name_or_path") != base:
-            fields["base_model_name_or_path"] = base
-            contents[_ADAPTER] = (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+        if path.name == _ADAPTER:
+            if base is None:
+                named = fields.get("base_model_name_or_path")
+                raise CheckpointError(f"{path}: names {named!r} as its base; give the base model's hub id")
+            if fields.get("base_model_name_or_path") != base:
+                fields["base_model_name_or_path"] = base
+                contents[_ADAPTER] = (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
         for name, value in fields.items():
             if any(_MACHINE_PATH.match(text) for text in _texts(value)):
-                fix = "give the base model's hub id" if path.name == _ADAPTER else "mend it"
-                raise CheckpointError(f"{path}: {name} is a path of this machine, of no use to others; {fix}")
+                raise CheckpointError(f"{path}: {name} is a path of this machine, of no use to others; mend it")
     return contents
 
 
@@ -243,13 +258,9 @@ def _is_by_hand(card: Path) -> bool:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".index.json"))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Whether a file of the repository is one that a load would take for the model's weights."""
+    in_place = "/" not in name or re.fullmatch(r"vit/[^/]+/[^/]+", name)
+    return bool(in_place) and name.endswith((".safetensors", ".bin", ".index.json"))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ relative ones start at the image folder here and at ``media_dir`` there, by defa
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Final
 from yivl.constants import DEFAULT_IMAGE_TOKEN, SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.data.rows import RowError, parse_row, read_rows
+from yivl.files import write_whole
 
 IMAGE: Final = "<image>"
 """Text that stands for one image. Source: hiyouga/LLaMA-Factory, src/llamafactory/extras/constants.py."""
@@ -81,8 +81,8 @@ def to_llamafactory(source: Path, folder: Path, *, name: str) -> int:
         raise RowError(f"{folder}: holds another data set {name!r}; give another name")
     folder.mkdir(parents=True, exist_ok=True)
     # The rows first: a data set that is declared is there.
-    _write(data_path, _json_list(rows))
-    _write(info_path, json.dumps(info | {name: declared}, indent=2, ensure_ascii=False) + "\n")
+    write_whole(data_path, _json_list(rows))
+    write_whole(info_path, json.dumps(info | {name: declared}, indent=2, ensure_ascii=False) + "\n")
     return len(rows)
 
 
@@ -138,7 +138,7 @@ def from_llamafactory(dataset_info: Path, name: str, target: Path) -> int:
     if not rows:
         raise RowError(f"{data_set.file}: no rows")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write(target, _json_list(rows))
+    write_whole(target, _json_list(rows))
     return len(rows)
 
 
@@ -272,14 +272,3 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 def _json_list(rows: Sequence[Mapping[str, Any]]) -> str:
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # Half of a character, which JSON can hold and UTF-8 cannot, stays the escape it was.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -16,13 +16,10 @@ from yivl.image_processing import ImageProcessor
 from yivl.model.configuration import YiVLConfig, read_json
 from yivl.model.loading import read_small_files, resolve_checkpoint
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.model.saving import write_json
+from yivl.model.saving import TOWER, write_json
 from yivl.model.vit_weights import read_vit_weights
-from yivl.model.weight_files import StateDict, check_checkpoint_files, read_weights
+from yivl.model.weight_files import BUFFERS, StateDict, check_checkpoint_files, read_weights
 from yivl.tokenization import YiTokenizer
-
-TOWER: Final = "model.vision_tower.vision_tower."
-"""What the names of the ViT begin with."""
 
 TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Beside ``tokenizer.model``."""
@@ -46,8 +43,6 @@ TEXT_FIELDS: Final = (
     "tie_word_embeddings",
 )
 """Of the language model, beside its vocabulary and its rotary embedding."""
-
-_BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")  # computed, not learned
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def read_main_weights(folder: Path) -> StateDict:
     weights: StateDict = {}
     for path in check_checkpoint_files(folder):
         weights |= read_weights(path)
-    return {key: value for key, value in weights.items() if not key.endswith(_BUFFERS)}
+    return {key: value for key, value in weights.items() if not key.endswith(BUFFERS)}
 
 
 def empty_model(config: YiVLConfig) -> YiVLForCausalLM:

@@ -15,7 +15,7 @@ from yivl.bridges.published import (
 )
 from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.model.configuration import read_json
-from yivl.model.saving import atomic_folder, save_checkpoint, write_json
+from yivl.model.saving import atomic_folder, check_apart, save_checkpoint, write_json
 
 
 def to_sglang(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -32,6 +32,7 @@ def to_sglang(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     Raises:
         CheckpointError: If the projector is not that of Yi-VL, weights are missing, or ``target`` may not be replaced.
     """
+    check_apart(source, target)
     published = read_published(source)
     config = published.config
     with atomic_folder(target) as new:

@@ -121,7 +121,8 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, 
     except UnicodeDecodeError as error:
         raise RowError(f"{name}: not UTF-8 text (byte {error.start})") from error
     if Path(path).suffix == ".jsonl":
-        numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # Not splitlines(), which parts at characters that JSON holds as they are, such as U+2028.
+        numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         places = [f"line {number}" for number, _ in numbered]
         rows = [_parse(line, f"{name} {place}") for place, (_, line) in zip(places, numbered, strict=True)]
     else:

@@ -12,9 +12,12 @@ written beside the answers as Markdown, CSV and JSON; benchmarks have a chart an
 import argparse
 import dataclasses
 import json
+import logging
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +25,11 @@ from yivl import entry
 
 if TYPE_CHECKING:
     from yivl.eval.questions import Question
+
+logger = logging.getLogger(__name__)
+
+WHOLE: Final = 900
+"""Questions of the validation splits of both benchmarks. Source: their READMEs."""
 
 # Flags that change no answer, at most its last bits: a run may go on with others.
 _FREE: Final = ("output", "batch_size", "device", "attn_implementation", "group_by")
@@ -36,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 
     def add(name: str, about: str, data: str | None, data_about: str) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        entry.add_model_flags(command)
+        entry.add_model_flags(command, must_name_model=name != "rows")
         default = f" (default: {data})" if data else ""
         command.add_argument("--data", default=data, required=data is None, help=data_about + default)
         command.add_argument("--output", required=True, help="folder to write")
@@ -83,7 +91,8 @@ def run_rows(arguments: argparse.Namespace) -> None:
     from yivl.eval.reporting import write_reports
 
     data, images = Path(arguments.data).expanduser(), Path(arguments.image_folder).expanduser()
-    items = rows.read_items(data, images, arguments.group_by)
+    with said_once():
+        items = rows.read_items(data, images, arguments.group_by)
     folder = Path(arguments.output).expanduser()
     asked = rows.questions(items, arguments.pictures)
     responses = ask(arguments, asked, folder, arguments.max_new_tokens)
@@ -102,14 +111,15 @@ def run_rows(arguments: argparse.Namespace) -> None:
 def run_benchmark(arguments: argparse.Namespace) -> None:
     """Ask the questions of MMMU or CMMMU, and score the responses where the split has its answers."""
     from yivl.eval import cmmmu, mmmu
-    from yivl.eval.reporting import write_whole
+    from yivl.files import write_whole
 
-    if arguments.benchmark == "mmmu":
-        questions = mmmu.read_questions(arguments.data, arguments.split, arguments.protocol)
-        max_new_tokens = mmmu.MAX_NEW_TOKENS[arguments.protocol]
-    else:
-        questions = cmmmu.read_questions(arguments.data, arguments.split)
-        max_new_tokens = cmmmu.MAX_NEW_TOKENS
+    with said_once():
+        if arguments.benchmark == "mmmu":
+            questions = mmmu.read_questions(arguments.data, arguments.split, arguments.protocol)
+            max_new_tokens = mmmu.MAX_NEW_TOKENS[arguments.protocol]
+        else:
+            questions = cmmmu.read_questions(arguments.data, arguments.split)
+            max_new_tokens = cmmmu.MAX_NEW_TOKENS
     folder = Path(arguments.output).expanduser()
     responses = ask(arguments, questions, folder, max_new_tokens)
     if responses is None:
@@ -131,28 +141,50 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
     )
 
 
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Let a mistake that all processes find be said by the first."""
+    from yivl.errors import YiVLError
+
+    try:
+        yield
+    except YiVLError:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)
+        raise
+
+
 def ask(
     arguments: argparse.Namespace, questions: "Sequence[Question]", folder: Path, max_new_tokens: int
 ) -> dict[str, str] | None:
     """Return the responses by id, or ``None`` where another process returns them."""
+    import torch
+
     from yivl.eval.answering import answer_questions, fingerprint
 
-    if arguments.device == "auto" and "LOCAL_RANK" in os.environ:
-        import torch
-
-        if torch.cuda.is_available():
-            arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    local = os.environ.get("LOCAL_RANK")
+    one_each = arguments.device == "auto" and local is not None and torch.cuda.is_available()
+    loading = argparse.Namespace(**vars(arguments) | ({"device": f"cuda:{local}"} if one_each else {}))
     settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
     settings |= {"max_new_tokens": max_new_tokens}
-    settings |= fingerprint(questions, [arguments.model_path, arguments.model_base])
+    models = [arguments.model_path, arguments.model_base or adapter_base(arguments.model_path)]
+    settings |= fingerprint(questions, arguments.data, models)
     return answer_questions(
-        lambda: entry.load(arguments),
+        lambda: entry.load(loading),
         questions,
         folder,
         settings,
         batch_size=arguments.batch_size,
         max_new_tokens=max_new_tokens,
     )
+
+
+def adapter_base(model_path: str) -> str | None:
+    """Return the model that an adapter folder names as its base."""
+    from yivl.model.configuration import read_json
+
+    path = Path(model_path).expanduser() / "adapter_config.json"
+    return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
 
 def report(
@@ -184,12 +216,17 @@ def report(
     table = Table(["domain", "subject", "questions", "accuracy %"], rows)
     names = ("benchmark", "data", "split", "protocol")
     about = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    write_reports(folder, about | {"model": arguments.model_path} | scores, table)
-    theirs = {
-        name: {("all" if key == arguments.split else key): value for key, value in values.items()}
-        for name, values in published.items()
-    }
-    title = f"{arguments.benchmark.upper()}, {arguments.split}"
+    about |= {"model": arguments.model_path, "questions": numbers.total(), "is_whole": numbers.total() == WHOLE}
+    write_reports(folder, about | scores, table)
+    theirs = {}
+    if about["is_whole"]:
+        theirs = {
+            name: {("all" if key == arguments.split else key): value for key, value in values.items()}
+            for name, values in published.items()
+        }
+    else:
+        logger.warning("%d of %d questions are not the whole split, and no figure to compare", numbers.total(), WHOLE)
+    title = f"{arguments.benchmark.upper()}, {arguments.split} split, {numbers.total():,} questions"
     draw_bars(folder / "scores.png", title, [*domains, "all"], {"this model": domains | {"all": overall}} | theirs)
     print(table.markdown())  # noqa: T201 (the result)
 

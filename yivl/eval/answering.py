@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,23 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from yivl.batching import answer_batch
-from yivl.errors import ImageError, YiVLError
-from yivl.eval.questions import Question
-from yivl.generation import Picture
-from yivl.image_processing import load_image
+from yivl.batching import finish_together
+from yivl.errors import ContextLengthError, ImageError, YiVLError
+from yivl.eval.questions import Question, file_key
+from yivl.files import write_whole, written_whole
+from yivl.generation import Chat, Picture, Reply
 from yivl.model.loading import LoadedModel
 
+logger = logging.getLogger(__name__)
+
 _SETTINGS: Final = "settings.json"
+_CHANGED: Final = {
+    "questions": "to other questions or about other pictures",
+    "data_files": "to questions of other files",
+    "model_files": "of other files of the model",
+}
+# What loading reads; not logs, cards and answers, which may lie beside it.
+_READ: Final = ("*.safetensors", "*.bin", "tokenizer*", "*_tokens*.json", "*config.json")
 _PATIENCE: Final = timedelta(days=7)  # the fastest process waits for the slowest, for as long as its share takes
 
 
@@ -56,112 +66,134 @@ def answer_questions(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         distributed.init_process_group("gloo", timeout=_PATIENCE)
-    known: list[Any] = [_start(folder, settings)] if rank == 0 else [None]
+    begun: list[Any] = [_start(folder, settings) if rank == 0 else None]
     if world > 1:
-        distributed.broadcast_object_list(known)  # all share out the same rest
-    left = [question for question in questions if question.id not in known[0]]
-    left.sort(key=lambda question: len(question.prompt))  # little padding
-    new = _answer(load, left[rank::world], folder / f"responses-{rank:05d}.jsonl", rank, batch_size, max_new_tokens)
-    parts: list[Any] = [new]
+        distributed.broadcast_object_list(begun)  # all share out the same rest
+    known, problem = begun[0]
+    _stop_at(problem, rank)
+    left = [question for question in questions if question.id not in known]
+    left.sort(key=lambda question: -len(question.prompt))  # little padding, and what is too long comes first
+    new, problem = _answer(load, left[rank::world], folder / f"responses-{rank:05d}.jsonl", batch_size, max_new_tokens)
+    parts: list[Any] = [(new, problem)]
     if world > 1:
         parts = [None] * world
-        distributed.gather_object(new, parts if rank == 0 else None)
+        distributed.gather_object((new, problem), parts if rank == 0 else None)
         distributed.destroy_process_group()
         if rank > 0:
             return None
-    answers = {id: text for part in [*known, *parts] for id, text in part.items()}
+    _stop_at(next((problem for _, problem in parts if problem), None), rank)
+    answers = {id: text for part in [known, *(new for new, _ in parts)] for id, text in part.items()}
     return {question.id: answers[question.id] for question in questions}
 
 
+def _stop_at(problem: str | None, rank: int) -> None:
+    """Raise a problem in the first process, which says it; the others leave without a word."""
+    if problem is not None:
+        if rank > 0:
+            sys.exit(2)
+        raise YiVLError(problem)
+
+
 def _answer(
-    load: Callable[[], LoadedModel],
-    questions: Sequence[Question],
-    file: Path,
-    rank: int,
-    batch_size: int,
-    max_new_tokens: int,
-) -> dict[str, str]:
-    """Answer one process's share, adding each batch to the file at once."""
+    load: Callable[[], LoadedModel], questions: Sequence[Question], file: Path, batch_size: int, max_new_tokens: int
+) -> tuple[dict[str, str], str | None]:
+    """Answer one process's share, adding each batch to the file at once, up to a problem if there is one.
+
+    The other processes go on then: what they answer need not be asked again.
+    """
     answers: dict[str, str] = {}
     if not questions:
-        return answers
+        return answers, None
     loaded = load()
-    image_size = loaded.model.config.vision_config.image_size
     every = 0.1 if sys.stderr.isatty() else 60  # seconds between two looks at the bar; a log has a line of each
+    is_first = os.environ.get("RANK", "0") == "0"
     with (
         file.open("a", encoding="utf-8") as out,
-        tqdm(total=len(questions), desc="questions", disable=rank > 0, mininterval=every) as bar,
+        tqdm(total=len(questions), desc="questions", disable=not is_first, mininterval=every) as bar,
     ):
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            texts = answer_batch(
-                loaded,
-                [question.prompt for question in batch],
-                [_picture(question, image_size) for question in batch],
-                temperature=0,
-                max_new_tokens=max_new_tokens,
-            )
-            for question, text in zip(batch, texts, strict=True):
+            try:
+                replies = [_begin(loaded, question, max_new_tokens) for question in batch]
+            except YiVLError as error:
+                if not is_first:
+                    logger.warning("%s; the other processes go on", error)
+                return answers, str(error)
+            for question, text in zip(batch, finish_together(loaded, replies), strict=True):
                 answers[question.id] = text.strip()
                 out.write(json.dumps({"id": question.id, "response": text.strip()}, ensure_ascii=False) + "\n")
             out.flush()
             bar.update(len(batch))
-    return answers
+    return answers, None
 
 
-def _picture(question: Question, image_size: int) -> Picture | None:
-    """Return the picture of a question; one that cannot be used is named by the question."""
-    if question.is_blank:
-        return torch.zeros(3, image_size, image_size)
-    picture = question.picture()
+def _begin(loaded: LoadedModel, question: Question, max_new_tokens: int) -> Reply:
+    """Return the reply to a question; one that cannot be asked is named."""
     try:
-        # A path is named by its own error.
-        return load_image(picture) if isinstance(picture, bytes) else picture
-    except ImageError as error:
-        raise ImageError(f"question {question.id}: {error}") from error
+        if question.is_blank:
+            size = loaded.model.config.vision_config.image_size
+            picture: Picture | None = torch.zeros(3, size, size)
+        else:
+            picture = question.picture()
+        return Chat(loaded).begin(question.prompt, picture, temperature=0, max_new_tokens=max_new_tokens)
+    except (ImageError, ContextLengthError) as error:
+        raise YiVLError(f"question {question.id}: {error}") from error
 
 
-def _start(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the answers of an earlier run, or begin a new one."""
+def _start(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+    """Return the answers of an earlier run, or begin a new one; or what speaks against both."""
+    if folder.exists() and not folder.is_dir():
+        return {}, f"{folder}: is a file; give a folder to --output"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
-    if not path.is_file():
-        if any(folder.iterdir()):
-            raise YiVLError(f"{folder}: holds something else; give an empty or new folder to --output")
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return {}
+    if not path.is_file() and any(folder.iterdir()):
+        return {}, f"{folder}: holds something else; give an empty or new folder to --output"
+    answers = _kept(folder)
+    if not answers:  # what failed before its first answer binds nobody
+        write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        return {}, None
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for key, value in settings.items():
         if earlier.get(key) != value:
-            raise YiVLError(
-                f"{folder}: holds answers with {key}={earlier.get(key)!r}, now {value!r}; give another --output"
-            )
+            changed = _CHANGED.get(key, f"with {key}={earlier.get(key)!r}, now {value!r}")
+            return {}, f"{folder}: holds answers {changed}; give another --output"
+    return answers, None
+
+
+def _kept(folder: Path) -> dict[str, str]:
     answers: dict[str, str] = {}
     for file in sorted(folder.glob("responses-*.jsonl")):
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):  # cut off in the middle of its last line: asked again
-            file.write_text("".join(whole), encoding="utf-8")
-        answers |= {fields["id"]: fields["response"] for fields in map(json.loads, whole)}
+        data = file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:  # cut off in the middle of its last line, perhaps of a character: asked again
+            with written_whole(file) as partial:
+                partial.write_bytes(whole)
+        answers |= {fields["id"]: fields["response"] for fields in map(json.loads, whole.split(b"\n")[:-1])}
     return answers
 
 
-def fingerprint(questions: Sequence[Question], models: Sequence[str | None]) -> dict[str, str]:
-    """Return what tells other questions, or files of another model at the same place, from these.
+def fingerprint(questions: Sequence[Question], data: str, models: Sequence[str | None]) -> dict[str, str]:
+    """Return what tells other questions, pictures or weights from these.
 
     Args:
-        questions: By their ids and prompts.
-        models: Checkpoint folders, by the names, sizes and times of their files; a hub id stands for itself.
+        questions: By their ids, prompts and pictures.
+        data: File or folder they come from; a hub id stands for itself.
+        models: Checkpoint and adapter folders, by the files that loading reads; a hub id stands for itself.
     """
-    asked = [[question.id, question.prompt, question.is_blank] for question in questions]
-    files = [
-        [os.fspath(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns]
+    asked = [[question.id, question.prompt, question.is_blank, question.picture_key] for question in questions]
+    place = Path(data).expanduser()
+    of_data = [place] if place.is_file() else [*place.rglob("*.parquet"), *place.rglob("*.arrow")]
+    of_models = [
+        path
         for model in models
         if model
-        for path in sorted(Path(model).expanduser().rglob("*"))
-        if path.is_file()
+        for folder in (Path(model).expanduser(), *Path(model).expanduser().glob("vit/*"))
+        for path in folder.glob("*")
+        if any(path.match(pattern) for pattern in _READ)
     ]
-    return {
-        name: hashlib.sha256(json.dumps(things).encode()).hexdigest()[:16]
-        for name, things in (("questions", asked), ("model_files", files))
+    facts = {
+        "questions": asked,
+        "data_files": sorted(map(file_key, of_data)),
+        "model_files": sorted(map(file_key, of_models)),
     }
+    return {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}

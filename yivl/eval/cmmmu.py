@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from yivl.errors import YiVLError
-from yivl.eval.questions import Question, picture_bytes, read_split
+from yivl.eval.questions import Question, picture_bytes, picture_columns, read_split
 
 DOMAINS: Final[dict[str, str]] = {
     "艺术与设计": "Art & Design",
@@ -78,10 +78,9 @@ def read_questions(data: str, split: str) -> list[Question]:
         YiVLError: If the data set cannot be read, or a row is none of CMMMU.
     """
     dataset = read_split(data, split)
-    pictures = [name for name in dataset.column_names if re.fullmatch(r"image_\d+", name)]
     questions = [
         _question(row, dataset, number, f"{data} {split} row {number}")
-        for number, row in enumerate(dataset.remove_columns(pictures))
+        for number, row in enumerate(dataset.remove_columns(picture_columns(dataset)))
     ]
     order = [*DOMAINS]
     return sorted(questions, key=lambda question: order.index(question.fields["category"]))
@@ -95,6 +94,8 @@ def _question(row: Mapping[str, Any], dataset: Any, number: int, origin: str) ->
         names = [row[name] or "" for name in sorted(row) if re.fullmatch(r"image_\d+_filename", name)]
     except KeyError as error:
         raise YiVLError(f"{origin}: not a row of CMMMU (no {error})") from error
+    if not isinstance(text, str) or "image_1" not in dataset.column_names:
+        raise YiVLError(f"{origin}: not a row of CMMMU (no question, or no column image_1)")
     if kind not in _TASKS or category not in DOMAINS:
         raise YiVLError(f"{origin}: type {kind!r} of category {category!r} is none of CMMMU's")
     if kind == CHOICE:

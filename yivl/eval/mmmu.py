@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from yivl.errors import YiVLError
-from yivl.eval.questions import Question, picture_bytes, read_split
+from yivl.eval.questions import Question, picture_bytes, picture_columns, read_split
 
 Protocol = Literal["yi", "official"]
 """How questions are asked: as the authors of Yi-VL did, or as the benchmark's own example program does."""
@@ -102,7 +102,9 @@ def read_questions(data: str, split: str, protocol: Protocol) -> list[Question]:
         YiVLError: If the data set cannot be read, or a row is none of MMMU.
     """
     dataset = read_split(data, split)
-    pictures = [name for name in dataset.column_names if name.startswith("image_")]
+    pictures = picture_columns(dataset)
+    if "image_1" not in pictures:
+        raise YiVLError(f"{data}: no data set of MMMU: it has no column image_1")
     questions = [
         _question(row, partial(picture_bytes, dataset, number, "image_1"), protocol, f"{data} {split} row {number}")
         for number, row in enumerate(dataset.remove_columns(pictures))
@@ -114,14 +116,19 @@ def _question(row: Mapping[str, Any], picture: Any, protocol: Protocol, origin: 
     try:
         id, text, kind = row["id"], row["question"], row["question_type"]
         options, answer = _as_list(row["options"]), row["answer"]
+        if not isinstance(text, str) or not isinstance(answer, str):
+            raise ValueError("question and answer are texts")
+        if kind == "multiple-choice" and not options:
+            raise ValueError("a choice without options")
+        place({"id": id})
     except (KeyError, ValueError, SyntaxError) as error:
         raise YiVLError(f"{origin}: not a row of MMMU ({type(error).__name__}: {error})") from error
     letters = [chr(ord("A") + place) for place in range(len(options))]
     fields = {"id": id, "question_type": kind, "answer": answer}
     if kind == "multiple-choice":
         fields |= {"all_choices": letters, "index2ans": dict(zip(letters, options, strict=True))}
-    elif answer.startswith("["):  # several right answers, in one text
-        fields["answer"] = _as_list(answer)
+    else:
+        fields["answer"] = _answers(answer)
     is_blank = False
     if protocol == "yi":
         in_options = sum(len(_TAG.findall(option)) for option in options)
@@ -131,7 +138,7 @@ def _question(row: Mapping[str, Any], picture: Any, protocol: Protocol, origin: 
     form = "{}. {}\n" if protocol == "yi" else "({}) {}\n"
     listed = "".join(form.format(letter, option) for letter, option in zip(letters, options, strict=True))
     prompt = f"{text}\n{listed}\n{_CHOOSE}" if kind == "multiple-choice" else f"{text}\n{_SAY}"
-    return Question(id, prompt, picture, fields, is_blank)
+    return Question(id, prompt, picture, fields, is_blank=is_blank)
 
 
 def _as_list(text: str) -> list[str]:
@@ -142,9 +149,18 @@ def _as_list(text: str) -> list[str]:
     return [str(one) for one in texts]
 
 
+def _answers(text: str) -> str | list[str]:
+    """Return the right answer to an open question, or several if the text is a list of texts; ``[0, 1]`` is none."""
+    try:
+        several = ast.literal_eval(text) if text.startswith("[") else text
+    except (ValueError, SyntaxError):
+        return text
+    return several if isinstance(several, list) and all(isinstance(one, str) for one in several) else text
+
+
 def _subject(id: str) -> str:
     """Return the subject in ``validation_Accounting_1``."""
-    return id.split("_", 1)[1].rsplit("_", 1)[0]
+    return id.partition("_")[2].rpartition("_")[0]
 
 
 def submission(questions: Sequence[Question], responses: Mapping[str, str]) -> tuple[str, str]:
@@ -164,9 +180,16 @@ def submission(questions: Sequence[Question], responses: Mapping[str, str]) -> t
 
 
 def place(fields: Mapping[str, Any]) -> tuple[str, str]:
-    """Return domain and subject of a question."""
+    """Return domain and subject of a question.
+
+    Raises:
+        ValueError: If its id names none.
+    """
     subject = _subject(fields["id"])
-    return next(domain for domain, subjects in DOMAINS.items() if subject in subjects), subject
+    for domain, subjects in DOMAINS.items():
+        if subject in subjects:
+            return domain, subject
+    raise ValueError(f"id {fields['id']!r} names no subject of MMMU")
 
 
 def parse_multiple_choice(

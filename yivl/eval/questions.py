@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from yivl.errors import YiVLError
 from yivl.generation import Picture
+from yivl.model.loading import reason_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Question:
     """Reads the picture that is shown with it, once it is wanted."""
     fields: Mapping[str, Any]
     """What a response is scored by."""
+    picture_key: str = ""
+    """Tells its picture from another."""
     is_blank: bool = False
     """Whether pixel values of zero, the mean colour, are shown in place of the picture."""
 
@@ -59,13 +62,28 @@ def read_split(data: str, split: str) -> Any:
         if not found:
             raise YiVLError(f"{data}: no split {split!r}; expected {split}-*.parquet files or folders of save_to_disk")
         dataset = datasets.concatenate_datasets(found)
-        for column in filter(re.compile(r"image_\d+").fullmatch, dataset.column_names):
+        for column in picture_columns(dataset):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     except YiVLError:
         raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
         raise YiVLError(f"{data}: split {split!r} cannot be read ({' '.join(str(error).split())})") from error
+    if not len(dataset):
+        raise YiVLError(f"{data}: split {split!r} has no rows")
     return dataset
+
+
+def picture_columns(dataset: Any) -> list[str]:
+    """Return the columns that hold pictures."""
+    return [name for name in dataset.column_names if re.fullmatch(r"image_\d+", name)]
+
+
+def file_key(path: Path) -> str:
+    """Return what tells a file from another one, or from an earlier one in its place: path, size and time."""
+    if not path.is_file():
+        return os.fspath(path)
+    about = path.stat()
+    return f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
 
 
 def picture_bytes(dataset: Any, row: int, column: str) -> bytes | Path | None:
@@ -83,8 +101,7 @@ def _download(data: str, split: str) -> Path:
         patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
         return Path(snapshot_download(data, repo_type="dataset", allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise YiVLError(
             f"{data}: no such folder, and no data set of that name could be downloaded; give a folder with its parquet "
-            f"files or a hub id such as MMMU/MMMU ({reason})"
+            f"files or a hub id such as MMMU/MMMU ({reason_of(error)})"
         ) from error

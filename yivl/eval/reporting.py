@@ -3,12 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
+
+from yivl.files import write_whole, written_whole
 
 Cell = str | int | float
 
@@ -22,7 +23,7 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as Markdown with aligned columns, which a terminal shows as well."""
-        lines = [[*self.columns], *([_text(cell) for cell in row] for row in self.rows)]
+        lines = [[*self.columns], *([_text(cell).replace("|", "\\|") for cell in row] for row in self.rows)]
         widths = [max(_width(line[index]) for line in lines) for index in range(len(self.columns))]
         is_number = [all(not isinstance(row[index], str) for row in self.rows) for index in range(len(self.columns))]
         rule = ["-" * (width - right) + ":" * right for width, right in zip(widths, is_number, strict=True)]
@@ -42,13 +43,6 @@ def write_reports(folder: Path, scores: Mapping[str, Any], table: Table) -> None
     write_whole(folder / "scores.md", table.markdown() + "\n")
     write_whole(folder / "scores.csv", table.csv())
     write_whole(folder / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str, Mapping[str, float]]) -> None:
@@ -73,9 +67,8 @@ def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str
     axes.set_xticks(range(len(groups)), [group.replace(" and ", "\nand ") for group in groups])
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _text(cell: Cell) -> str:

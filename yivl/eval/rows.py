@@ -5,12 +5,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from yivl.data.rows import RowError, parse_row, read_rows
-from yivl.eval.questions import Question
-from yivl.eval.reporting import Table, write_whole
+from yivl.eval.questions import Question, file_key
+from yivl.eval.reporting import Table
+from yivl.files import write_whole
 
 Pictures = Literal["own", "another", "none"]
 """Which picture is shown with a question: its own, that of another row, or none. The others are controls: a model that
@@ -54,7 +56,10 @@ def read_items(data: Path, image_folder: Path, group_by: Sequence[str]) -> list[
         row = parse_row(fields, origin, image_folder)
         if missing := [name for name in group_by if name not in fields]:
             raise RowError(f"{origin}: no field {missing[0]!r} to group by")
-        turn, image = row.turns[0], row.images[0] if row.images else None
+        turn = row.turns[0]
+        if turn.num_images > 1:
+            raise RowError(f"{origin}: {turn.num_images} pictures in the first question; it is asked with one at most")
+        image = row.images[0] if turn.num_images else None
         assert turn.answer is not None
         assert not isinstance(image, bytes)
         group = tuple(str(fields[name]) for name in group_by)
@@ -67,8 +72,7 @@ def read_items(data: Path, image_folder: Path, group_by: Sequence[str]) -> list[
 def show(items: Sequence[Item], pictures: Pictures) -> list[Path | None]:
     """Return the picture to be shown with each question.
 
-    ``another`` is that of a row whose answer in the same group is another, so that it is never right by chance of both
-    being the same; where all answers are the same, any other row's.
+    ``another`` is that of another row of the same group, drawn at random; its answer may happen to be the same.
     """
     if pictures == "own":
         return [item.image for item in items]
@@ -89,9 +93,13 @@ def questions(items: Sequence[Item], pictures: Pictures) -> list[Question]:
     """Return what is asked; rows may share an id, so their places tell the questions apart."""
     shown = show(items, pictures)
     return [
-        Question(str(place), item.question, lambda path=path: path, {})  # type: ignore[misc]
+        Question(str(place), item.question, partial(_as_it_is, path), {}, "" if path is None else file_key(path))
         for place, (item, path) in enumerate(zip(items, shown, strict=True))
     ]
+
+
+def _as_it_is(path: Path | None) -> Path | None:
+    return path
 
 
 def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.errors import CheckpointError
-from yivl.model.saving import METADATA, atomic_folder, write_json
+from yivl.model.saving import METADATA, atomic_folder, check_apart, write_json
 from yivl.model.vit_weights import open_clip_to_vit_weights, read_open_clip_config
 from yivl.model.weight_files import read_weights
 
@@ -31,8 +31,7 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
     """
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
-    if source.resolve() == target.resolve() or target.resolve() in source.resolve().parents:
-        raise CheckpointError(f"{target}: is or contains {source}; give another folder to write")
+    check_apart(source, target)
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in _LEFT_OUT]
     if not any(path.suffix == ".bin" for path in files):
         raise CheckpointError(f"{source}: no .bin weights to convert")

@@ -37,12 +37,9 @@ from yivl.model.rotary import ExactRotaryEmbedding
 from yivl.model.saving import save_checkpoint
 from yivl.model.vision_tower import VisionTower
 from yivl.model.vit_weights import copy_vit_weights, read_vit_weights
-from yivl.model.weight_files import StateDict, check_checkpoint_files
+from yivl.model.weight_files import BUFFERS, StateDict, check_checkpoint_files
 
 logger = logging.getLogger(__name__)
-
-# Tensors that old versions of transformers wrote and that are computed, not learned.
-_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 """One picture per placeholder, in order: ``(num_images, 3, image_size, image_size)``, or a list whose items are
@@ -374,7 +371,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         tower = "model.vision_tower."
         may_miss = (tower, "model.mm_projector.") if fresh_projector else (tower,)
         problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not key.startswith(may_miss)]
-        problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith(_BUFFERS)]
+        problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith(BUFFERS)]
         problems += [
             f"{key} is {list(found)}, expected {list(expected)}"
             for key, found, expected in sorted(info["mismatched_keys"])

@@ -17,8 +17,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from yivl.errors import CheckpointError
 
-_TOWER: Final = "model.vision_tower.vision_tower."
+TOWER: Final = "model.vision_tower.vision_tower."
+"""What the names of the ViT begin with in the main files."""
 METADATA: Final = {"format": "pt"}  # transformers refuses safetensors files without it
+# Weights, and what tells of them; in a folder that another model takes over it would tell of the wrong one.
+_OF_THE_MODEL: Final = (
+    *("*.safetensors", "*.bin", "*.index.json", "published.json"),
+    *("training_*.json", "train_results.json", "log.jsonl", "loss.png"),
+)
 
 
 @contextmanager
@@ -72,12 +78,23 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{target}: holds more than a checkpoint; give an empty or new folder to write")
 
 
+def check_apart(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Refuse to replace what is read.
+
+    Raises:
+        CheckpointError: If ``target`` is ``source``, or contains it.
+    """
+    read, written = Path(source).resolve(), Path(target).resolve()
+    if read == written or written in read.parents:
+        raise CheckpointError(f"{target}: is or contains {source}; give another folder to write")
+
+
 def _carry_over(old: Path, new: Path) -> None:
-    """Copy the files of ``old`` that are not weights and have no successor in ``new``."""
+    """Copy the files of ``old`` that do not speak of its weights and have no successor in ``new``."""
     for path in old.rglob("*") if old.is_dir() else ():
         place = new / path.relative_to(old)
-        is_weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and not place.exists() and place.parent.is_dir():
+        is_stale = any(path.match(pattern) for pattern in _OF_THE_MODEL)
+        if path.is_file() and not is_stale and not place.exists() and place.parent.is_dir():
             shutil.copy2(path, place)
 
 
@@ -145,7 +162,7 @@ def save_checkpoint(
         vision = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
         vision.pop("_name_or_path", None)  # a folder of this machine
         write_json(vit / "config.json", vision)
-        vit_weights = {key.removeprefix(_TOWER): value for key, value in weights.items() if key.startswith(_TOWER)}
+        vit_weights = {key.removeprefix(TOWER): value for key, value in weights.items() if key.startswith(TOWER)}
         save_file(vit_weights, vit / "model.safetensors", metadata=METADATA)
         if image_processor is not None:
             image_processor.save_pretrained(vit)

@@ -4,6 +4,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,9 @@ from safetensors.torch import load_file
 from yivl.errors import CheckpointError
 
 StateDict = dict[str, torch.Tensor]
+
+BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+"""Tensors that old versions of transformers wrote and that are computed, not learned."""
 
 # In the order of preference of transformers.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")

@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,11 +85,14 @@ def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]
         sources: Of its data, as in ``Batches``.
     """
     is_folder = Path(model_name_or_path).expanduser().exists()
-    packages = ("accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers")
+    versions = {"yivl": yivl.__version__}
+    for name in ("accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers"):
+        with suppress(PackageNotFoundError):  # not every run needs, or every machine has, all of them
+            versions[name] = version(name)
     return {
         "base_model": None if is_folder else model_name_or_path,
         "sources": list(sources),
-        "versions": {"yivl": yivl.__version__} | {name: version(name) for name in packages},
+        "versions": versions,
     }
 
 

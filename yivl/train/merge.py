@@ -43,7 +43,7 @@ def main() -> None:
     from yivl.errors import CheckpointError
     from yivl.model.configuration import read_json
     from yivl.model.loading import load_adapter, load_model
-    from yivl.model.saving import check_replaceable, save_checkpoint
+    from yivl.model.saving import atomic_folder, check_replaceable, save_checkpoint
     from yivl.train.checkpoints import ARGUMENTS, RECORD
     from yivl.train.log import LOG
 
@@ -60,10 +60,11 @@ def main() -> None:
         logger.warning("the adapter says that it was trained on %s; it is merged into %s", trained_on, base)
     loaded = load_model(base, device=arguments.device, dtype=arguments.dtype)
     model = load_adapter(loaded.model, adapter, merge=True)
-    save_checkpoint(model, target, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
-    for name in (ARGUMENTS, RECORD, LOG):  # how it was trained, for its model card
-        if (Path(adapter) / name).is_file():
-            shutil.copyfile(Path(adapter) / name, Path(target) / name)
+    with atomic_folder(target) as new:
+        save_checkpoint(model, new, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
+        for name in (ARGUMENTS, RECORD, LOG):  # how it was trained, for its model card
+            if (Path(adapter) / name).is_file():
+                shutil.copyfile(Path(adapter) / name, new / name)
     logger.info("the merged model is in %s", target)
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 import random
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from yivl.data.world.exam import EXAM_KINDS, Task, examine
 from yivl.data.world.language import caption, casually, conversation, detail, json_answer
 from yivl.data.world.scenes import Scene, Split, sample_scene
 from yivl.data.world.words import LANGUAGES
+from yivl.files import write_whole, written_whole
 
 _ROWS_OF_SHARD: Final = 1000
 _QUESTIONS: Final = 8
@@ -49,8 +49,7 @@ def examination(folder: Path, split: Split, number: int, side: int) -> None:
 
 def _write_shard(shard: tuple[Path, range], side: int) -> None:
     path, numbers = shard
-    partial_path = path.with_suffix(".partial")
-    with tarfile.open(partial_path, "w") as tar:
+    with written_whole(path) as partial_path, tarfile.open(partial_path, "w") as tar:
         for number in numbers:
             rng = random.Random(f"captions {number}")
             scene = sample_scene("train", number)
@@ -65,7 +64,6 @@ def _write_shard(shard: tuple[Path, range], side: int) -> None:
                 entry_of = tarfile.TarInfo(f"{number:09d}.{suffix}")
                 entry_of.size = len(content)
                 tar.addfile(entry_of, io.BytesIO(content))
-    os.replace(partial_path, path)
 
 
 def _write_dialogue(number: int, folder: Path, side: int, *, as_json: bool) -> dict[str, Any]:
@@ -121,6 +119,4 @@ def _work(task: Any, items: Iterable[Any], unit: str) -> list[Any]:
 
 
 def _write_json(path: Path, rows: Sequence[Any]) -> None:
-    with path.with_suffix(".partial").open("w", encoding="utf-8") as file:
-        file.write("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
-    os.replace(path.with_suffix(".partial"), path)
+    write_whole(path, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
