@@ -13,6 +13,7 @@ from yivl.eval.cmmmu import (
     DOMAINS,
     FALLBACK_SEED,
     JUDGEMENT,
+    PUBLISHED,
     is_correct,
     parse_blank,
     parse_choice,
@@ -25,6 +26,29 @@ from yivl.eval.cmmmu import (
 CASES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "cmmmu/parser_cases.json").read_text(encoding="utf-8")
 )
+
+
+# The responses of Yi-VL-34B that CMMMU-Benchmark/CMMMU publishes (eval/example) with options and answers of the
+# validation split, domain by domain, and the verdicts of its evaluation.
+PUBLISHED_RESPONSES: list[dict[str, Any]] = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "cmmmu/yi_vl_34b_val.jsonl").read_text(encoding="utf-8").split("\n")
+    if line
+]
+
+
+def test_the_published_responses_of_yi_vl_34b_have_the_published_score() -> None:
+    rows = [
+        {**row, "index2ans": dict(zip("ABCD", row.get("options", ()), strict=False))} for row in PUBLISHED_RESPONSES
+    ]
+    scores = score_rows(rows)
+    assert len(rows) == 900
+    assert len(scores["subjects"]) == 30
+    assert [
+        round(100 * figure, 1) for figure in (scores["overall"], PUBLISHED["Yi-VL-34B, published"]["val"] / 100)
+    ] == [36.2, 36.2]
+    rng = random.Random(FALLBACK_SEED)
+    assert [is_correct(row, rng) for row in rows] == [row["official_correct"] for row in rows]
 
 
 def test_verdicts_are_the_official_ones() -> None:
