@@ -70,6 +70,13 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
 }
 
+_STREAM: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The answer; with `stream`, its pieces as server-sent events",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
 
 class APIError(Exception):
     """A response that is an error, in words that say nothing about the inside of the server."""
@@ -278,7 +285,7 @@ def build_app(
         """List the one model."""
         return ModelList(data=[ModelCard(id=engine.loaded.name, created=started, owned_by="yivl")])
 
-    @app.post("/v1/chat/completions", response_model=Completion, responses=_ERRORS)
+    @app.post("/v1/chat/completions", response_model=Completion, responses=_ERRORS | _STREAM)
     async def complete(body: ChatRequest, request: Request) -> Any:
         """Answer the last message of a conversation."""
         if body.model != engine.loaded.name:
