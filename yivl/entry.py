@@ -142,7 +142,17 @@ def log_to_stderr() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("accelerate", "bitsandbytes", "datasets", "DeepSpeed", "fsspec", "httpx", "matplotlib", "torch"):
+    for noisy in (
+        "accelerate",
+        "bitsandbytes",
+        "datasets",
+        "DeepSpeed",
+        "fsspec",
+        "gguf",
+        "httpx",
+        "matplotlib",
+        "torch",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says that there is no CUDA
     transformers_logging.set_verbosity_error()
