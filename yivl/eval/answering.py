@@ -106,7 +106,7 @@ def _answer(
         return answers, None
     loaded = load()
     every = 0.1 if sys.stderr.isatty() else 60  # seconds between two looks at the bar; a log has a line of each
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first, is_alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     with (
         file.open("a", encoding="utf-8") as out,
         tqdm(total=len(questions), desc="questions", disable=not is_first, mininterval=every) as bar,
@@ -116,7 +116,7 @@ def _answer(
             try:
                 replies = [_begin(loaded, question, max_new_tokens) for question in batch]
             except YiVLError as error:
-                if not is_first:
+                if not is_alone:
                     logger.warning("%s; the other processes go on", error)
                 return answers, str(error)
             for question, text in zip(batch, finish_together(loaded, replies), strict=True):
