@@ -5,10 +5,11 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import distributed
@@ -31,6 +32,7 @@ _CHANGED: Final = {
 }
 # What loading reads; not logs, cards and answers, which may lie beside it.
 _READ: Final = ("*.safetensors", "*.bin", "tokenizer*", "*_tokens*.json", "*config.json")
+_MOMENT: Final = 30  # seconds, in which the first process ends and its launcher ends the others
 _PATIENCE: Final = timedelta(days=7)  # the fastest process waits for the slowest, for as long as its share takes
 
 
@@ -90,8 +92,14 @@ def _stop_at(problem: str | None, rank: int) -> None:
     """Raise a problem in the first process, which says it; the others leave without a word."""
     if problem is not None:
         if rank > 0:
-            sys.exit(2)
+            leave_after_the_first()
         raise YiVLError(problem)
+
+
+def leave_after_the_first() -> NoReturn:
+    """End this process with code 2, late: a launcher ends all at the first that fails, which is to say why."""
+    time.sleep(_MOMENT)
+    sys.exit(2)
 
 
 def _answer(
