@@ -70,7 +70,13 @@ def answer_questions(
         distributed.init_process_group("gloo", timeout=_PATIENCE)
     begun: list[Any] = [_start(folder, settings) if rank == 0 else None]
     if world > 1:
-        distributed.broadcast_object_list(begun)  # all share out the same rest
+        try:
+            distributed.broadcast_object_list(begun)  # all share out the same rest
+            distributed.barrier()
+        except RuntimeError:
+            if rank == 0:
+                raise
+            leave_after_the_first()  # which has left already
     known, problem = begun[0]
     _stop_at(problem, rank)
     left = [question for question in questions if question.id not in known]
