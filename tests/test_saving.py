@@ -137,8 +137,17 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_old_weights_go_and_other_files_stay(saved: Path, loaded: LoadedModel) -> None:
     (saved / "README.md").write_text("mine")
+    told = (
+        "training_arguments.json",
+        "training_run.json",
+        "log.jsonl",
+        "published.json",
+    )  # of the model that was there
+    for name in told:
+        (saved / name).write_text("{}")
     loaded.model.save_pretrained(saved)  # no tokenizer and no image processor are given this time
     assert (saved / "README.md").read_text() == "mine"
+    assert not [name for name in told if (saved / name).exists()]
     assert [path.name for path in saved.glob("model*")] == ["model.safetensors"]
     again = load_model(saved, device="cpu")
     with torch.no_grad():

@@ -239,6 +239,8 @@ def test_lora_is_trained_merged_and_asked(tmp_path: Path) -> None:
     run_script("finetune_lora.sh", *flags(CHECKPOINT, rows, out, **changes), GLOBAL_BATCH=8, MICRO_BATCH=8)
     assert losses(read_log(out / "log.jsonl"))[-1] < 4
     run_script("merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", out, "--save-model-path", merged)
+    for name in ("training_arguments.json", "training_run.json", "log.jsonl"):  # how it was trained, for its card
+        assert (merged / name).read_bytes() == (out / name).read_bytes()
     ids, images = torch.tensor([[294, 332, -200, 19, 748]]), torch.randn(1, 3, 56, 56)
     with torch.no_grad():
         base, adapted, plain = (
