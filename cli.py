@@ -5,23 +5,23 @@ python cli.py --image-file images/cats.jpg
 
 import argparse
 
-from yivl import entry
+from yivl import command_line
 
 
 def parse_args() -> argparse.Namespace:
     """Return the flags; model path, picture, temperature and length are those of the release."""
-    parser = entry.make_parser(__doc__)
-    entry.add_picture_flags(parser, "picture of the first question; /image shows more")
+    parser = command_line.make_parser(__doc__)
+    command_line.add_picture_flags(parser, "picture of the first question; /image shows more")
     # top-p 0.8: the release's cli.py passes none, so its generation_config.json decides.
-    entry.add_sampling_flags(parser, top_p=0.8, max_new_tokens=512)
+    command_line.add_sampling_flags(parser, top_p=0.8, max_new_tokens=512)
     return parser.parse_args()
 
 
 def main() -> None:
     """Load, then talk."""
     arguments = parse_args()
-    sampling, image = entry.check_inputs(arguments)
-    chat = entry.load_chat(arguments)
+    sampling, image = command_line.check_inputs(arguments)
+    chat = command_line.load_chat(arguments)
 
     from yivl.serve.terminal import Terminal
 
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command_line.run(main)

@@ -7,18 +7,18 @@ import argparse
 import dataclasses
 import json
 
-from yivl import entry
+from yivl import command_line
 
 
 def parse_args() -> argparse.Namespace:
     """Return the flags; those of the release keep their names and defaults."""
-    parser = entry.make_parser(__doc__)
-    entry.add_picture_flags(parser, "path (or address, see --allow-remote); none asks without one")
+    parser = command_line.make_parser(__doc__)
+    command_line.add_picture_flags(parser, "path (or address, see --allow-remote); none asks without one")
     parser.add_argument("--question", default="Describe the picture in detail.", help="(default: %(default)s)")
     parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    entry.add_sampling_flags(parser, top_p=1.0, max_new_tokens=1024)
+    command_line.add_sampling_flags(parser, top_p=1.0, max_new_tokens=1024)
     arguments = parser.parse_args()
     if arguments.json and arguments.stream:
         parser.error("--json and --stream exclude each other")
@@ -28,8 +28,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Load, ask, print in the release's format."""
     arguments = parse_args()
-    sampling, image = entry.check_inputs(arguments)
-    chat = entry.load_chat(arguments)
+    sampling, image = command_line.check_inputs(arguments)
+    chat = command_line.load_chat(arguments)
     answer = chat.stream(arguments.question, image, **sampling)
     if arguments.json:
         text = "".join(answer)
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command_line.run(main)

@@ -7,7 +7,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from yivl import entry
+from yivl import command_line
 
 IMAGES = Path(__file__).parent / "images"
 EXAMPLES = (
@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     """Return the flags; those of the release keep their names and defaults."""
     from yivl.serve.limits import Limits
 
-    parser = entry.make_parser(__doc__)
+    parser = command_line.make_parser(__doc__)
     group = parser.add_argument_group("page")
     group.add_argument("--server-name", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     group.add_argument("--server-port", type=int, default=8111, help="(default: %(default)s)")
@@ -45,7 +45,7 @@ def main() -> None:
     from yivl.serve.limits import Limits
 
     limits = Limits.from_flags(arguments)
-    loaded = entry.load(arguments)
+    loaded = command_line.load(arguments)
 
     from yivl.serve.web import build_page, launch
 
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command_line.run(main)

@@ -138,8 +138,8 @@ def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
     import torch
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+    from yivl.checkpoint.saving import save_checkpoint
     from yivl.model.modeling import YiVLForCausalLM
-    from yivl.model.saving import save_checkpoint
     from yivl.tokenization import load_tokenizer
 
     torch.set_default_dtype(getattr(torch, dtype))
@@ -182,7 +182,7 @@ def measure_loading(folder: Path, device: str) -> dict[str, Any]:
 
 def report_loading(folder: Path, device: str) -> None:
     """Load and print seconds and the memory that loading added at its peak (resident set, mapped files included)."""
-    from yivl.model.loading import load_model
+    from yivl.checkpoint.loading import load_model
 
     before = resident_peak()
     start = time.perf_counter()
@@ -215,8 +215,8 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
     import torch
     from PIL import Image
 
-    from yivl.generation import Chat
-    from yivl.model.loading import load_model
+    from yivl.checkpoint.loading import load_model
+    from yivl.inference.chat import Chat
 
     loaded = load_model(folder, device=arguments.device)
     model, repeats, device = loaded.model, arguments.repeats, arguments.device

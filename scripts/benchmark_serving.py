@@ -42,10 +42,10 @@ def main() -> None:
     import torch
     import uvicorn
 
-    from yivl.model.loading import load_model
+    from yivl.checkpoint.loading import load_model
     from yivl.serve.api import build_app
-    from yivl.serve.engine import Engine
     from yivl.serve.limits import Limits
+    from yivl.serve.scheduler import Scheduler
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:
@@ -57,7 +57,7 @@ def main() -> None:
             loaded.model.lm_head.weight[len(loaded.tokenizer) :] = 0
         limits = Limits(max_batch=arguments.clients)
         server = uvicorn.Server(
-            uvicorn.Config(build_app(Engine(loaded, limits), limits), port=0, log_config=None, access_log=False)
+            uvicorn.Config(build_app(Scheduler(loaded, limits), limits), port=0, log_config=None, access_log=False)
         )
         threading.Thread(target=server.run, daemon=True).start()
         while not server.started:

@@ -95,10 +95,10 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     """Take the steps of one way and return rows, tokens and useful FLOPs a second, and memory."""
     import torch
 
-    from yivl.data.dataset import BatchSampler
-    from yivl.data.examples import Collator
+    from yivl.data.encoding import Collator
+    from yivl.data.sampler import BatchSampler
+    from yivl.model.attention import register_packed_sdpa
     from yivl.model.modeling import YiVLForCausalLM
-    from yivl.model.packing import register_packed_sdpa
 
     torch.manual_seed(0)
     config = shape_config(arguments.shape, image_size=arguments.image_size)
@@ -149,8 +149,8 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
 def estimate(model: Any, config: Any, longest: int, batch_size: int, dtype: str) -> float:
     """Return what the dry run would say that such a run needs, with rows of the longest length."""
     from yivl.train.arguments import Zero, parse_arguments
-    from yivl.train.modules import part_sizes
-    from yivl.train.plan import estimate_memory
+    from yivl.train.dry_run import estimate_memory
+    from yivl.train.parameters import part_sizes
 
     flags = f"--model_name_or_path m --data_path d --output_dir o --model_max_length {longest}".split()
     flags += ["--per_device_train_batch_size", str(batch_size), "--bf16", str(dtype == "bfloat16")]
@@ -163,7 +163,7 @@ def random_examples(count: int, config: Any) -> list[Any]:
     import torch
 
     from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-    from yivl.data.examples import Example
+    from yivl.data.encoding import Example
 
     size, examples = config.vision_config.image_size, []
     for _ in range(count):
@@ -226,11 +226,11 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
     import torch
     from PIL import Image
 
-    from yivl.data.examples import Encoder
+    from yivl.checkpoint.loading import read_small_files
+    from yivl.data.encoding import Encoder
     from yivl.data.sources import Source
-    from yivl.data.stream import StreamDataset
+    from yivl.data.streaming import StreamDataset
     from yivl.image_processing import expand2square
-    from yivl.model.loading import read_small_files
 
     torch.set_num_threads(1)  # as in a data-loading worker
     _, tokenizer, image_processor = read_small_files(GOLDEN / "checkpoint")

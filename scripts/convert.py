@@ -13,7 +13,7 @@ python scripts/convert.py from-llamafactory INFO NAME ROWS  and back
 import argparse
 from pathlib import Path
 
-from yivl import entry
+from yivl import command_line
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,31 +76,31 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the conversion."""
     arguments = parse_args()
-    entry.log_to_stderr()
+    command_line.log_to_stderr()
     if arguments.command == "open-clip":
-        from yivl.model.conversion import open_clip_to_vit
+        from yivl.checkpoint.conversion import open_clip_to_vit
 
         open_clip_to_vit(arguments.weights, arguments.config, arguments.target)
     elif arguments.command == "safetensors":
-        from yivl.model.conversion import bin_to_safetensors
+        from yivl.checkpoint.conversion import bin_to_safetensors
 
         for name, digest in bin_to_safetensors(arguments.source, arguments.target).items():
             print(f"{digest}  {name}")
     elif arguments.command in ("to-hf", "from-hf"):
-        from yivl.bridges.hf import from_hf, to_hf
+        from yivl.export.hf import from_hf, to_hf
 
         (to_hf if arguments.command == "to-hf" else from_hf)(arguments.source, arguments.target)
     elif arguments.command == "to-sglang":
-        from yivl.bridges.sglang import to_sglang
+        from yivl.export.sglang import to_sglang
 
         to_sglang(arguments.source, arguments.target)
     elif arguments.command == "to-gguf":
-        from yivl.bridges.gguf import export_gguf
+        from yivl.export.gguf import export_gguf
 
         for path in export_gguf(arguments.source, arguments.target, dtype=arguments.dtype):
             print(path)
     else:
-        from yivl.bridges.llamafactory import from_llamafactory, to_llamafactory
+        from yivl.export.llamafactory import from_llamafactory, to_llamafactory
 
         if arguments.command == "to-llamafactory":
             number = to_llamafactory(arguments.source, arguments.target, name=arguments.name or arguments.source.stem)
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, less_memory="free some, or use a machine with more than the checkpoint takes")
+    command_line.run(main, less_memory="free some, or use a machine with more than the checkpoint takes")

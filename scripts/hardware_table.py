@@ -53,9 +53,9 @@ def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> s
 
     from yivl.model.configuration import YiVLConfig
     from yivl.model.modeling import YiVLForCausalLM
-    from yivl.train import modules
+    from yivl.train import parameters
     from yivl.train.arguments import Zero, parse_arguments
-    from yivl.train.plan import GIB, estimate_memory
+    from yivl.train.dry_run import GIB, estimate_memory
 
     config = YiVLConfig.from_folder(PUBLISHED)
     vision = json.loads(next(PUBLISHED.glob("vit/*/config.json")).read_text())
@@ -67,9 +67,9 @@ def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> s
     with torch.device("meta"):
         model: Any = YiVLForCausalLM(config)
         if arguments.model.lora_enable:
-            model = modules.add_adapters(model, arguments.model, base="m")
-    modules.select_trainable(model, arguments.model, config.num_vision_layers)
-    sizes = modules.part_sizes(model, arguments.training)
+            model = parameters.add_adapters(model, arguments.model, base="m")
+    parameters.select_trainable(model, arguments.model, config.num_vision_layers)
+    sizes = parameters.part_sizes(model, arguments.training)
     settings = {"no DeepSpeed": Zero()}
     if arguments.model.bits == 16:
         settings |= {

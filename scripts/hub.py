@@ -8,7 +8,7 @@ python scripts/hub.py card FOLDER                   what the card would say, wit
 import argparse
 from pathlib import Path
 
-from yivl import entry
+from yivl import command_line
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,10 +40,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Send, fetch or print."""
     arguments = parse_args()
-    entry.log_to_stderr()
+    command_line.log_to_stderr()
 
-    from yivl.bridges import hub
-    from yivl.bridges.card import make_card
+    from yivl.export import hub
+    from yivl.export.model_card import make_card
 
     if arguments.command == "download":
         hub.download(arguments.repo_id, arguments.folder, revision=arguments.revision)
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command_line.run(main)

@@ -1,6 +1,7 @@
-"""Make the sprite sheet and the font of the signs of the picture world from the Noto fonts.
+r"""Make the sprite sheet and the font of the signs of the picture world from the Noto fonts.
 
-python scripts/make_sprites.py --emoji NotoColorEmoji.ttf --text NotoSansCJK-Bold.ttc --output_dir yivl/assets/world
+python scripts/make_sprites.py --emoji NotoColorEmoji.ttf --text NotoSansCJK-Bold.ttc \
+    --output_dir yivl/tiny/assets/world
 
 Needed only when a kind of thing or a word of a sign is added. Debian has the fonts in fonts-noto-color-emoji and
 fonts-noto-cjk; cutting the text font needs the fonttools package.
@@ -14,8 +15,8 @@ from string import ascii_uppercase, digits
 
 from PIL import Image, ImageDraw, ImageFont
 
-from yivl.data.world.drawing import SPRITE_COLUMNS, SPRITE_SIDE
-from yivl.data.world.words import KINDS, SIGN_TEXTS
+from yivl.tiny.world.drawing import SPRITE_COLUMNS, SPRITE_SIDE
+from yivl.tiny.world.words import KINDS, SIGN_TEXTS
 
 EMOJI_SIZE = 109
 """The one size in pixels in which the emoji font has its pictures."""

@@ -39,7 +39,7 @@ written() {
   local folder=$1
   shift
   rm -rf "$folder.partial"
-  "$PYTHON" -m yivl.data.world "$@" --output_dir "$folder.partial"
+  "$PYTHON" -m yivl.tiny.world "$@" --output_dir "$folder.partial"
   mv "$folder.partial" "$folder"
 }
 
@@ -50,7 +50,7 @@ asked() {
   "$PYTHON" -m yivl.eval rows --model-path "$model" --data "$OUT/examination-$split/rows.json" \
     --image-folder "$OUT/examination-$split" --group-by kind language --device cpu --dtype float32 \
     --output "$OUT/scores/$name" "$@" >/dev/null
-  "$PYTHON" -m yivl.train.tiny.report gate --scores "$OUT/scores/$name"
+  "$PYTHON" -m yivl.tiny.recipe.report gate --scores "$OUT/scores/$name"
 }
 
 # stage NUMBER MODEL FLAGS...: one of the published stages, at the size of this model.
@@ -70,7 +70,7 @@ for split in scenes combinations sizes; do
 done
 once "$OUT/examination-gate" written "$OUT/examination-gate" examination --split scenes --number "$gate"
 
-tiny=("$PYTHON" -m yivl.train.tiny)
+tiny=("$PYTHON" -m yivl.tiny.recipe)
 limits=(--questions "$gate" --threads "$THREADS")
 once "$OUT/language_model.training/gate.json" "${tiny[@]}" language_model --output_dir "$OUT/language_model" \
   --steps "$language_steps" "${limits[@]}"
@@ -99,4 +99,4 @@ done
 DATA=$shards once "$OUT/stage2-alone/config.json" stage 2 "$OUT/naming" --image_size 192 \
   --max_steps "$stage2_steps" --learning_rate 3e-4 --output_dir "$OUT/stage2-alone"
 once "$OUT/scores/stage2-alone/scores.json" asked stage2-alone "$OUT/stage2-alone" gate
-"$PYTHON" -m yivl.train.tiny.report report --output_dir "$OUT"
+"$PYTHON" -m yivl.tiny.recipe.report report --output_dir "$OUT"

@@ -1,31 +1,16 @@
 """Fixtures shared by all tests: the golden vectors and the golden model."""
 
-import json
 import os
-from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
 
-import numpy as np
 import pytest
 import torch
+from support.golden import CHECKPOINT
 
-from yivl.generation import Chat
+from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.image_processing import ImageProcessor
-from yivl.model.loading import LoadedModel, load_model
-
-GOLDEN = Path(__file__).parent / "golden"
-CHECKPOINT = GOLDEN / "checkpoint"
-
-
-def golden_json(name: str) -> Any:
-    return json.loads((GOLDEN / "expected" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def golden_arrays(name: str) -> dict[str, torch.Tensor]:
-    with np.load(GOLDEN / "expected" / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+from yivl.inference.chat import Chat
 
 
 @pytest.fixture(autouse=True, scope="session")

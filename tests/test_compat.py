@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN, golden_json
 from PIL import Image
+from support.golden import CHECKPOINT, GOLDEN, ROOT, golden_json
 
 from yivl import constants, conversation, mm_utils
-from yivl.generation import Chat
-from yivl.model.loading import LoadedModel, load_model
+from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.inference.chat import Chat
 
-ROOT = GOLDEN.parents[1] / "compat"
+COMPAT = ROOT / "compat"
 IMAGES = GOLDEN / "images"
 
 # The steps of vlmeval/vlm/yi_vl.py of VLMEvalKit in its order, with a dtype and a device that may be chosen.
@@ -154,7 +154,7 @@ def test_a_wrapper_of_the_reference_gives_the_recorded_answer_and_those_of_chat(
     square.save(tmp_path / "square.png")
     grey = [(tmp_path / "square.png", "图片里有什么？"), (IMAGES / "gray_nonsquare_L.png", "图片里有什么？")]
     asked = [(IMAGES / image, question) for image, question in ASKED] + grey
-    answers = run(WRAPPER, tmp_path, ROOT, checkpoint, "float32", *(word for pair in asked for word in pair))
+    answers = run(WRAPPER, tmp_path, COMPAT, checkpoint, "float32", *(word for pair in asked for word in pair))
     pair = golden_json("generation")["pairs"][1]
     assert answers[0] == pair["stop"]["text_clean"]
     assert answers[:2] == [greedy(loaded, *pair) for pair in ASKED]
@@ -165,19 +165,19 @@ def test_a_wrapper_of_the_reference_gives_the_recorded_answer_and_those_of_chat(
 def test_a_wrapper_that_casts_the_model_gives_the_answers_of_a_model_loaded_in_that_dtype(tmp_path: Path) -> None:
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "Yi-VL")
     asked = [word for image, question in ASKED for word in (IMAGES / image, question)]
-    answers = run(WRAPPER, tmp_path, ROOT, checkpoint, "bfloat16", *asked)
+    answers = run(WRAPPER, tmp_path, COMPAT, checkpoint, "bfloat16", *asked)
     loaded = load_model(CHECKPOINT, device="cpu", dtype="bfloat16")
     assert answers == [greedy(loaded, *pair) for pair in ASKED]
 
 
 def test_a_wrapper_that_loads_the_model_in_pieces_gives_the_recorded_answer(tmp_path: Path) -> None:
     pair = golden_json("generation")["pairs"][1]
-    (result,) = run(PIECES, tmp_path, ROOT, CHECKPOINT, IMAGES / pair["image"], "图片里有什么？")
+    (result,) = run(PIECES, tmp_path, COMPAT, CHECKPOINT, IMAGES / pair["image"], "图片里有什么？")
     assert result == {"input_ids": pair["input_ids"], "answer": pair["stop"]["text_clean"]}
 
 
 def test_a_cast_leaves_the_rotary_frequencies_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "VL")
+    monkeypatch.syspath_prepend(COMPAT / "VL")
     from llava.mm_utils import load_pretrained_model
     from llava.model import LlavaLlamaForCausalLM
 
@@ -191,7 +191,7 @@ def test_a_cast_leaves_the_rotary_frequencies_as_they_are(monkeypatch: pytest.Mo
 
 
 def test_the_module_paths_of_the_release_hold_our_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "VL")
+    monkeypatch.syspath_prepend(COMPAT / "VL")
     import llava.conversation
     import llava.mm_utils
     import llava.model.constants

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN, golden_arrays, golden_json
 from PIL import Image
+from support.golden import CHECKPOINT, GOLDEN, golden_arrays, golden_json
 
 from yivl.image_processing import ImageProcessor, load_clip_processor, load_image
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from conftest import golden_json
+from support.golden import golden_json
 
 from yivl import constants
+from yivl.checkpoint.loading import LoadedModel
 from yivl.conversation import Turn, conv_templates, render_chunks
-from yivl.model.loading import LoadedModel
 from yivl.tokenization import tokenize_chunks, tokenizer_image_token
 
 TEXT = golden_json("prompts")

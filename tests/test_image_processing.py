@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from PIL import Image
+from support.golden import GOLDEN
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl import image_processing

@@ -4,8 +4,8 @@ import base64
 
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN, golden_arrays, golden_json
 from PIL import Image
+from support.golden import CHECKPOINT, GOLDEN, golden_arrays, golden_json
 
 from yivl.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.conversation import conv_templates

@@ -8,22 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from support.documents import code_blocks
+from support.golden import ROOT
 
-ROOT = GOLDEN.parents[1]
 DOCUMENTS = [path for place in (".", "docs", "images", "compat") for path in ROOT.glob(f"{place}/*.md")]
 
 # A module imports only from its left; parts of one layer may import each other.
 LAYERS = (
-    ("constants", "errors", "files", "entry"),  # entry imports the rest only when a program runs
+    ("constants", "errors", "command_line"),  # command_line imports the rest only when a program runs
     ("conversation", "image_processing"),
     ("tokenization",),
-    ("sampling", "stopping"),
-    ("model",),
-    ("generation", "data"),
-    ("batching",),
+    ("model", "checkpoint", "inference"),
+    ("data",),
     ("mm_utils", "serve", "train", "eval"),
-    ("bridges",),
+    ("export", "tiny"),
 )
 
 
@@ -56,7 +54,7 @@ def test_modules_import_only_from_their_left() -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, yivl, yivl.entry; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
+    code = "import sys, yivl, yivl.command_line; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -79,10 +77,6 @@ def test_every_row_of_the_ledger_names_a_test_that_exists() -> None:
         assert len(cells) == 5, row
         file, test = cells[4].strip("`").split("::")
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), cells[4]
-
-
-def code_blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def test_the_first_command_of_the_readme_prints_what_the_readme_shows() -> None:
@@ -126,8 +120,8 @@ def test_python_in_the_documents_runs(path: Path) -> None:
 def test_every_flag_the_documents_name_exists() -> None:
     programs = ["single_inference.py", "cli.py", "web_demo.py"]
     programs += [f"scripts/benchmark_{what}.py" for what in ("inference", "serving", "training")]
-    modules = ["yivl.train", "yivl.train.merge", "yivl.data.check", "yivl.data.show", "yivl.data.world"]
-    modules += ["yivl.train.tiny", "yivl.serve.api"]
+    modules = ["yivl.train", "yivl.train.merge", "yivl.data.check", "yivl.data.show", "yivl.tiny.world"]
+    modules += ["yivl.tiny.recipe", "yivl.serve.api"]
     commands = [["-m", "yivl.eval", benchmark] for benchmark in ("rows", "mmmu", "cmmmu")]
     commands += [["scripts/convert.py", "to-gguf"], ["scripts/convert.py", "to-llamafactory"]]
     commands += [["scripts/hub.py", command] for command in ("upload", "download", "card")]

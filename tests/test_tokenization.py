@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.conversation import Turn, render_chunks
-from yivl.model.loading import LoadedModel
 from yivl.tokenization import tokenize_chunks, tokenizer_image_token
 
 CONTROL = ("<|im_end|>", "<|im_start|>", "<|startoftext|>", "<|endoftext|>", "<unk>", "<image_placeholder>", "###")

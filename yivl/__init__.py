@@ -1,3 +1,3 @@
-"""Yi-VL: a bilingual vision-language model. Start with ``yivl.generation.Chat``."""
+"""Yi-VL: a bilingual vision-language model. Start with ``yivl.inference.chat.Chat``."""
 
 __version__ = "0.1.0"

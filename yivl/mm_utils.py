@@ -14,9 +14,9 @@ from transformers import StoppingCriteria
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl import image_processing
+from yivl.checkpoint.loading import load_model
 from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.model.configuration import YiVLConfig
-from yivl.model.loading import load_model
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tokenization import YiTokenizer, tokenizer_image_token
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yivl import entry
+from yivl import command_line
 
 if TYPE_CHECKING:
-    from yivl.data.examples import Encoder
+    from yivl.data.encoding import Encoder
     from yivl.data.rows import Row, RowError
     from yivl.data.sources import Source
 
@@ -77,7 +77,7 @@ def inspect_source(source: "Source", encoder: "Encoder", workers: int) -> Iterat
 
     from yivl.data.rows import RowError
     from yivl.data.sources import load_rows
-    from yivl.data.stream import open_shards, read_shards
+    from yivl.data.streaming import open_shards, read_shards
 
     if source.is_stream:
         for row in read_shards(open_shards(source.shards())):
@@ -157,13 +157,13 @@ def draw_histogram(lengths: Sequence[int], max_length: int, picture: Path) -> No
 def main() -> None:
     """Print the report."""
     arguments = parse_args()
-    entry.log_to_stderr()
+    command_line.log_to_stderr()
 
     from tqdm import tqdm
 
-    from yivl.data.examples import Encoder
+    from yivl.checkpoint.loading import read_small_files, resolve_checkpoint
+    from yivl.data.encoding import Encoder
     from yivl.data.sources import read_sources
-    from yivl.model.loading import read_small_files, resolve_checkpoint
 
     config, tokenizer, image_processor = read_small_files(resolve_checkpoint(arguments.model_path))
     encoder = Encoder(tokenizer, image_processor, config.num_patches, arguments.max_length)
@@ -186,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command_line.run(main)

@@ -9,7 +9,7 @@ import sys
 from itertools import groupby, islice
 from pathlib import Path
 
-from yivl import entry
+from yivl import command_line
 from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -58,4 +58,4 @@ def _bytes(token: int, tokenizer: object) -> bytes:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command_line.run(main)

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from yivl import entry
+from yivl import command_line
 
 if TYPE_CHECKING:
-    from yivl.eval.questions import Question
+    from yivl.eval.benchmarks.questions import Question
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
     def add(name: str, about: str, data: str | None, data_about: str) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        entry.add_model_flags(command, must_name_model=name != "rows")
+        command_line.add_model_flags(command, must_name_model=name != "rows")
         default = f" (default: {data})" if data else ""
         command.add_argument("--data", default=data, required=data is None, help=data_about + default)
         command.add_argument("--output", required=True, help="folder to write")
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Ask, compare, report."""
     arguments = parse_args()
-    entry.log_to_stderr()  # before the imports, which have things to say
+    command_line.log_to_stderr()  # before the imports, which have things to say
 
     from yivl.errors import YiVLError
 
@@ -86,8 +86,8 @@ def main() -> None:
 
 def run_rows(arguments: argparse.Namespace) -> None:
     """Compare answers with those of rows."""
-    from yivl.eval import rows
-    from yivl.eval.reporting import write_reports
+    from yivl.eval.benchmarks import rows
+    from yivl.eval.report import write_reports
 
     data, images = Path(arguments.data).expanduser(), Path(arguments.image_folder).expanduser()
     with said_once():
@@ -109,8 +109,8 @@ def run_rows(arguments: argparse.Namespace) -> None:
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
     """Ask the questions of MMMU or CMMMU, and score the responses where the split has its answers."""
-    from yivl.eval import cmmmu, mmmu
-    from yivl.files import write_whole
+    from yivl.checkpoint.atomic import write_whole
+    from yivl.eval.benchmarks import cmmmu, mmmu
 
     with said_once():
         if arguments.benchmark == "mmmu":
@@ -149,7 +149,7 @@ def said_once() -> Iterator[None]:
         yield
     except YiVLError:
         if os.environ.get("RANK", "0") != "0":
-            from yivl.eval.answering import leave_after_the_first
+            from yivl.eval.runner import leave_after_the_first
 
             leave_after_the_first()
         raise
@@ -161,7 +161,7 @@ def ask(
     """Return the responses by id, or ``None`` where another process returns them."""
     import torch
 
-    from yivl.eval.answering import answer_questions, fingerprint
+    from yivl.eval.runner import answer_questions, fingerprint
 
     local = os.environ.get("LOCAL_RANK")
     one_each = arguments.device == "auto" and local is not None and torch.cuda.is_available()
@@ -171,7 +171,7 @@ def ask(
     models = [arguments.model_path, arguments.model_base or adapter_base(arguments.model_path)]
     settings |= fingerprint(questions, arguments.data, models)
     return answer_questions(
-        lambda: entry.load(loading),
+        lambda: command_line.load(loading),
         questions,
         folder,
         settings,
@@ -204,7 +204,7 @@ def report(
         numbers: Of questions, by domain and subject.
         published: By model; a split's own name stands for all of it.
     """
-    from yivl.eval.reporting import Table, draw_bars, write_reports
+    from yivl.eval.report import Table, draw_bars, write_reports
 
     overall = 100 * scores["overall"]
     domains = {domain: 100 * accuracy for domain, accuracy in scores["domains"].items()}
@@ -233,4 +233,4 @@ def report(
 
 
 if __name__ == "__main__":
-    entry.run(main, less_memory="try a smaller --batch-size, --load-4bit, or a smaller checkpoint")
+    command_line.run(main, less_memory="try a smaller --batch-size, --load-4bit, or a smaller checkpoint")

@@ -19,11 +19,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from yivl.checkpoint.format import BUFFERS, StateDict, check_checkpoint_files
+from yivl.checkpoint.saving import save_checkpoint
+from yivl.checkpoint.vit import copy_vit_weights, read_vit_weights
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.errors import CheckpointError
-from yivl.model.cache import make_cache
+from yivl.inference.cpu import explicit_mask, native_matrix_vector
+from yivl.inference.kv_cache import make_cache
 from yivl.model.configuration import YiVLConfig
-from yivl.model.cpu_decoding import explicit_mask, native_matrix_vector
 from yivl.model.fusion import (
     PaddingSide,
     expand_placeholders,
@@ -34,10 +37,7 @@ from yivl.model.fusion import (
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
 from yivl.model.rotary import ExactRotaryEmbedding
-from yivl.model.saving import save_checkpoint
 from yivl.model.vision_tower import VisionTower
-from yivl.model.vit_weights import copy_vit_weights, read_vit_weights
-from yivl.model.weight_files import BUFFERS, StateDict, check_checkpoint_files
 
 logger = logging.getLogger(__name__)
 
@@ -392,7 +392,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Write the published layout atomically; see ``yivl.model.saving.save_checkpoint`` for the other arguments.
+        """Write the published layout atomically; see ``yivl.checkpoint.saving.save_checkpoint``.
 
         Args:
             save_directory: Replaced if it holds a checkpoint.

@@ -27,14 +27,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
 
-from yivl import entry
+from yivl import command_line
 from yivl.errors import ContextLengthError, ImageError, YiVLError
-from yivl.generation import Reply
-from yivl.serve import engine as serving
-from yivl.serve.engine import Engine, Overloaded
+from yivl.inference.chat import GenerationState
+from yivl.serve import scheduler as serving
 from yivl.serve.limits import Limits
 from yivl.serve.messages import Asked, read_messages
 from yivl.serve.remote import Fetcher
+from yivl.serve.scheduler import Overloaded, Scheduler
 from yivl.serve.schema import (
     FINISH_REASONS,
     AnswerMessage,
@@ -106,7 +106,7 @@ def as_api_error(error: Exception) -> APIError:
         return APIError(429, "too many requests are waiting; try again in a while", code="overloaded")
     if isinstance(error, TimeoutError):
         return APIError(504, "the answer took too long; ask for fewer tokens", code="timeout")
-    if entry.is_out_of_memory(error):
+    if command_line.is_out_of_memory(error):
         return APIError(503, "not enough memory for this request; try again, or ask with less", code="out_of_memory")
     return APIError(500, "the server failed to answer")
 
@@ -114,7 +114,7 @@ def as_api_error(error: Exception) -> APIError:
 class Metrics:
     """What ``/metrics`` tells, of one server."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self.registry = CollectorRegistry()
         make = partial(Counter, registry=self.registry)
         self.responses = make("yivl_responses", "HTTP responses", ["path", "status"])
@@ -123,12 +123,12 @@ class Metrics:
         self.first_token = Histogram("yivl_first_token_seconds", "Until an answer began", registry=self.registry)
         self.seconds = Histogram("yivl_answer_seconds", "Until an answer ended", registry=self.registry)
         for name, about, value in (
-            ("yivl_waiting", "Requests in the queue", lambda: engine.num_waiting),
-            ("yivl_running", "Answers being generated", lambda: engine.num_running),
+            ("yivl_waiting", "Requests in the queue", lambda: scheduler.num_waiting),
+            ("yivl_running", "Answers being generated", lambda: scheduler.num_running),
         ):
             Gauge(name, about, registry=self.registry).set_function(value)
 
-    def count(self, reply: Reply) -> None:
+    def count(self, reply: GenerationState) -> None:
         """Add a finished answer."""
         now = time.perf_counter()
         self.prompt_tokens.inc(len(reply.keys))
@@ -187,12 +187,12 @@ class Guard:
 
 
 class Exchange:
-    """The answers to one request, as the engine's thread tells of them to the event loop."""
+    """The answers to one request, as the scheduler's thread tells of them to the event loop."""
 
     def __init__(self, asked: Asked, body: ChatRequest, limits: Limits, deadline: float) -> None:
         self.requests: list[serving.Request] = []
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, str | Reply | Exception]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, str | GenerationState | Exception]] = asyncio.Queue()
         self._cancelled = threading.Event()
         self._deadline = deadline
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -210,13 +210,13 @@ class Exchange:
                 )
             )
 
-    def _tell(self, index: int, event: str | Reply | Exception) -> None:
+    def _tell(self, index: int, event: str | GenerationState | Exception) -> None:
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
         except RuntimeError:  # the loop is closed, and nobody is there to be told
             self.cancel()
 
-    async def events(self) -> AsyncIterator[tuple[int, str | Reply]]:
+    async def events(self) -> AsyncIterator[tuple[int, str | GenerationState]]:
         """Yield pieces of text and finished replies, each with the number of its answer.
 
         Raises:
@@ -231,7 +231,7 @@ class Exchange:
                 raise as_api_error(error) from error
             if isinstance(event, Exception):
                 raise as_api_error(event) from event
-            going_on -= isinstance(event, Reply)
+            going_on -= isinstance(event, GenerationState)
             yield index, event
 
     def cancel(self) -> None:
@@ -240,12 +240,12 @@ class Exchange:
 
 
 def build_app(
-    engine: Engine, limits: Limits, *, api_key: str | None = None, remote_hosts: tuple[str, ...] = ()
+    scheduler: Scheduler, limits: Limits, *, api_key: str | None = None, remote_hosts: tuple[str, ...] = ()
 ) -> FastAPI:
-    """Return the API of a running engine, which is closed with it.
+    """Return the API of a running scheduler, which is closed with it.
 
     Args:
-        engine: What answers.
+        scheduler: What answers.
         limits: Of requests.
         api_key: What clients must send as a bearer token, or ``None``.
         remote_hosts: Hosts that pictures may be fetched from.
@@ -254,7 +254,7 @@ def build_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(engine.close)
+        await run_in_threadpool(scheduler.close)
 
     app = FastAPI(
         title="yivl",
@@ -264,7 +264,7 @@ def build_app(
         docs_url=None,  # these pages would load scripts from elsewhere
         redoc_url=None,
     )
-    metrics = Metrics(engine)
+    metrics = Metrics(scheduler)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     _add_error_handlers(app)
     fetcher = Fetcher(remote_hosts, limits.max_image_bytes)
@@ -283,25 +283,25 @@ def build_app(
     @app.get("/v1/models", responses={401: {"model": ErrorResponse}})
     async def models() -> ModelList:
         """List the one model."""
-        return ModelList(data=[ModelCard(id=engine.loaded.name, created=started, owned_by="yivl")])
+        return ModelList(data=[ModelCard(id=scheduler.loaded.name, created=started, owned_by="yivl")])
 
     @app.post("/v1/chat/completions", response_model=Completion, responses=_ERRORS | _STREAM)
     async def complete(body: ChatRequest, request: Request) -> Any:
         """Answer the last message of a conversation."""
-        if body.model != engine.loaded.name:
-            message = f"there is no such model; this server has {engine.loaded.name}"
+        if body.model != scheduler.loaded.name:
+            message = f"there is no such model; this server has {scheduler.loaded.name}"
             raise APIError(404, message, code="model_not_found", param="model")
         if body.n > limits.max_choices:
             raise APIError(400, f"n is at most {limits.max_choices}", param="n")
-        if engine.is_full:
+        if scheduler.is_full:
             raise Overloaded
         deadline = asyncio.get_running_loop().time() + limits.max_seconds
-        read = partial(read_messages, body.messages, limits, fetcher, engine.loaded.image_processor)
+        read = partial(read_messages, body.messages, limits, fetcher, scheduler.loaded.image_processor)
         async with asyncio.timeout_at(deadline):
             asked = await anyio.to_thread.run_sync(read, limiter=readers, abandon_on_cancel=True)
         exchange = Exchange(asked, body, limits, deadline)
-        engine.submit(exchange.requests)
-        label = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.loaded.name}
+        scheduler.submit(exchange.requests)
+        label = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": scheduler.loaded.name}
         if body.stream:
             return await _stream(exchange, body, label, metrics, request)
         return await _whole(exchange, label, metrics, request)
@@ -310,8 +310,8 @@ def build_app(
 
 
 async def _whole(exchange: Exchange, label: dict[str, Any], metrics: Metrics, request: Request) -> Completion:
-    async def collect() -> dict[int, Reply]:
-        return {index: event async for index, event in exchange.events() if isinstance(event, Reply)}
+    async def collect() -> dict[int, GenerationState]:
+        return {index: event async for index, event in exchange.events() if isinstance(event, GenerationState)}
 
     replies = await _unless_left(collect(), exchange, request)
     choices = [
@@ -334,9 +334,9 @@ async def _stream(
     first = await _unless_left(anext(events), exchange, request)
 
     async def pieces() -> AsyncIterator[str]:
-        replies: list[Reply] = []
+        replies: list[GenerationState] = []
 
-        def choice(index: int, delta: Delta, reply: Reply | None = None) -> str:
+        def choice(index: int, delta: Delta, reply: GenerationState | None = None) -> str:
             reason = FINISH_REASONS[reply.finish_reason or "length"] if reply else None
             chunk = Chunk(**label, choices=[ChunkChoice(index=index, delta=delta, finish_reason=reason)])
             # Of a delta, what is not there is left out; of a chunk, clients expect every field.
@@ -349,7 +349,7 @@ async def _stream(
                 yield choice(index, Delta(role="assistant", content=""))
             index, event = first
             while True:
-                if isinstance(event, Reply):
+                if isinstance(event, GenerationState):
                     replies.append(event)
                     yield choice(index, Delta(), event)
                 else:
@@ -391,7 +391,7 @@ async def _unless_left(work: Awaitable[T], exchange: Exchange, request: Request)
         leaving.cancel()
 
 
-def _end(replies: list[Reply], metrics: Metrics) -> Usage:
+def _end(replies: list[GenerationState], metrics: Metrics) -> Usage:
     """Return what the answers took, and note it; nothing that a client wrote goes into the log."""
     for reply in replies:
         metrics.count(reply)
@@ -460,7 +460,7 @@ def _log(event: str, **fields: Any) -> None:
 
 def main() -> None:
     """Load a model and serve it."""
-    parser = entry.make_parser(__doc__)
+    parser = command_line.make_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument(
@@ -469,12 +469,14 @@ def main() -> None:
     Limits.add_flags(parser, "api")
     arguments = parser.parse_args()
     limits, api_key = Limits.from_flags(arguments), os.environ.get("YIVL_API_KEY")
-    loaded = entry.load(arguments)
+    loaded = command_line.load(arguments)
     if api_key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning(
             "anybody who reaches %s:%d can use this server; set YIVL_API_KEY", arguments.host, arguments.port
         )
-    app = build_app(Engine(loaded, limits), limits, api_key=api_key, remote_hosts=tuple(arguments.allow_remote_images))
+    app = build_app(
+        Scheduler(loaded, limits), limits, api_key=api_key, remote_hosts=tuple(arguments.allow_remote_images)
+    )
     logger.info("http://%s:%d/v1 answers as %s", arguments.host, arguments.port, loaded.name)
     uvicorn.run(
         app,
@@ -489,7 +491,7 @@ def main() -> None:
 
 def console() -> None:
     """Run as the console command."""
-    entry.run(main)
+    command_line.run(main)
 
 
 if __name__ == "__main__":

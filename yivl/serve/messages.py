@@ -12,9 +12,9 @@ from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
 from yivl.image_processing import ImageProcessor, load_image
-from yivl.serve.engine import SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.remote import Fetcher
+from yivl.serve.scheduler import SentImage
 from yivl.serve.schema import ImagePart, Message, Part, SystemMessage, TextPart
 
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)

@@ -4,8 +4,8 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from yivl.generation import Chat, Picture
-from yivl.model.loading import LoadedModel
+from yivl.checkpoint.loading import LoadedModel
+from yivl.inference.chat import Chat, ImageInput
 from yivl.serve.limits import Limits
 
 
@@ -18,7 +18,7 @@ class Session:
     """Held by whoever uses the chat."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Ends the answer that is being generated or waits."""
-    picture: Picture | None = None
+    picture: ImageInput | None = None
     """For the next question."""
 
     def begin(self) -> threading.Event:
@@ -27,7 +27,7 @@ class Session:
         self.stop = threading.Event()
         return self.stop
 
-    def start_anew(self, picture: Picture | None) -> None:
+    def start_anew(self, picture: ImageInput | None) -> None:
         """Forget the conversation; the next one is about ``picture``."""
         self.stop.set()
         with self.lock:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from yivl.constants import ASSISTANT, HUMAN
 from yivl.errors import YiVLError
-from yivl.generation import Chat
 from yivl.image_processing import load_image
-from yivl.sampling import Sampling
-from yivl.serve.export import as_json
+from yivl.inference.chat import Chat
+from yivl.inference.sampling import Sampling
+from yivl.serve.transcript import as_json
 
 HELP = """\
 /image PATH   show a picture with the next question
@@ -34,7 +34,7 @@ class Terminal:
     Args:
         chat: The conversation.
         sampling: Fields of ``Sampling`` to start with.
-        image: Picture of the first question.
+        image: ImageInput of the first question.
         read_line: Returns the next line for a prompt; raises ``EOFError`` at the end.
         output: Where the dialogue goes.
     """

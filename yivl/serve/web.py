@@ -13,15 +13,15 @@ import gradio as gr
 import torch
 from gradio.utils import get_upload_folder
 
-from yivl.entry import is_out_of_memory
+from yivl.checkpoint.loading import LoadedModel
+from yivl.command_line import is_out_of_memory
 from yivl.errors import YiVLError
-from yivl.generation import Answer, Chat
 from yivl.image_processing import load_image
-from yivl.model.loading import LoadedModel
-from yivl.serve.export import as_json, as_markdown
+from yivl.inference.chat import Answer, Chat
 from yivl.serve.limits import Limits
 from yivl.serve.sessions import Session, Sessions
-from yivl.serve.texts import TEXTS, Language, Texts
+from yivl.serve.transcript import as_json, as_markdown
+from yivl.serve.web_texts import TEXTS, Language, Texts
 
 logger = logging.getLogger(__name__)
 

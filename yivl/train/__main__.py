@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yivl import entry
+from yivl import command_line
 
 if TYPE_CHECKING:
     from yivl.data.bad_rows import BadRows
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Arguments, data, model, training, the trained model: in this order, so that mistakes show before weights load."""
-    entry.log_to_stderr()
+    command_line.log_to_stderr()
 
     from yivl.train.arguments import parse_arguments, prepare_environment
 
@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import set_seed
 
     from yivl.data.bad_rows import BadRows
-    from yivl.data.examples import Encoder
+    from yivl.data.encoding import Encoder
     from yivl.errors import YiVLError
-    from yivl.train import modules
-    from yivl.train.batches import make_batches, make_eval_loader
-    from yivl.train.checkpoints import describe_origin, find_checkpoint, finished_checkpoints, is_finished
-    from yivl.train.plan import describe_run, total_steps
-    from yivl.train.start import empty_start, load_start, read_start
+    from yivl.train import parameters
+    from yivl.train.dataloaders import make_batches, make_eval_loader
+    from yivl.train.dry_run import describe_run, total_steps
+    from yivl.train.initialization import empty_start, load_start, read_start
+    from yivl.train.resume import describe_origin, find_checkpoint, finished_checkpoints, is_finished
     from yivl.train.trainer import YiVLTrainer
 
     if training.process_index:
@@ -80,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_start(start, model_arguments, dtype=dtype, packing=data.packing)
     config = model.config
     if model_arguments.lora_enable:
-        model = modules.add_adapters(model, model_arguments, base=os.path.abspath(start.folder))
-    modules.select_trainable(model, model_arguments, config.num_vision_layers)
-    sizes = modules.part_sizes(model, training)
-    logger.info("%s", modules.parameter_table(sizes))
+        model = parameters.add_adapters(model, model_arguments, base=os.path.abspath(start.folder))
+    parameters.select_trainable(model, model_arguments, config.num_vision_layers)
+    sizes = parameters.part_sizes(model, training)
+    logger.info("%s", parameters.parameter_table(sizes))
     if training.dry_run:
         logger.info("%s", describe_run(arguments, batches, config, sizes))
         _report(bad_rows)
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not any(size.trainable for size in sizes):
         raise YiVLError("nothing would train: every part of the model is frozen by the flags")
     if not training.deepspeed:
-        modules.keep_masters(model)
-    modules.recompute_layers(
+        parameters.keep_masters(model)
+    parameters.recompute_layers(
         model,
         language_model=bool(training.recompute_language_model),
         vision_tower=training.vision_gradient_checkpointing,
@@ -152,7 +152,7 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(
+    command_line.run(
         main,
         less_memory="--dry_run estimates what is needed; try a smaller --per_device_train_batch_size, "
         "--gradient_checkpointing True, --vision_gradient_checkpointing True, LoRA, or --deepspeed scripts/zero3.json",

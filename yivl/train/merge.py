@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from yivl import entry
+from yivl import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Load the base, add the adapter, save."""
     arguments = parse_args()
-    entry.log_to_stderr()
+    command_line.log_to_stderr()
 
+    from yivl.checkpoint.loading import load_adapter, load_model
+    from yivl.checkpoint.saving import atomic_folder, check_replaceable, save_checkpoint
     from yivl.errors import CheckpointError
     from yivl.model.configuration import read_json
-    from yivl.model.loading import load_adapter, load_model
-    from yivl.model.saving import atomic_folder, check_replaceable, save_checkpoint
-    from yivl.train.checkpoints import ARGUMENTS, RECORD
-    from yivl.train.log import LOG
+    from yivl.train.resume import ARGUMENTS, RECORD
+    from yivl.train.run_log import LOG
 
     base, adapter, target = (
         os.path.expanduser(path) for path in (arguments.model_path, arguments.lora_path, arguments.save_model_path)
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command_line.run(main)

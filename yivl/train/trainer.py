@@ -14,15 +14,16 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from yivl.checkpoint.saving import write_json
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.image_processing import ImageProcessor
-from yivl.model.saving import write_json
 from yivl.tokenization import YiTokenizer
 from yivl.train.arguments import Arguments, YiVLTrainingArguments, Zero, as_dict
-from yivl.train.batches import BatchLoader, own_words
-from yivl.train.checkpoints import (
+from yivl.train.dataloaders import BatchLoader, own_words
+from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
+from yivl.train.resume import (
     ARGUMENTS,
     RECORD,
     UNFINISHED,
@@ -32,8 +33,7 @@ from yivl.train.checkpoints import (
     remove_old_checkpoints,
     save_trained,
 )
-from yivl.train.log import RunLog
-from yivl.train.modules import freeze_modes, frozen_modules, parameter_groups
+from yivl.train.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 

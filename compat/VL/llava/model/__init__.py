@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.loading import resolve_checkpoint
 from yivl.image_processing import load_clip_processor
 from yivl.model.configuration import YiVLConfig, vit_folder
-from yivl.model.loading import resolve_checkpoint
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.vision_tower import VisionTower
 

@@ -1,0 +1,89 @@
+"""CMMMU's scores are the official ones: the verdicts of the benchmark's own evaluation, random ones included."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from yivl.eval.benchmarks.cmmmu import (
+    BLANK,
+    CHOICE,
+    DOMAINS,
+    FALLBACK_SEED,
+    JUDGEMENT,
+    PUBLISHED,
+    is_correct,
+    parse_blank,
+    parse_choice,
+    parse_judgement,
+    score_rows,
+)
+
+# Responses made up for this test, with what eval/utils/eval_utils.py of CMMMU-Benchmark/CMMMU makes of them in this
+# order after random.seed(42).
+CASES: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "cmmmu/parser_cases.json").read_text(encoding="utf-8")
+)
+
+
+# The responses of Yi-VL-34B that CMMMU-Benchmark/CMMMU publishes (eval/example) with options and answers of the
+# validation split, domain by domain, and the verdicts of its evaluation.
+PUBLISHED_RESPONSES: list[dict[str, Any]] = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "cmmmu/yi_vl_34b_val.jsonl").read_text(encoding="utf-8").split("\n")
+    if line
+]
+
+
+def test_the_published_responses_of_yi_vl_34b_have_the_published_score() -> None:
+    rows = [
+        {**row, "index2ans": dict(zip("ABCD", row.get("options", ()), strict=False))} for row in PUBLISHED_RESPONSES
+    ]
+    scores = score_rows(rows)
+    assert len(rows) == 900
+    assert len(scores["subjects"]) == 30
+    assert [
+        round(100 * figure, 1) for figure in (scores["overall"], PUBLISHED["Yi-VL-34B, published"]["val"] / 100)
+    ] == [36.2, 36.2]
+    rng = random.Random(FALLBACK_SEED)
+    assert [is_correct(row, rng) for row in rows] == [row["official_correct"] for row in rows]
+
+
+def test_verdicts_are_the_official_ones() -> None:
+    assert {case["type"] for case in CASES} == {CHOICE, JUDGEMENT, BLANK}
+    assert len(CASES) == 600
+    rng = random.Random(FALLBACK_SEED)
+    for case in CASES:
+        assert is_correct(case, rng) == case["official_correct"], case
+
+
+def test_what_is_read_in_a_response_is_the_official_reading() -> None:
+    rng = random.Random(FALLBACK_SEED)
+    for case in CASES:
+        if case["type"] == CHOICE and case["response"]:
+            assert parse_choice(case["response"], case["index2ans"], rng) == case["official_prediction"], case
+        elif case["type"] == JUDGEMENT:
+            assert parse_judgement(case["response"], rng) == case["official_prediction"], case
+        elif case["type"] == BLANK:
+            parsed = parse_blank(case["response"], case["answer"])
+            assert str(parsed) == str(case["official_prediction"]), case  # as text: NaN equals nothing
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_domains_are_scored_in_the_official_order_whatever_the_order_of_the_rows(reverse: bool) -> None:
+    rows = [
+        {"type": CHOICE, "category": category, "subcategory": f"{category}{place}", "answer": "A", "response": "嗯"}
+        | {"index2ans": dict.fromkeys("ABCD", "没有")}
+        for category in DOMAINS
+        for place in range(10)
+    ]
+    rng = random.Random(FALLBACK_SEED)
+    marks = [rng.choice("ABCD") == "A" for _ in rows]
+    if reverse:  # of the domains; inside each the order is that of the rows
+        rows = sorted(rows, key=lambda row: -[*DOMAINS].index(row["category"]))
+    scores = score_rows(rows)
+    assert scores["overall"] == sum(marks) / 60
+    assert [*scores["domains"].values()] == [sum(marks[start : start + 10]) / 10 for start in range(0, 60, 10)]
+    assert scores["subjects"]["商业3"] == {"num": 1, "acc": float(marks[13])}

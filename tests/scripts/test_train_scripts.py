@@ -1,0 +1,481 @@
+"""The shell scripts, run for real at tiny scale: stages, fine-tuning, merging, several processes, several nodes."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.golden import CHECKPOINT
+from support.models import wide_checkpoint
+from support.training import (
+    FACTS,
+    IMAGES,
+    QUESTION,
+    ROOT,
+    VIT,
+    conversation,
+    losses,
+    run_script,
+    weights,
+    write_language_model,
+    write_rows,
+    write_shards,
+)
+
+from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.inference.chat import Chat
+from yivl.train.arguments import parse_arguments
+from yivl.train.run_log import read_log
+
+SCRIPTS = [
+    "train_stage1.sh",
+    "train_stage2.sh",
+    "train_stage3.sh",
+    "finetune.sh",
+    "finetune_lora.sh",
+    "finetune_qlora.sh",
+]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operators with g++")
+
+
+def flags(model: Path, data: Path | str, out: Path, **changes: Any) -> list[str]:
+    values = {"model_name_or_path": model, "data_path": data, "image_folder": IMAGES, "output_dir": out}
+    values |= {"dataloader_num_workers": 0} | changes
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def ask(model: Path, question: str, image: str | None = None) -> str:
+    """Ask through the entry script and return its answer."""
+    command = [sys.executable, "single_inference.py", "--model-path", str(model), "--question", question, "--json"]
+    command += ["--image-file", str(IMAGES / image)] if image else []
+    result = subprocess.run(
+        [*command, "--temperature", "0", "--max-new-tokens", "24"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return str(json.loads(result.stdout)["outputs"])
+
+
+# What is printed before anything runs.
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_the_printed_command_parses_with_the_real_flags_and_those_of_the_user_win(script: str, gpus: int) -> None:
+    typed = ["--learning_rate", "7e-3", *flags(Path("M"), "D", Path("O"))]
+    printed = run_script(script, *typed, DRY_RUN=1, GPUS=gpus)
+    command = shlex.split(printed)
+    arguments = command[command.index("yivl.train") + 1 :]
+    if gpus:
+        assert "--nproc-per-node" in command
+        # What only a GPU can do is checked there; the rest is.
+        for name in ("--bf16", "--tf32", "--deepspeed"):
+            if name in arguments:
+                del arguments[arguments.index(name) : arguments.index(name) + 2]
+    model, data, training = parse_arguments(arguments)
+    assert (model.model_name_or_path, data.data_path, training.output_dir) == ("M", "D", "O")
+    assert training.learning_rate == 7e-3
+
+
+def test_environment_variables_name_the_inputs_and_flags_win_over_them() -> None:
+    environment = {"MODEL": "m", "DATA": "d e.json", "IMAGES": "i", "OUT": "o", "VIT": "v", "DRY_RUN": 1}
+    printed = shlex.split(run_script("train_stage1.sh", "--data_path", "typed", **environment))
+    model, data, training = parse_arguments(printed[printed.index("yivl.train") + 1 :])
+    assert (model.model_name_or_path, model.vision_tower, model.stage) == ("m", "v", 1)
+    assert (data.data_path, data.image_folder, training.output_dir) == ("typed", "i", "o")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_global_batch_that_does_not_divide_is_refused_before_anything_runs(script: str) -> None:
+    result = subprocess.run(
+        [f"scripts/{script}"],
+        cwd=ROOT,
+        env=os.environ | {"GPUS": "7", "GLOBAL_BATCH": "256", "MICRO_BATCH": "2", "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "GLOBAL_BATCH=256 is no multiple of 14" in result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_input_is_one_line_and_exit_code_2(script: str) -> None:
+    result = subprocess.run(
+        [f"scripts/{script}", "--data_path", "rows.json", "--output_dir", "out"],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key != "MODEL"}
+        | {"GPUS": "0", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: --model_name_or_path is missing")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("zero*.json")), ids=lambda path: path.name)
+def test_deepspeed_settings_are_what_their_name_says(path: Path) -> None:
+    settings = json.loads(path.read_text())
+    zero = settings["zero_optimization"]
+    assert path.name.startswith(f"zero{zero['stage']}")
+    assert ("offload_optimizer" in zero) == ("offload" in path.name)
+    assert "optimizer" not in settings  # DeepSpeed would give every part of the model the same learning rate
+    if zero["stage"] == 3:
+        assert zero["stage3_gather_16bit_weights_on_model_save"]
+
+
+# Runs.
+
+
+@pytest.mark.slow
+def test_paths_are_those_of_the_caller(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, "q", "a")])
+    result = subprocess.run(
+        [
+            ROOT / "scripts/finetune.sh",
+            "--model_name_or_path",
+            CHECKPOINT,
+            "--data_path",
+            "rows.json",
+            "--output_dir",
+            "out",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": sys.executable, "GPUS": "0", "GLOBAL_BATCH": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_three_stages_one_after_the_other_and_the_result_answers(loaded: LoadedModel, tmp_path: Path) -> None:
+    language_model = write_language_model(tmp_path / "llm", loaded.model)
+    shards = write_shards(tmp_path / "shards", 2, 8)
+    (tmp_path / "mixture.yaml").write_text(
+        f"- {{data_path: '{shards}', weight: 2}}\n- {{data_path: rows.json, image_folder: {IMAGES}}}\n"
+    )
+    rows = write_rows(tmp_path / "rows.json")
+    small = {"GLOBAL_BATCH": 4, "MICRO_BATCH": 2}
+    stages = [tmp_path / f"stage{number}" for number in (1, 2, 3)]
+    run_script(
+        "train_stage1.sh",
+        *flags(language_model, shards, stages[0], vision_tower=VIT, image_size=28, max_steps=3, learning_rate=1e-2),
+        **small,
+    )
+    run_script(
+        "train_stage2.sh",
+        *flags(stages[0], tmp_path / "mixture.yaml", stages[1], image_size=56, max_steps=3, learning_rate=1e-2),
+        **small,
+    )
+    run_script("train_stage3.sh", *flags(stages[1], rows, stages[2], image_size=56, num_train_epochs=2), **small)
+    results = [weights(stage) for stage in stages]
+    position = "model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
+    assert [len(result[position]) for result in results] == [5, 17, 17]
+    before = loaded.model.state_dict()
+    for name in before:
+        if not name.startswith(("model.vision_tower.", "model.mm_projector.")):
+            assert torch.equal(results[1][name], before[name])  # frozen in the first two stages
+            assert not torch.equal(results[2][name], before[name])
+    assert not torch.equal(results[0]["model.mm_projector.0.weight"], results[1]["model.mm_projector.0.weight"])
+    assert json.loads((stages[2] / "train_results.json").read_text())["train_samples_per_second"] > 0
+    ask(stages[2], "图里有什么？", "photo_rgb.jpg")
+
+
+@pytest.mark.slow
+def test_fine_tuning_learns_eight_rows_to_exact_answers_and_the_entry_script_gives_them(tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", write_rows(tmp_path / "rows.json")
+    common: dict[str, Any] = {
+        "num_train_epochs": 100,
+        "learning_rate": 3e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    run_script(
+        "finetune.sh",
+        *flags(CHECKPOINT, rows, out, **common, freeze_mm_mlp_adapter=False),
+        GLOBAL_BATCH=8,
+        MICRO_BATCH=8,
+    )
+    assert losses(read_log(out / "log.jsonl"))[-1] < 0.01
+    chat = Chat.from_pretrained(str(out), device="cpu")
+    for image, question, answer in FACTS:
+        chat.reset()
+        assert chat.ask(question, image and str(IMAGES / image), temperature=0, max_new_tokens=24) == answer
+    for image, question, answer in (FACTS[1], FACTS[5]):
+        assert ask(out, question, image) == answer
+
+
+@pytest.mark.slow
+def test_lora_is_trained_merged_and_asked(tmp_path: Path) -> None:
+    out, merged, rows = tmp_path / "lora", tmp_path / "merged", write_rows(tmp_path / "rows.json")
+    changes: dict[str, Any] = {
+        "num_train_epochs": 20,
+        "learning_rate": 1e-2,
+        "freeze_mm_mlp_adapter": False,
+        "save_steps": 5,
+    }
+    run_script("finetune_lora.sh", *flags(CHECKPOINT, rows, out, **changes), GLOBAL_BATCH=8, MICRO_BATCH=8)
+    assert losses(read_log(out / "log.jsonl"))[-1] < 4
+    run_script("merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", out, "--save-model-path", merged)
+    for name in ("training_arguments.json", "training_run.json", "log.jsonl"):  # how it was trained, for its card
+        assert (merged / name).read_bytes() == (out / name).read_bytes()
+    ids, images = torch.tensor([[294, 332, -200, 19, 748]]), torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        base, adapted, plain = (
+            load_model(path, device="cpu", dtype="float32").model(ids, images=images).logits
+            for path in (CHECKPOINT, out, merged)
+        )
+    torch.testing.assert_close(plain, adapted, atol=1e-5, rtol=1e-5)
+    assert (plain - base).abs().max() > 0.1
+    assert ask(merged, QUESTION, "photo_rgb.jpg") == ask(out, QUESTION, "photo_rgb.jpg")
+    # A checkpoint of the way is an adapter too, projector included.
+    with torch.no_grad():
+        midway = load_model(out / "checkpoint-10", device="cpu", dtype="float32").model(ids, images=images).logits
+    assert (midway - adapted).abs().max() > 1e-3
+    assert (out / "checkpoint-10/non_lora_trainables.safetensors").is_file()
+    result = subprocess.run(
+        ["scripts/merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", out, "--save-model-path", out],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "give another --save-model-path" in result.stderr
+    other = tmp_path / "other"
+    printed = run_script("merge_lora.sh", "--model-path", merged, "--lora-path", out, "--save-model-path", other)
+    assert f"the adapter says that it was trained on {CHECKPOINT}; it is merged into {merged}" in printed
+    with pytest.raises(AssertionError, match="no adapter folder: it has no adapter_config"):
+        run_script("merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", merged, "--save-model-path", other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora_is_trained_and_merged_into_the_unquantized_base(bits: int, tmp_path: Path) -> None:
+    wide, out, merged = wide_checkpoint(tmp_path / "wide"), tmp_path / "qlora", tmp_path / "merged"
+    rows = write_rows(tmp_path / "rows.json")
+    run_script(
+        "finetune_qlora.sh",
+        *flags(wide, rows, out, num_train_epochs=30, learning_rate=1e-2, lora_r=16, bits=bits, save_strategy="no"),
+        GLOBAL_BATCH=8,
+        MICRO_BATCH=8,
+    )
+    curve = losses(read_log(out / "log.jsonl"))
+    assert curve[-1] < curve[0] - 1.5
+    assert not (out / "non_lora_trainables.safetensors").exists()  # the projector stayed as it was
+    run_script("merge_lora.sh", "--model-path", wide, "--lora-path", out, "--save-model-path", merged)
+    before, after = weights(wide), weights(merged)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {
+        name for name in before if re.search(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj\.weight", name)
+    }
+    ask(merged, QUESTION, "photo_rgb.jpg")
+
+
+# Adam turns the rounding of gradients near zero into whole steps; with this epsilon it does not.
+COMPARED: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2, "save_steps": 3, "adam_epsilon": 1e-2}
+
+
+def run_zero(settings: str, out: Path, rows: Path, **changes: Any) -> list[float]:
+    run_script(
+        "finetune.sh",
+        *flags(CHECKPOINT, rows, out, **COMPARED, **changes),
+        PROCESSES=2,
+        GLOBAL_BATCH=2,
+        MASTER_PORT=free_port(),
+        DEEPSPEED=settings,
+    )
+    return losses(read_log(out / "log.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Rows with and without pictures, and the run of one process over them."""
+    folder = tmp_path_factory.mktemp("single")
+    rows = write_rows(folder / "rows.json")
+    run_script(
+        "finetune.sh",
+        *flags(CHECKPOINT, rows, folder / "out", **COMPARED, freeze_mm_mlp_adapter=False),
+        GLOBAL_BATCH=2,
+        MICRO_BATCH=2,
+    )
+    return rows, folder / "out"
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("settings", ["", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_two_processes_take_the_steps_of_one_and_go_on_exactly(
+    settings: str, single_process: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows, single = single_process
+    path = f"scripts/{settings}.json" if settings else ""
+    whole = run_zero(path, tmp_path / "whole", rows, freeze_mm_mlp_adapter=False)
+    assert whole == pytest.approx(losses(read_log(single / "log.jsonl")), rel=2e-4)
+    expected, found = weights(single), weights(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-3)
+    if "offload" in settings:
+        return
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", resumed / "checkpoint-3")
+    log = run_zero(path, resumed, rows, freeze_mm_mlp_adapter=False, resume="auto")
+    assert log == whole[3:]
+    after = weights(resumed)
+    assert all(torch.equal(value, after[name]) for name, value in found.items())
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("settings", ["zero2", "zero3"])
+def test_adapters_train_under_deepspeed_and_go_on_exactly(settings: str, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+
+    def run(out: Path, **changes: Any) -> list[float]:
+        common: dict[str, Any] = {
+            "freeze_mm_mlp_adapter": False,
+            "learning_rate": 1e-2,
+            "num_train_epochs": 2,
+            "save_steps": 3,
+        }
+        run_script(
+            "finetune_lora.sh",
+            *flags(CHECKPOINT, rows, out, **common | changes),
+            PROCESSES=2,
+            GLOBAL_BATCH=2,
+            MASTER_PORT=free_port(),
+            DEEPSPEED=f"scripts/{settings}.json",
+        )
+        return losses(read_log(out / "log.jsonl"))
+
+    whole = run(tmp_path / "whole")
+    assert whole[-1] < whole[0]
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    assert run(tmp_path / "resumed", resume="auto") == whole[3:]
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert any(".lora_B." in name and value.any() for name, value in first.items())
+    assert "model.mm_projector.0.weight" in first
+    load_model(tmp_path / "whole", device="cpu")
+
+
+@pytest.mark.slow
+def test_two_nodes_under_slurm_are_one_run(tmp_path: Path) -> None:
+    """Stands in for Slurm with a srun that starts both nodes here, the scripts and torchrun are the real ones."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    (stubs / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
+    (stubs / "srun").write_text(
+        '#!/bin/bash\nset -e\nSLURM_NODEID=1 "$@" >/dev/null 2>&1 &\nSLURM_NODEID=0 "$@"\nwait $!\n'
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
+    printed = run_script(
+        "slurm/train_stage3.sbatch",
+        *flags(CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3, dataloader_num_workers=0),
+        SLURM_NNODES=2,
+        SLURM_JOB_NODELIST="here",
+        GLOBAL_BATCH=4,
+        MICRO_BATCH=2,
+        MASTER_PORT=free_port(),
+        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    assert "--nnodes 2 --node-rank 0" in printed
+    lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
+    assert len(lines) == 2  # eight rows in steps of four, two a node
+    load_model(out, device="cpu")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_hostfile_starts_deepspeeds_launcher(tmp_path: Path) -> None:
+    """The ssh that the launcher tries the hosts with is a stand-in; on one host it needs no other."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    (stubs / "ssh").write_text("#!/bin/bash\necho localhost\n")
+    (stubs / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("# one node\nlocalhost slots=2\n")
+    rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
+    printed = run_script(
+        "train_stage3.sh",
+        *flags(CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3),
+        HOSTFILE=tmp_path / "hosts",
+        PROCESSES=2,
+        GLOBAL_BATCH=4,
+        MICRO_BATCH=2,
+        MASTER_PORT=free_port(),
+        DEEPSPEED="scripts/zero2.json",
+        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    assert "deepspeed.launcher.runner" in printed
+    assert len(losses(read_log(out / "log.jsonl"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training.md", "data.md"])
+def test_the_commands_of_the_documents_on_the_tiny_model_run_as_typed(name: str, tmp_path: Path) -> None:
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    lines = [line for block in blocks for line in block.splitlines() if "tests/golden" in line]
+    assert lines
+    for line in lines:
+        command = line.replace("/tmp/", f"{tmp_path}/").replace(".venv/bin/python", shlex.quote(sys.executable))
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == ("data.check" in line), f"{command}\n{result.stderr}"  # nine rows there are bad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_row_in_a_worker_of_a_script_is_one_line(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")] * processes)
+    result = subprocess.run(
+        ["scripts/finetune.sh", *flags(CHECKPOINT, rows, tmp_path / "out"), "--dataloader_num_workers", "1"],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHON": sys.executable, "GPUS": "0", "GLOBAL_BATCH": str(processes), "PROCESSES": str(processes)}
+        | {"MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    last = errors[-1]
+    assert re.match(rf"error: {rows} row \d: {tmp_path}/bad\.png: not a picture", last)
+    assert "--on_bad_row skip" in last

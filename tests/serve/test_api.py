@@ -1,0 +1,505 @@
+"""The API over real HTTP, mostly through OpenAI's own client, against what a chat answers."""
+
+import asyncio
+import io
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import schemathesis
+import torch
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from schemathesis import checks
+from support.golden import CHECKPOINT, GOLDEN
+from support.serving import data_url, user
+
+from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.inference.chat import Chat, GenerationState
+from yivl.serve.api import build_app
+from yivl.serve.limits import Limits
+from yivl.serve.scheduler import Overloaded, Request, Scheduler
+
+PHOTO = GOLDEN / "images/photo_rgb.jpg"
+WIDE = GOLDEN / "images/wide_rgb.png"
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+LIMITS = Limits(max_tokens=512, max_images=3, max_image_bytes=200_000, max_image_pixels=10**6, max_body_bytes=10**6)
+QUESTIONS = ["Tell me a story", "你好，图片里有什么", "And now?", "hello"]
+
+
+@dataclass
+class Server:
+    url: str
+    key: str
+    scheduler: Scheduler
+    server: uvicorn.Server
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+
+    def post(self, body: dict[str, Any], **options: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60, **options)
+
+    def idle(self) -> bool:
+        """Wait until nothing is being generated."""
+        for _ in range(200):
+            if not self.scheduler.num_running + self.scheduler.num_waiting:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+@contextmanager
+def serving(loaded: LoadedModel, limits: Limits = LIMITS, key: str = "secret") -> Iterator[Server]:
+    scheduler = Scheduler(loaded, limits)
+    config = uvicorn.Config(
+        build_app(scheduler, limits, api_key=key),
+        port=0,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=limits.shutdown_seconds,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Server(f"http://127.0.0.1:{port}", key, scheduler, server)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def api_model() -> LoadedModel:
+    return load_model(CHECKPOINT, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def talkative() -> LoadedModel:
+    """A model whose greedy answers are as long as they may be: neither stop string nor end of text ever leads."""
+    loaded = load_model(CHECKPOINT, device="cpu")
+    with torch.no_grad():
+        loaded.model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def api(api_model: LoadedModel) -> Iterator[Server]:
+    with serving(api_model) as server:
+        yield server
+
+
+def png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def metrics(api: Server) -> str:
+    return httpx.get(f"{api.url}/metrics", headers={"Authorization": f"Bearer {api.key}"}).text
+
+
+def test_answers_are_those_of_a_chat(api: Server, loaded: LoadedModel) -> None:
+    chat = Chat(loaded, system="Be kind.")
+    asked = [("What is this?", [PHOTO]), ("And now?", []), ("你好，图片里有什么", [WIDE, PHOTO])]
+    messages: list[Any] = [{"role": "system", "content": "Be kind."}]
+    for question, images in asked:
+        messages.append(user(question, *(data_url(image.read_bytes()) for image in images)))
+        expected = chat.ask(question, images, temperature=0, max_new_tokens=12)
+        completion = api.client.chat.completions.create(model="checkpoint", messages=messages, **GREEDY)
+        choice = completion.choices[0]
+        assert choice.message.content == expected
+        assert chat.last_answer is not None
+        assert choice.finish_reason == chat.last_answer.finish_reason
+        assert completion.usage is not None
+        assert completion.usage.prompt_tokens == chat.last_answer.prompt_tokens
+        assert completion.usage.completion_tokens == chat.last_answer.new_tokens
+        messages.append({"role": "assistant", "content": expected})
+
+
+def test_a_stream_holds_the_same_answer(api: Server, loaded: LoadedModel) -> None:
+    chat = Chat(loaded)
+    expected = chat.ask("Tell me a story", temperature=0, max_new_tokens=30)
+    assert chat.last_answer is not None
+    messages: list[Any] = [user("Tell me a story")]
+    options: dict[str, Any] = {"model": "checkpoint", "messages": messages, "temperature": 0, "stream": True}
+    chunks = list(
+        api.client.chat.completions.create(**options, max_completion_tokens=30, stream_options={"include_usage": True})
+    )
+    *pieces, last, usage = chunks
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected
+    assert len(pieces) > 5
+    assert last.choices[0].finish_reason == chat.last_answer.finish_reason
+    assert usage.choices == []
+    assert usage.usage.completion_tokens == chat.last_answer.new_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    raw = api.post({**options, "max_tokens": 2})
+    assert raw.headers["content-type"].startswith("text/event-stream")
+    assert raw.text.endswith("data: [DONE]\n\n")
+    assert "usage" not in raw.text
+
+
+def test_several_answers_seeds_and_stops(api: Server, loaded: LoadedModel) -> None:
+    body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 1.5, "max_tokens": 10, "seed": 7}
+    first = api.post({**body, "n": 3}).json()
+    answers = [choice["message"]["content"] for choice in first["choices"]]
+    assert [choice["index"] for choice in first["choices"]] == [0, 1, 2]
+    assert len(set(answers)) == 3
+    expected = [
+        Chat(loaded).ask("hello", temperature=1.5, max_new_tokens=10, seed=7 + index, top_k=0) for index in range(3)
+    ]
+    assert answers == expected
+    assert first["usage"]["completion_tokens"] == 30
+    streamed = api.post({**body, "n": 3, "stream": True}).text
+    texts = dict.fromkeys(range(3), "")
+    for line in streamed.split("\n\n")[:-2]:
+        choice = json.loads(line.removeprefix("data: "))["choices"][0]
+        texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert list(texts.values()) == answers
+    whole = api.post({**body, "temperature": 0, "max_tokens": 30}).json()["choices"][0]["message"]["content"]
+    stop = whole[len(whole) // 2 :][:3]
+    stopped = api.post({**body, "temperature": 0, "max_tokens": 30, "stop": [stop, "never said"]}).json()["choices"][0]
+    assert stopped["message"]["content"] == whole[: whole.index(stop)].strip()
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_the_model_list_health_and_metrics(api: Server) -> None:
+    assert [model.id for model in api.client.models.list()] == ["checkpoint"]
+    assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
+    for name in (
+        "yivl_responses_total",
+        "yivl_completion_tokens_total",
+        "yivl_waiting 0.0",
+        "yivl_first_token_seconds",
+    ):
+        assert name in metrics(api)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nothing", "/v1/chat/completions"])
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer secre", "Bearer secret2", "secret", "bearer \xff"])
+def test_everything_but_health_needs_the_key(api: Server, path: str, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    response = httpx.request("POST" if "chat" in path else "GET", f"{api.url}{path}", headers=headers)
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "message"),
+    [
+        ({"model": "gpt-9"}, 404, "model", "this server has checkpoint"),
+        ({"tools": []}, 400, "tools", "not supported"),
+        ({"logprobs": True}, 400, "logprobs", ""),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty", ""),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type", ""),
+        ({"temperature": -1}, 400, "temperature", ""),
+        ({"temperature": 1e-9}, 400, None, "0.001"),
+        ({"top_p": 0}, 400, "top_p", ""),
+        ({"n": 99}, 400, "n", "at most 4"),
+        ({"max_tokens": 10**6}, 400, "max_tokens", "at most 512"),
+        ({"seed": -1}, 400, "seed", ""),
+        ({"stop": ["a"] * 5}, 400, None, ""),
+        ({"stop": "a" * 257}, 400, None, ""),
+        ({"messages": [user("a" * 900_000)]}, 400, "messages", "characters"),
+        ({"messages": []}, 400, "messages", ""),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0", ""),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, None, "alternate"),
+        ({"messages": [user("a"), user("b")]}, 400, None, "alternate"),
+        ({"messages": [user("a"), {"role": "system", "content": "b"}, user("c")]}, 400, None, "alternate"),
+        ({"messages": [{"role": "system", "content": "b"}]}, 400, None, "alternate"),
+        ({"messages": [user("word " * 5000)]}, 400, "messages", "the context has 4096"),
+        ({"messages": [user("a", *["data:image/png;base64,AAAA"] * 4)]}, 400, None, "at most 3 pictures"),
+    ],
+)
+def test_what_is_not_supported_is_said(
+    api: Server, change: dict[str, Any], status: int, param: str | None, message: str
+) -> None:
+    response = api.post({"model": "checkpoint", "messages": [user("hi")], **GREEDY, **change})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (status, "invalid_request_error")
+    assert message in error["message"]
+    if param is not None:
+        assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("file:///etc/passwd", "must be a data: URL"),
+        ("/etc/passwd", "must be a data: URL"),
+        ("images/cat.jpg", "must be a data: URL"),
+        ("http://127.0.0.1/a.png", "must be a data: URL"),
+        ("https://example.org/a.png", "must be a data: URL"),
+        ("data:text/plain;base64,AAAA", "must be a data: URL"),
+        ("data:image/png,AAAA", "must be a data: URL"),
+        ("data:image/png;base64,??", "no valid base64"),
+        (data_url(b"nonsense"), "not a picture that can be read"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a picture that can be read"),
+        (data_url(b""), "not a picture that can be read"),
+        (data_url(PHOTO.read_bytes()[:2_000]), "damaged or truncated"),
+        (data_url(png(40_000, 30_000)), "pixels"),
+        (data_url(png(3_000, 10)), "more than 1,000 pixels on a side"),
+        (data_url(b"x" * 300_000), "at most 200,000 bytes"),
+    ],
+)
+def test_bad_pictures_are_refused_without_a_word_about_the_server(api: Server, url: str, message: str) -> None:
+    response = api.post({"model": "checkpoint", "messages": [user("hi", url)], **GREEDY})
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+    assert "0x" not in response.text
+
+
+def test_requests_that_are_no_requests(api: Server) -> None:
+    headers = {"Authorization": f"Bearer {api.key}"}
+    url = f"{api.url}/v1/chat/completions"
+    as_json = {**headers, "Content-Type": "application/json"}
+    for content, kind, status in (
+        (b"{", as_json, 400),
+        (b"[" * 100_000, as_json, 400),
+        (b'{"model": NaN}', as_json, 400),
+        (b"{}", headers | {"Content-Type": "text/plain"}, 400),
+        (b"x" * 1_100_000, as_json, 413),
+    ):
+        response = httpx.post(url, content=content, headers=kind)
+        assert (response.status_code, set(response.json())) == (status, {"error"})
+    chunked = httpx.post(url, content=iter([b"x" * 100_000] * 11), headers=as_json)
+    assert chunked.status_code == 413
+    assert httpx.get(url, headers=headers).status_code == 405
+    assert httpx.get(f"{api.url}/nothing", headers=headers).json()["error"]["message"] == "there is nothing here"
+
+
+def test_a_client_that_leaves_stops_its_answer(talkative: LoadedModel) -> None:
+    body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 2000}
+    with serving(talkative, Limits()) as server:
+        url, headers = f"{server.url}/v1/chat/completions", {"Authorization": f"Bearer {server.key}"}
+        with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60) as stream:
+            next(stream.iter_lines())
+        assert server.idle()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body | {"n": 4}, headers=headers, timeout=0.5)
+        assert server.idle()
+        assert server.post(body | {"max_tokens": 2}).status_code == 200
+        assert "yivl_completion_tokens_total 2.0" in metrics(server)  # only that of the last one was finished
+
+
+def test_what_is_null_is_not_set(api: Server) -> None:
+    body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY}
+    nothing = dict.fromkeys(["top_p", "n", "stream", "stop", "seed", "presence_penalty", "response_format", "user"])
+    assert api.post(body | nothing).json()["choices"] == api.post(body).json()["choices"]
+
+
+def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(talkative: LoadedModel) -> None:
+    scheduler = Scheduler(talkative, Limits(max_queue=2, max_batch=1))
+    ended = threading.Event()
+
+    def request(max_new_tokens: int) -> Request:
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
+        return Request(
+            (), [[]], "hello", sampling, lambda event: ended.set() if isinstance(event, GenerationState) else None
+        )
+
+    running = request(2000)
+    scheduler.submit([running])
+    while not scheduler.num_running:
+        time.sleep(0.01)
+    left = [request(5), request(5)]
+    scheduler.submit(left)
+    assert scheduler.is_full
+    with pytest.raises(Overloaded):
+        scheduler.submit([request(5)])
+    for one in left:
+        one.cancelled.set()
+    scheduler.submit([request(5)])
+    running.cancelled.set()
+    assert ended.wait(30)
+    scheduler.close()
+
+
+def test_a_full_queue_and_a_slow_answer_are_said(talkative: LoadedModel) -> None:
+    body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 2000}
+    with serving(talkative, Limits(max_queue=1, max_batch=1)) as server, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(server.post, body | {"max_tokens": 1000})]
+        while not server.scheduler.num_running:
+            time.sleep(0.01)
+        answers.append(pool.submit(server.post, body | {"max_tokens": 2}))
+        while not server.scheduler.num_waiting:
+            time.sleep(0.01)
+        full = server.post(body)
+        assert full.status_code == 429
+        assert int(full.headers["retry-after"]) > 0
+        assert full.json()["error"]["type"] == "rate_limit_error"
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+    with serving(talkative, Limits(max_seconds=1)) as server:
+        late = server.post({**body, "n": 4})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        streamed = server.post({**body, "n": 4, "stream": True})
+        assert streamed.status_code in (200, 504)
+        assert "took too long" in streamed.text
+        assert server.idle()
+
+
+def test_a_stopped_server_finishes_its_streams(api_model: LoadedModel) -> None:
+    body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 200}
+    with serving(api_model) as server:
+        headers = {"Authorization": f"Bearer {server.key}"}
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json=body | {"stream": True}, headers=headers, timeout=60
+        ) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.server.should_exit = True
+            rest = list(lines)
+    assert "data: [DONE]" in rest
+    assert server.scheduler.num_running == 0
+
+
+def test_a_lack_of_memory_is_said_and_the_server_goes_on(
+    api: Server, api_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY}
+    expected = api.post(body).json()["choices"]
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate at 0xdeadbeef")
+
+    monkeypatch.setattr(api_model.model.lm_head, "forward", fail)
+    for stream in (False, True):
+        response = api.post(body | {"stream": stream})
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "out_of_memory")
+        assert "0xdeadbeef" not in response.text
+    monkeypatch.setattr(api_model.model.lm_head, "forward", lambda *_: 1 / 0)
+    assert api.post(body).json()["error"]["message"] == "the server failed to answer"
+    monkeypatch.undo()
+    assert api.post(body).json()["choices"] == expected
+
+
+def test_many_clients_get_their_own_answers(api: Server, loaded: LoadedModel) -> None:
+    """Good and bad requests at once: nothing hangs, leaks or is mixed up."""
+    pictures = [None, PHOTO, WIDE]
+    cases = [(question, picture) for question in QUESTIONS for picture in pictures]
+    expected = {
+        case: Chat(loaded).ask(case[0], case[1], temperature=0, max_new_tokens=3 + number)
+        for number, case in enumerate(cases)
+    }
+    urls = {picture: data_url(picture.read_bytes()) for picture in (PHOTO, WIDE)}
+
+    def ask(number: int) -> None:
+        index = number % len(cases)
+        question, picture = cases[index]
+        message = user(question, *([urls[picture]] if picture else []))
+        body = {"model": "checkpoint", "messages": [message], "temperature": 0, "max_tokens": 3 + index}
+        if number % 5 == 0:
+            bad: list[dict[str, Any]] = [
+                {"model": "none"},
+                {"messages": [user("hi", "file:///etc/passwd")]},
+                {"messages": [user("word " * 5000)]},
+                {"n": 0},
+            ]
+            assert api.post(body | bad[number // 5 % len(bad)]).status_code in (400, 404)
+        elif number % 5 == 1:
+            text = ""
+            for line in api.post(body | {"stream": True}).text.split("\n\n")[:-2]:
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
+            assert text == expected[cases[index]]
+        else:
+            assert api.post(body).json()["choices"][0]["message"]["content"] == expected[cases[index]]
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(ask, range(200)))
+    assert api.idle()
+
+
+def test_the_log_holds_nothing_that_clients_wrote(api: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        api.post({"model": "checkpoint", "messages": [user("my private question")], **GREEDY})
+        api.post({"model": "private", "messages": [user("my private question")], "private": 1})
+    lines = [record.getMessage() for record in caplog.records if record.name == "yivl.serve.api"]
+    assert any(json.loads(line)["event"] == "answer" for line in lines)
+    assert "private" not in caplog.text
+
+
+def test_an_engine_that_is_closed_ends_what_waits_and_runs(talkative: LoadedModel) -> None:
+    async def ask(server: Server) -> list[int]:
+        async with httpx.AsyncClient(timeout=60, headers={"Authorization": f"Bearer {server.key}"}) as client:
+            body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 2000}
+            asked = [asyncio.create_task(client.post(f"{server.url}/v1/chat/completions", json=body)) for _ in range(4)]
+            while server.scheduler.num_running + server.scheduler.num_waiting < 4:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(server.scheduler.close)
+            return [(await one).status_code for one in asked]
+
+    with serving(talkative, Limits(max_batch=2)) as server:
+        assert asyncio.run(ask(server)) == [429] * 4
+
+
+@pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
+def test_responses_are_as_described(api: Server, mode: schemathesis.GenerationMode) -> None:
+    """Requests made from the server's own description, as it asks for and as it does not."""
+    headers = {"Authorization": f"Bearer {api.key}"}
+    raw = httpx.get(f"{api.url}/openapi.json", headers=headers).json()
+    # With these values most requests pass the first checks, and their answers are short.
+    body = raw["components"]["schemas"]["ChatRequest"]
+    body["properties"]["model"] = {"const": "checkpoint"}
+    for name in ("max_tokens", "max_completion_tokens"):
+        body["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 3}
+        body["required"].append(name)
+    operation = schemathesis.openapi.from_dict(raw)["/v1/chat/completions"]["POST"]
+    statuses: Counter[int] = Counter()
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    def check(case: schemathesis.Case) -> None:
+        response = case.call(base_url=api.url, headers=headers, timeout=60)
+        statuses[response.status_code] += 1
+        case.validate_response(response, checks=CHECKS)
+
+    check()
+    assert statuses.keys() <= {200, 400}
+    assert mode == schemathesis.GenerationMode.NEGATIVE or statuses[200] > 0
+    assert mode == schemathesis.GenerationMode.POSITIVE or statuses[400] > 0
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(api: Server) -> None:
+    photos = [data_url(png(50 + number, 50), "png") for number in range(40)]
+
+    def ask(number: int) -> None:
+        body = {"model": "checkpoint", "messages": [user(f"hi {number}", photos[number % 40])], **GREEDY}
+        assert api.post(body).status_code == 200
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(200)))
+        before = resident_mebibytes()
+        list(pool.map(ask, range(1_000)))
+    assert resident_mebibytes() - before < 64
+
+
+def resident_mebibytes() -> float:
+    """Return the memory that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

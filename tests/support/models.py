@@ -1,0 +1,36 @@
+"""Small models that tests build."""
+
+from pathlib import Path
+
+from transformers import CLIPVisionConfig
+
+from support.golden import CHECKPOINT
+from yivl.checkpoint.loading import load_model
+from yivl.checkpoint.saving import save_checkpoint
+from yivl.model.configuration import YiVLConfig
+from yivl.model.modeling import YiVLForCausalLM
+
+OPEN_CLIP_VISION = {"width": 160, "layers": 3, "head_width": 80, "patch_size": 14, "image_size": 56}
+"""``vision_cfg`` of a small open_clip model."""
+VIT = "vit/clip-vit-tiny-random-yi-vl-56"
+
+
+def wide_checkpoint(folder: Path) -> Path:
+    """Random weights whose layers are wide enough for 4 bits on a CPU."""
+    vision = CLIPVisionConfig.from_pretrained(CHECKPOINT / VIT)
+    config = YiVLConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mm_hidden_size=48,
+        mm_vision_tower="./vit/tiny",
+        vision_config=vision,
+        max_position_embeddings=4096,
+    )
+    model = YiVLForCausalLM(config)
+    source = load_model(CHECKPOINT, device="cpu")
+    save_checkpoint(model, folder, tokenizer=source.tokenizer, image_processor=source.image_processor.clip_processor)
+    return folder

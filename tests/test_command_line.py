@@ -1,0 +1,397 @@
+"""The entry scripts as a person runs them: output, exit codes, one line for every mistake."""
+
+import io
+import json
+import logging
+import os
+import pty
+import re
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.golden import CHECKPOINT, GOLDEN, ROOT
+
+from yivl import command_line
+from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.checkpoint.saving import save_checkpoint
+from yivl.errors import YiVLError
+from yivl.image_processing import load_image
+from yivl.inference.chat import Chat
+from yivl.serve.terminal import HELP, Terminal
+
+PHOTO = GOLDEN / "images/photo_rgb.jpg"
+MODEL = ("--model-path", str(CHECKPOINT))
+ANSWER = ("--temperature", "0", "--max-new-tokens", "12")
+QUESTION = "你好，图片里有什么"
+
+
+def run(script: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True, input=stdin, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: LoadedModel) -> str:
+    answer = Chat(loaded).ask(QUESTION, PHOTO, temperature=0, max_new_tokens=12)
+    assert answer
+    return answer
+
+
+@pytest.mark.parametrize("extra", [(), ("--stream",)])
+def test_single_inference_prints_in_the_format_of_the_release(extra: tuple[str, ...], expected: str) -> None:
+    flags = ("--image-file", str(PHOTO), "--question", QUESTION, "--conv-mode", "mm_default", "--num_beams", "1")
+    result = run("single_inference.py", *MODEL, *flags, "--top_p", "1.0", *ANSWER, *extra)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"----------\nquestion: {QUESTION}\noutputs: {expected}\n----------\n"
+
+
+def test_single_inference_prints_json(expected: str) -> None:
+    result = run("single_inference.py", *MODEL, "--image", str(PHOTO), "--question", QUESTION, *ANSWER, "--json")
+    fields = json.loads(result.stdout)
+    assert fields["question"] == QUESTION
+    assert fields["outputs"] == expected
+    assert fields["model"] == "checkpoint"
+    assert 0 < fields["new_tokens"] <= 12
+    assert fields["finish_reason"] in ("stop", "length")
+    assert fields["prompt_tokens"] > 16
+    assert 0 < fields["seconds_to_first_token"] <= fields["seconds"]
+
+
+def test_the_flags_reach_the_model(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "attn-implementation": "eager",
+        "model-base": "b",
+        "temperature": "2",
+    }
+    flags |= {"seed": "3", "top-k": "5", "top-p": "0.7", "num-beams": "2", "repetition-penalty": "1.5"}
+    flags |= {"max-new-tokens": "7", "model-path": "m"}
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    seen: dict[str, Any] = {}
+
+    def spy(model_path: str, **loading: Any) -> LoadedModel:
+        seen.update(loading, model_path=model_path)
+        return loaded
+
+    monkeypatch.setattr("yivl.checkpoint.loading.load_model", spy)
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(sys, "argv", ["single_inference.py", *arguments, "--load-8bit", "--allow-remote"])
+    parsed = runpy.run_path(str(ROOT / "single_inference.py"))["parse_args"]()
+    sampling, image = command_line.check_inputs(parsed)
+    chat = command_line.load_chat(parsed)
+    assert seen == {
+        "model_path": "m",
+        "model_base": "b",
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "attn_implementation": "eager",
+        "load_in_4bit": False,
+        "load_in_8bit": True,
+    }
+    assert chat.allow_remote
+    assert image is None
+    assert sampling == {
+        "temperature": 2.0,
+        "top_p": 0.7,
+        "top_k": 5,
+        "num_beams": 2,
+        "repetition_penalty": 1.5,
+        "max_new_tokens": 7,
+        "seed": 3,
+    }
+
+
+def test_eight_bits_answer_quietly() -> None:
+    result = run(
+        "single_inference.py", *MODEL, "--load-8bit", "--image-file", str(PHOTO), "--question", QUESTION, *ANSWER
+    )
+    assert result.returncode == 0, result.stderr
+    assert "MatMul8bitLt" not in result.stderr
+    assert re.search(r"^outputs: .+$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["single_inference.py", "cli.py", "scripts/convert.py"])
+def test_help_is_instant_because_nothing_heavy_is_imported(script: str) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}", "--help"]
+try:
+    runpy.run_path("{script}", run_name="__main__")
+except SystemExit as leave:
+    assert leave.code == 0
+assert not {{"torch", "transformers", "PIL"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+
+
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "no picture": (("--image-file", "nothing.jpg"), "error: nothing.jpg: no such file"),
+    "not a picture": (("--image-file", "setup.py"), "error: setup.py: not a picture"),
+    "an address": (
+        ("--image-file", "http://127.0.0.1:9/x.jpg"),
+        "error: http://127.0.0.1:9/x.jpg: remote pictures are off",
+    ),
+    "no model": (("--model-path", "no/such"), "error: no/such: no such folder"),
+    "no layout": (("--model-path", "tests"), "error: tests/config.json: no such file"),
+    "temperature": (("--temperature", "-1"), "error: temperature=-1.0; expected 0 .greedy. or 0.001 and more"),
+    "4 bits": (("--load-4bit", "--device", "cpu"), "error: 4 bits on a CPU need layer widths"),
+    "base without adapter": (("--model-base", "x"), "error: .*: no adapter_config.json"),
+    "no such device": (("--device", "gpu"), "error: device='gpu'; expected auto, cpu, mps, cuda"),
+    "no mps": (("--device", "mps"), "error: device='mps': PyTorch finds no such device"),
+    "no flash attention": (("--attn-implementation", "flash_attention_2"), "error: flash_attention_2 needs"),
+    "too long": (("--question", "word " * 5000), "error: the conversation takes"),
+}
+
+
+def run_inside(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Run single_inference.py in this process, which spares the imports; return exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["single_inference.py", *arguments])
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
+    main = runpy.run_path(str(ROOT / "single_inference.py"))["main"]
+    with pytest.raises(SystemExit) as caught:
+        command_line.run(main)
+    captured = capsys.readouterr()
+    return int(str(caught.value.code)), captured.out, captured.err
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments, message = MISTAKES[case]
+    code, out, err = run_inside(monkeypatch, capsys, *MODEL, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.match(message, err)
+
+
+def test_a_mistake_looks_the_same_from_outside() -> None:
+    result = run("single_inference.py", *MODEL, "--image-file", "nothing.jpg")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: nothing.jpg: no such file\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--temprature", "1"), ("--temp", "1"), ("--json", "--stream"), ("--top_p", "a")]
+)
+def test_wrong_usage_is_exit_code_2(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run_inside(monkeypatch, capsys, *MODEL, *arguments)
+    assert code == 2
+    assert "usage:" in err
+
+
+def test_a_lack_of_memory_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from yivl import command_line
+
+    def fail() -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    with pytest.raises(SystemExit) as caught:
+        command_line.run(fail)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: not enough memory")
+    with pytest.raises(RuntimeError, match="another bug"):
+        command_line.run(lambda: (_ for _ in ()).throw(RuntimeError("another bug")))
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"set -o pipefail; {sys.executable} single_inference.py --model-path {CHECKPOINT} --stream | true"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "error" not in result.stderr.lower()
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 0
+
+
+def test_cli_in_a_pipe_prints_the_published_dialogue(expected: str) -> None:
+    result = run("cli.py", *MODEL, "--image-file", str(PHOTO), *ANSWER, stdin=f"{QUESTION}\n\n/exit\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (f"Human: {QUESTION}\nAssistant: {expected}\nHuman: \nHuman: /exit\nexit...\n")
+
+
+@pytest.mark.parametrize("redirect", ["<&-", "< /dev/null"])
+def test_cli_without_input_leaves(redirect: str) -> None:
+    command = f"{sys.executable} cli.py --model-path {CHECKPOINT} {redirect}"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "exit...\n")
+
+
+def test_text_in_another_encoding_is_no_traceback() -> None:
+    command = [sys.executable, "cli.py", *MODEL, *ANSWER]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, input=b"caf\xe9\nok\n", check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(b"Assistant:") == 2
+
+
+def test_a_full_disk_is_one_clear_line() -> None:
+    command = f"{sys.executable} single_inference.py --model-path {CHECKPOINT} --stream --max-new-tokens 5 > /dev/full"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "error: output: No space left on device" in result.stderr
+
+
+def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
+    saved = tmp_path / "chat.json"
+    lines = [
+        f'/image "{PHOTO}"',
+        QUESTION,
+        "a question \\",
+        "in two lines",
+        "/retry",
+        f"/save {saved}",
+        "/params temperature=1.5 top_k=3 seed=7",
+        "/params seed=none",
+        "/params colour=1",
+        "/params top_k=many",
+        "/params top_p=9",
+        "/image nothing.png",
+        "/image",
+        "/dance",
+        "/system Be brief.",
+        "/system",
+        "/retry",
+        "/save",
+        f"/save {tmp_path}/no/folder.json",
+        "/clear",
+        "/help",
+    ]
+    result = run("cli.py", *MODEL, *ANSWER, stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    chat = Chat(loaded)
+    sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
+    chat.ask(QUESTION, PHOTO, **sampling)
+    chat.ask("a question \nin two lines", **sampling)
+    conversation = json.loads(saved.read_text())
+    assert [turn["answer"] for turn in conversation["turns"]] == [turn.answer for turn in chat.turns]
+    assert conversation["turns"][0]["num_images"] == 1
+    assert conversation["sampling"]["temperature"] == 0
+    for expected_line in (
+        f"{PHOTO} (320x213 pixels) goes with the next question",
+        f"saved 2 turns to {saved}",
+        "temperature=1.5 top_p=0.8 top_k=3 num_beams=1 repetition_penalty=1.0 max_new_tokens=12 seed=7\n",
+        "max_new_tokens=12 seed=None\n",
+        "a new conversation, without pictures",
+        "error: unknown parameter colour",
+        "error: top_k=many: expected a number",
+        "error: top_p=9.0; expected above 0 and at most 1",
+        "error: nothing.png: no such file",
+        "error: /image needs a path",
+        "error: unknown command /dance; /help lists them",
+        "Human: /system\nBe brief.\n",
+        "error: there is no question to answer again",
+        "error: /save needs a file name",
+        "no/folder.json: cannot be written",
+        HELP,
+        "exit...",
+    ):
+        assert expected_line in result.stdout
+
+
+class PseudoTerminal:
+    """A program in a terminal of its own, typed to and read from as a person would."""
+
+    def __init__(self, *command: str) -> None:
+        self.master, slave = pty.openpty()
+        environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.screen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Read until the text appears after what was waited for before."""
+        deadline = time.monotonic() + timeout
+        while text not in self.screen:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.screen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                raw = os.read(self.master, 65536).decode(errors="replace")
+                self.screen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw)
+        self.screen = self.screen.split(text, 1)[1]
+
+
+@pytest.fixture
+def talkative(tmp_path: Path) -> Path:
+    """The golden model without a wish to stop: stop string and end of text never lead."""
+    source = load_model(CHECKPOINT, device="cpu")
+    with torch.no_grad():
+        source.model.lm_head.weight[[294, 710, 2]] = 0.0
+    save_checkpoint(
+        source.model,
+        tmp_path / "talkative",
+        tokenizer=source.tokenizer,
+        image_processor=source.image_processor.clip_processor,
+    )
+    return tmp_path / "talkative"
+
+
+def test_cli_in_a_terminal_stops_an_answer_with_ctrl_c_and_leaves_with_ctrl_d(talkative: Path) -> None:
+    terminal = PseudoTerminal("cli.py", "--model-path", str(talkative), "--max-new-tokens", "3900")
+    try:
+        terminal.wait_for("Human:")
+        terminal.type("你好\r")
+        terminal.wait_for("Assistant: ")
+        time.sleep(0.3)
+        terminal.type("\x03")
+        terminal.wait_for("[stopped]")
+        terminal.wait_for("Human:")
+        terminal.type("half a question\x03")  # Ctrl-C at the prompt drops the line
+        terminal.wait_for("Human:")
+        terminal.type("/params max_new_tokens=5\r")
+        terminal.wait_for("max_new_tokens=5 ")
+        terminal.wait_for("Human:")
+        terminal.type("\x1b[A")  # arrow up: the history
+        terminal.wait_for("/params max_new_tokens=5")
+        terminal.type("\r")
+        terminal.wait_for("Human:")
+        terminal.type("\x04")
+        terminal.wait_for("exit...")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        if terminal.process.poll() is None:
+            terminal.process.send_signal(signal.SIGKILL)
+
+
+def test_ctrl_c_while_a_picture_is_read_does_not_leave(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, output = iter(["hello", "/exit now"]), io.StringIO()
+    chat = Chat(loaded)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "encode", interrupt)
+    terminal = Terminal(chat, {}, image=load_image(PHOTO), read_line=lambda _: next(lines), output=output)
+    terminal.run()
+    assert output.getvalue() == "\nexit...\n"
+    assert len(terminal.pending_images) == 1
+
+
+def test_errors_are_value_errors() -> None:
+    assert issubclass(YiVLError, ValueError)

@@ -1,0 +1,62 @@
+"""Several processes under DeepSpeed: every rank must run the same modules in the same order."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.golden import CHECKPOINT
+
+# Ranks differ in whether their batch has a picture and in how many chunks of logits it takes (1 and 3).
+WORKER = """
+import sys
+import deepspeed, torch
+from transformers import TrainingArguments
+from yivl.model.configuration import YiVLConfig
+from yivl.model.modeling import YiVLForCausalLM
+
+adam = {"type": "Adam", "params": {"lr": 1e-4, "torch_adam": True}}
+zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+config = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 2, "zero_optimization": zero, "optimizer": adam}
+arguments = TrainingArguments(output_dir=sys.argv[2], use_cpu=True, deepspeed=config, per_device_train_batch_size=1)
+deepspeed.init_distributed(dist_backend="gloo")
+with deepspeed.zero.Init(config_dict_or_path=config):
+    model = YiVLForCausalLM(YiVLConfig.from_folder(sys.argv[1]))
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+rank = torch.distributed.get_rank()
+for step in range(3):
+    has_image = (rank + step) % 2 == 0
+    row = [294, 332, 725, -200, 19, 748] if has_image else [294, 332, 725, 694, 619, 268] * (400 if step == 1 else 1)
+    ids, images = torch.tensor([row]), torch.randn(1, 3, 56, 56) if has_image else None
+    labels = ids.masked_fill(ids < 0, -100)
+    engine.train()
+    loss = engine(input_ids=ids, images=images, labels=labels).loss
+    engine.backward(loss)
+    engine.step()
+    engine.eval()
+    with torch.no_grad():
+        engine(input_ids=ids[:, :6], images=images)
+    sys.stdout.write(f"[rank {rank} step {step} loss {loss.item():.3f}]")
+    sys.stdout.flush()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU operators with g++")
+def test_zero3_ranks_with_and_without_pictures_train_and_evaluate_together(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    result = subprocess.run(
+        [*command, str(tmp_path / "worker.py"), str(CHECKPOINT), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    steps = re.findall(r"\[rank (\d) step (\d) loss \d+\.\d+\]", result.stdout)
+    assert sorted(steps) == [(str(rank), str(step)) for rank in range(2) for step in range(3)]

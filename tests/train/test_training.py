@@ -1,0 +1,357 @@
+"""Runs of the trainer: the loss it takes, going on exactly where it stopped, and what it leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from support.golden import CHECKPOINT
+from support.training import FACTS, ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
+
+from yivl.data.rows import RowError
+from yivl.errors import CheckpointError, YiVLError
+from yivl.train import resume as resuming
+from yivl.train.__main__ import main
+from yivl.train.resume import UNFINISHED, find_checkpoint, finished_checkpoints
+from yivl.train.run_log import read_log
+
+# Names of what a run may be; each must go on exactly.
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {"unfreeze_mm_vision_tower": True},
+    "lora": {"lora_enable": True, "lora_dropout": 0.1},
+    "grouped, workers, accumulated": {
+        "group_by_modality_length": True,
+        "dataloader_num_workers": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    },
+    "packed": {"packing": True},
+    "evaluated": {"eval_data_path": "rows", "eval_strategy": "epoch", "lora_enable": True, "lora_dropout": 0.3},
+    "stream": {"data_path": "shards", "max_steps": 8, "dataloader_num_workers": 2, "shuffle_buffer": 4},
+}
+
+
+def assert_same_folder(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def data_for(changes: dict[str, Any], folder: Path) -> Path | str:
+    rows = write_rows(folder / "rows.json")
+    if "eval_data_path" in changes:
+        changes["eval_data_path"] = rows
+    return write_shards(folder / "shards", 2, 7) if changes.pop("data_path", None) == "shards" else rows
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
+    changes = dict(RUNS[name])
+    data = data_for(changes, tmp_path)
+    if "eval_strategy" in changes:
+        changes["save_steps"] = 2
+    whole = train(tmp_path / "whole", data, **changes, save_total_limit=5)
+    assert len(losses(whole)) == 8
+    for step in (4, 6) if "eval_strategy" in changes else (3, 6):  # in an epoch, at its end, in the second
+        resumed = tmp_path / f"from {step}"
+        resumed.mkdir()
+        shutil.copytree(tmp_path / f"whole/checkpoint-{step}", resumed / f"checkpoint-{step}")
+        log = train(resumed, data, **changes, resume="auto")
+        assert losses(log) == losses(whole)[step:]
+        assert_same_folder(resumed, tmp_path / "whole")
+        optimizers = [
+            torch.load(folder / "checkpoint-8/optimizer.pt", weights_only=True)
+            for folder in (resumed, tmp_path / "whole")
+        ]
+        torch.testing.assert_close(*(optimizer["state"] for optimizer in optimizers), atol=0, rtol=0)
+
+
+def test_one_of_four_rows_and_four_of_one_are_the_same_step(tmp_path: Path) -> None:
+    # Answers of different lengths: a mean of means would weigh them differently.
+    rows = [conversation("photo_rgb.jpg" if i % 2 else None, f"q {i}", "word " * (1 + 5 * i)) for i in range(4)]
+    data = write_rows(tmp_path / "rows.json", rows)
+    common: dict[str, Any] = {"num_train_epochs": 4, "max_grad_norm": 0}
+    logs = [
+        train(
+            tmp_path / str(size),
+            data,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            **common,
+        )
+        for size in (1, 2, 4)
+    ]
+    for log in logs[1:]:
+        for mine, other in zip(log, logs[0], strict=True):
+            for key in ("loss", "grad_norm"):
+                if key in mine:
+                    assert mine[key] == pytest.approx(other[key], rel=2e-5)
+
+
+def test_packing_and_grouping_do_not_change_the_loss_of_a_step(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    common: dict[str, Any] = {"per_device_train_batch_size": 8, "num_train_epochs": 3}
+    plain, packed, grouped = (
+        losses(train(tmp_path / name, data, **common, **changes))
+        for name, changes in (("plain", {}), ("packed", {"packing": True}), ("grouped", {"group_by_length": True}))
+    )
+    assert packed == pytest.approx(plain, rel=1e-4)
+    assert grouped == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_run_leaves_a_model_a_log_a_curve_and_its_flags(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    log = train(out, write_rows(tmp_path / "rows.json"), save_total_limit=2, report_to="tensorboard")
+    lines = [line for line in log if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line["rows_per_second"] > 0 and line["tokens_per_second"] > 100 for line in lines)
+    results = json.loads((out / "train_results.json").read_text())
+    assert results["train_samples_per_second"] > 0
+    assert [path.name for path in finished_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
+    assert not (out / UNFINISHED).exists()
+    with Image.open(out / "loss.png") as picture:
+        assert picture.size == (960, 540)
+        assert len(picture.convert("RGB").getcolors(100_000)) > 20  # not an empty frame
+    saved = json.loads((out / "training_arguments.json").read_text())
+    assert (saved["learning_rate"], saved["model_max_length"], saved["lora_enable"]) == (1e-3, 2048, False)
+    assert list(out.glob("runs/*/events*"))
+    # The published layout, complete: the tokenizer and the ViT too.
+    assert {"config.json", "tokenizer.model", "model.safetensors", "vit"} <= {path.name for path in out.iterdir()}
+
+
+def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(tmp_path: Path) -> None:
+    rows = [conversation("photo_rgb.jpg" if i % 2 else None, f"q {i}", "word " * (1 + 5 * i)) for i in range(5)]
+    data = write_rows(tmp_path / "rows.json", rows)
+    measured = []
+    for size, packing, workers in ((1, False, 0), (2, False, 1), (5, False, 0), (3, True, 0)):
+        log = train(
+            tmp_path / f"{size}",
+            data,
+            eval_data_path=data,
+            eval_strategy="steps",
+            eval_steps=1,
+            max_steps=1,
+            learning_rate=0,
+            per_device_train_batch_size=5,
+            per_device_eval_batch_size=size,
+            packing=packing,
+            dataloader_num_workers=workers,
+        )
+        measured.append(next(line["eval_loss"] for line in log if "eval_loss" in line))
+        assert measured[-1] == pytest.approx(losses(log)[0], rel=1e-5)  # the same rows, before anything is learnt
+    assert measured == pytest.approx([measured[0]] * 4, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(YiVLError, match=r"step \d: the loss is (nan|inf); go on from a checkpoint before it"):
+        train(tmp_path / "out", write_rows(tmp_path / "rows.json"), learning_rate=1e30, warmup_ratio=0, max_grad_norm=0)
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_run_goes_on_only_as_the_run_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    out = tmp_path / "out"
+    train(out, data, max_steps=6)
+    for changes, message in (
+        ({"per_device_train_batch_size": 1}, "rows of a step was 2 when checkpoint-6 was written, and is 1 now"),
+        ({"seed": 7}, "seed was 42"),
+        ({"group_by_length": True}, "group_by_length was False"),
+        ({"unfreeze_mm_vision_tower": True}, "unfreeze_mm_vision_tower was False"),
+        ({"lora_enable": True}, "lora_enable was False"),
+        ({"max_steps": 4}, "has taken 6 steps, and the run is to take 4 in all"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(out, data, **{"max_steps": 8, "resume": "auto"} | changes)
+    with pytest.raises(CheckpointError, match="checkpoint-6 is later than checkpoint-3"):
+        train(out, data, max_steps=8, resume=out / "checkpoint-3")
+    train(tmp_path / "other", data, max_steps=1)
+    with pytest.raises(CheckpointError, match="holds checkpoint-1 of a run"):
+        train(tmp_path / "other", data, max_steps=8, resume=out / "checkpoint-6")
+    # Two micro-batches of one row are the step of one of two; another learning rate is said, and allowed.
+    with caplog.at_level("WARNING"):
+        changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 5e-4}
+        train(out, data, **changes, max_steps=8, resume="auto")
+    assert "learning_rate was 0.001 when checkpoint-6 was written, and is 0.0005 now" in caplog.messages
+    train(tmp_path / "new", data, max_steps=8, resume=out / "checkpoint-6")  # a new folder branches off
+
+
+def test_a_folder_with_a_run_or_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    train(tmp_path / "out", data, max_steps=3)
+    with pytest.raises(CheckpointError, match=r"holds checkpoint-3 of a run; add --resume auto"):
+        train(tmp_path / "out", data)
+    shutil.rmtree(tmp_path / "out/checkpoint-3")
+    for resume in (None, "auto"):
+        with pytest.raises(CheckpointError, match="holds a model; give another --output_dir"):
+            train(tmp_path / "out", data, resume=resume)
+    assert find_checkpoint(tmp_path / "new", "auto") is None
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    train(tmp_path / "out", data, max_steps=3)
+
+    def files() -> dict[Path, tuple[int, int]]:
+        paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+    before = files()
+    with caplog.at_level("INFO"):
+        train(tmp_path / "out", data, max_steps=3, resume="auto")
+    assert f"this run is finished (3 of 3 steps); the model is in {tmp_path / 'out'}" in caplog.messages
+    assert files() == before
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
+    writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    whole = train(tmp_path / "whole", data, max_steps=4, save_steps=2)
+    # A crash before the n-th file of the second checkpoint, or just before it is moved into its place.
+    real_save, real_move, remaining = torch.save, resuming.settle, writes
+
+    class Crash(BaseException):
+        pass
+
+    def crash() -> None:
+        nonlocal remaining
+        if (tmp_path / "out/checkpoint-2").exists():
+            if remaining == 0:
+                raise Crash
+            remaining -= 1
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        crash()
+        real_save(*args, **kwargs)
+
+    def settle(folder: Path) -> None:
+        crash()
+        real_move(folder)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(resuming, "settle", settle)
+    try:
+        train(tmp_path / "out", data, max_steps=4, save_steps=2)
+    except Crash:
+        pass
+    else:
+        assert (
+            writes >= 5
+        )  # optimizer, schedule, random numbers, checkpoint, final model: then nothing is left to break
+    monkeypatch.undo()
+    finished = [path.name for path in finished_checkpoints(tmp_path / "out")]
+    assert finished == (["checkpoint-2"] if writes < 4 else ["checkpoint-2", "checkpoint-4"])
+    log = train(tmp_path / "out", data, max_steps=4, save_steps=2, resume="auto")
+    assert losses(log) == losses(whole)
+    assert_same_folder(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    whole = train(tmp_path / "whole", data, num_train_epochs=15, save_steps=2)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "yivl.train", *flags(out, data, num_train_epochs=15, save_steps=2)]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 300
+        while len(losses(read_log(out / "log.jsonl"))) < 7:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    reached = losses(read_log(out / "log.jsonl"))
+    newest = finished_checkpoints(out)[-1]
+    step = int(newest.name.split("-")[1])
+    assert len(reached) - step <= 4  # at most the steps since, and one checkpoint that was being written
+    assert not (out / "config.json").exists()
+    log = train(out, data, num_train_epochs=15, save_steps=2, resume="auto")
+    assert losses(log) == losses(whole)
+    assert_same_folder(out, tmp_path / "whole")
+
+
+def test_bad_rows_stop_a_run_or_are_counted_at_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    good = [conversation(None, f"q {index}", f"answer {index}") for index in range(6)]
+    bad = [conversation(None, "q", "a", role="wizard"), conversation(str(tmp_path / "bad.png"), "q", "a")]
+    data = write_rows(tmp_path / "rows.json", [*good, *bad])
+    with pytest.raises(RowError, match="unknown role 'wizard'"):
+        train(tmp_path / "error", data)
+    with caplog.at_level("INFO"):
+        log = train(tmp_path / "skip", data, on_bad_row="skip")
+    assert all(loss > 0 for loss in losses(log))
+    report = caplog.messages[-1]
+    assert report.startswith("2 rows were left out")
+    assert "rows.json row 6: unknown role" in report
+    assert "rows.json row 7: " in report
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "skip/bad_rows.jsonl").read_text().splitlines()]
+    assert len(set(reasons)) == 2
+
+
+# Two deliberate failures of the kind that elsewhere trains on nothing, silently, with a loss of 0.
+
+
+def test_rows_whose_answers_are_all_cut_off_are_an_error_and_never_a_loss_of_zero(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    with pytest.raises(RowError, match="no answer left within 40 positions"):
+        train(tmp_path / "error", data, model_max_length=40)
+    with pytest.raises(YiVLError, match="no target"):
+        train(tmp_path / "skip", data, model_max_length=40, on_bad_row="skip")
+    assert losses(read_log(tmp_path / "skip/log.jsonl")) == []
+
+
+def test_a_tokenizer_with_another_stop_token_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, model)
+    corpus = tmp_path / "corpus.txt"
+    # Tokens may span blanks here, so "### Human" becomes one, and the stop string none.
+    corpus.write_text("### Human: one\n### Assistant: two\n" * 100, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        split_by_whitespace=False,
+        split_by_unicode_script=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    shutil.copy(tmp_path / "other.model", model / "tokenizer.model")
+    with pytest.raises(CheckpointError, match="joins tokens across the border of an answer"):
+        train(tmp_path / "out", write_rows(tmp_path / "rows.json"), model_name_or_path=model)
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    with caplog.at_level("INFO"):
+        main(flags(tmp_path / "out", data, dry_run=True, gradient_accumulation_steps=2))
+    text = "\n".join(caplog.messages)
+    assert "rows.json" in text
+    assert "4 steps of 4 rows (2 x 2 accumulated x 1 processes)" in text
+    assert "first batch: 2 rows" in text
+    assert "estimated memory of one GPU" in text
+    bad = write_rows(tmp_path / "bad.json", [conversation("missing.png", "q", "a"), conversation(*FACTS[0])])
+    with pytest.raises(RowError, match=r"bad\.json row 0: .*missing\.png: no such file") as error:
+        main(flags(tmp_path / "out", bad, dry_run=True, dataloader_num_workers=1))
+    assert "Traceback" not in str(error.value)
+    main(flags(tmp_path / "out", bad, dry_run=True, on_bad_row="skip"))
+    assert not (tmp_path / "out").exists()

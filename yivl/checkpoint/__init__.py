@@ -1,0 +1,1 @@
+"""What lies on disk: file formats, loading, saving, conversion."""

@@ -1,0 +1,88 @@
+"""Checkpoint folders from one form to another; ``scripts/convert.py`` is the command."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from yivl.checkpoint.format import read_weights
+from yivl.checkpoint.saving import METADATA, atomic_folder, check_apart, write_json
+from yivl.checkpoint.vit import open_clip_to_vit_weights, read_open_clip_config
+from yivl.errors import CheckpointError
+
+# A second, unused ViT at 224 pixels lies in the ViT folder of the release.
+_LEFT_OUT = ("open_clip_pytorch_model.bin", "open_clip_config.json")
+
+
+def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
+    """Write the checkpoint ``source`` to ``target`` with every ``.bin`` file as safetensors, shard by shard.
+
+    Values, shards and both copies of the ViT stay as they are; one shard is in memory at a time.
+
+    Returns:
+        SHA-256 of every weight file read and written, by its path.
+
+    Raises:
+        CheckpointError: If ``source`` holds no ``.bin`` weights, a file is damaged, or ``target`` would replace
+            ``source`` or something that is no checkpoint.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder")
+    check_apart(source, target)
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in _LEFT_OUT]
+    if not any(path.suffix == ".bin" for path in files):
+        raise CheckpointError(f"{source}: no .bin weights to convert")
+    hashes: dict[str, str] = {}
+    with atomic_folder(target) as folder:
+        for path in files:
+            place = folder / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".bin":
+                place = place.with_name(_safetensors_name(path.name))
+                hashes[str(path)] = sha256(path)
+                weights = {key: value.contiguous() for key, value in read_weights(path).items()}
+                save_file(weights, place, metadata=METADATA)
+                hashes[str(target / place.relative_to(folder))] = sha256(place)
+            elif path.name.endswith(".bin.index.json"):
+                index = json.loads(path.read_text(encoding="utf-8"))
+                index["weight_map"] = {key: _safetensors_name(name) for key, name in index["weight_map"].items()}
+                write_json(place.with_name(_safetensors_name(path.name)), index)
+            else:
+                shutil.copyfile(path, place)
+    return hashes
+
+
+def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
+    """Write the visual tower of an open_clip checkpoint as a CLIP-vision folder, ready to start training from.
+
+    Args:
+        weights: ``open_clip_pytorch_model.bin`` or ``open_clip_model.safetensors``.
+        config: The ``open_clip_config.json`` beside it.
+        target: Replaced if it exists.
+
+    Raises:
+        CheckpointError: If a file cannot be read or the tower is no plain CLIP ViT.
+    """
+    state_dict = read_weights(weights)
+    vision = read_open_clip_config(config)
+    size = vision.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    with atomic_folder(target) as folder:
+        write_json(folder / "config.json", vision.to_dict() | {"architectures": ["CLIPVisionModel"]})
+        vit = {f"vision_model.{key}": value for key, value in open_clip_to_vit_weights(state_dict).items()}
+        save_file({key: value.contiguous() for key, value in vit.items()}, folder / "model.safetensors", METADATA)
+        processor.save_pretrained(folder)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _safetensors_name(name: str) -> str:
+    """Return the name transformers looks for: ``pytorch_model-1-of-8.bin`` is ``model-1-of-8.safetensors``."""
+    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")

@@ -1,0 +1,185 @@
+"""ViT weights in files: the ``vit/`` folder of a checkpoint, a CLIP folder, an open_clip checkpoint.
+
+Everything is brought to the names of ``CLIPVisionModel`` without its ``vision_model.`` prefix, which transformers
+5.6 dropped in memory but not on disk.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig
+
+from yivl.checkpoint.format import StateDict, find_weights, read_weights
+from yivl.errors import CheckpointError
+from yivl.model.configuration import read_json, vit_folder
+from yivl.model.zero import gathered
+
+_PREFIX = "vision_model."
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+# open_clip name -> name here. Source: open_clip 3, src/open_clip/transformer.py; transformers 5, modeling_clip.py.
+_OPEN_CLIP_NAMES = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+}
+_OPEN_CLIP_BLOCK_NAMES = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def read_vit_weights(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> StateDict:
+    """Return the ViT of a published checkpoint folder, from ``model.safetensors`` or ``pytorch_model.bin``.
+
+    Raises:
+        CheckpointError: If the ViT folder holds neither.
+    """
+    return read_clip_weights(vit_folder(checkpoint, mm_vision_tower))
+
+
+def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
+    """Return the vision tensors of a CLIP or CLIP-vision folder; text tensors of a whole CLIP are left out.
+
+    An open_clip folder will do, if it holds nothing else (the ViT folder of the release holds both).
+
+    Raises:
+        CheckpointError: If the folder holds no weights.
+    """
+    if is_open_clip(folder):
+        return open_clip_to_vit_weights(read_weights(find_weights(folder, _OPEN_CLIP_FILES)))
+    state_dict = read_weights(find_weights(folder))
+    if any(key.startswith(_PREFIX) for key in state_dict):
+        state_dict = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
+    return {key: value for key, value in state_dict.items() if not key.endswith("position_ids")}
+
+
+def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
+    """Return the vision configuration of a CLIP, CLIP-vision or open_clip folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if is_open_clip(folder):
+        return read_open_clip_config(Path(folder) / "open_clip_config.json")
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no ViT; expected a folder of CLIP (config.json) or open_clip_config.json")
+    fields = read_json(Path(folder) / "config.json")
+    return CLIPVisionConfig(**fields.get("vision_config", fields))
+
+
+def is_open_clip(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a model of open_clip and none of transformers."""
+    return (Path(folder) / "open_clip_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+
+
+def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> int:
+    """Copy ``weights`` into the ViT and return how many tensors it held before in another value.
+
+    Raises:
+        CheckpointError: If a key is missing, unexpected or of a wrong shape, or the ViT was offloaded; nothing is
+            copied then.
+    """
+    own = dict(vit.named_parameters())
+    shapes = {key: getattr(parameter, "ds_shape", parameter.shape) for key, parameter in own.items()}  # ZeRO-3: whole
+    if any(parameter.device.type == "meta" for parameter in own.values()):
+        raise CheckpointError(f"{source}: the device has no memory for the ViT; quantize the model or use --device cpu")
+    problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
+    problems += [f"unexpected {key}" for key in sorted(weights.keys() - own.keys())]
+    problems += [
+        f"{key} is {list(weights[key].shape)}, expected {list(shapes[key])}"
+        for key in sorted(own.keys() & weights.keys())
+        if shapes[key] != weights[key].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{source}: the ViT weights do not fit its config.json: {'; '.join(problems)}")
+    num_different = 0
+    with gathered(own.values()), torch.no_grad():
+        for key, parameter in own.items():
+            value = weights[key].to(device=parameter.device, dtype=parameter.dtype)
+            num_different += int(not torch.equal(parameter, value))
+            parameter.copy_(value)
+    return num_different
+
+
+def open_clip_to_vit_weights(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    """Return the visual tower of an open_clip checkpoint under the names used here.
+
+    Args:
+        state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone.
+
+    Raises:
+        CheckpointError: If a visual key is unknown: the tower is no plain CLIP ViT.
+    """
+    if any(key.startswith("visual.") for key in state_dict):
+        state_dict = {key.removeprefix("visual."): v for key, v in state_dict.items() if key.startswith("visual.")}
+    weights: StateDict = {}
+    for key, value in state_dict.items():
+        if key == "proj":  # the projection to the contrastive space has no place in a vision tower
+            continue
+        if key.startswith("transformer.resblocks."):
+            _, _, index, rest = key.split(".", 3)
+            layer = f"encoder.layers.{index}"
+            if rest.startswith("attn.in_proj_"):
+                kind = rest.removeprefix("attn.in_proj_")
+                for name, part in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+                    weights[f"{layer}.self_attn.{name}.{kind}"] = part.contiguous()
+                continue
+            weights[f"{layer}.{_rename(rest, _OPEN_CLIP_BLOCK_NAMES, key)}"] = value
+        else:
+            weights[_rename(key, _OPEN_CLIP_NAMES, key)] = value
+    return weights
+
+
+def _rename(key: str, names: Mapping[str, str], full_key: str) -> str:
+    """Replace a whole key, or the module part before its last dot."""
+    module, _, kind = key.rpartition(".")
+    if key in names:
+        return names[key]
+    if module in names:
+        return f"{names[module]}.{kind}"
+    raise CheckpointError(f"open_clip key visual.{full_key} is not part of a plain CLIP ViT")
+
+
+def read_open_clip_config(path: Path) -> CLIPVisionConfig:
+    """Return the configuration of the visual tower an ``open_clip_config.json`` describes.
+
+    Raises:
+        CheckpointError: If it does not describe a ViT.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model = fields.get("model_cfg", fields)
+        return open_clip_vision_config(model["vision_cfg"], quick_gelu=bool(model.get("quick_gelu")))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not the configuration of an open_clip ViT ({error!r})") from error
+
+
+def open_clip_vision_config(vision_cfg: Mapping[str, Any], *, quick_gelu: bool = False) -> CLIPVisionConfig:
+    """Return the configuration of an open_clip visual tower.
+
+    Args:
+        vision_cfg: The ``vision_cfg`` of an ``open_clip_config.json`` (``width``, ``layers``, ``head_width``, ...).
+        quick_gelu: Whether the tower was trained with the sigmoid approximation of GELU.
+    """
+    width = vision_cfg["width"]
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=int(width * vision_cfg.get("mlp_ratio", 4.0)),
+        num_hidden_layers=vision_cfg["layers"],
+        num_attention_heads=width // vision_cfg.get("head_width", 64),
+        image_size=vision_cfg["image_size"],
+        patch_size=vision_cfg["patch_size"],
+        hidden_act="quick_gelu" if quick_gelu else "gelu",
+        layer_norm_eps=1e-5,
+    )

@@ -1,0 +1,300 @@
+"""A checkpoint to the two GGUF files that llama.cpp reads: the language model, and ViT with projector (``mmproj``).
+
+llama.cpp's picture path is not ours to the last digit, whatever the file holds: docs/interop.md lists how it differs.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, cast
+
+import numpy as np
+import torch
+from gguf import (
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFType,
+    GGUFWriter,
+    LlamaFileType,
+    TokenType,
+    get_tensor_name_map,
+)
+
+from yivl.checkpoint.format import BUFFERS, StateDict, check_checkpoint_files, read_weights
+from yivl.checkpoint.loading import read_small_files, resolve_checkpoint
+from yivl.checkpoint.saving import TOWER, settle
+from yivl.checkpoint.vit import read_vit_weights
+from yivl.constants import STOP_STRING
+from yivl.errors import CheckpointError, YiVLError
+from yivl.export.published import check_weights, empty_model
+from yivl.export.template import chat_template
+from yivl.image_processing import ImageProcessor
+from yivl.model.configuration import YiVLConfig
+from yivl.tokenization import YiTokenizer, tokenize_chunks
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+_VIT: Final = f"{TOWER}vision_model."
+_PROJECTOR: Final = "model.mm_projector."
+
+_PROJECTORS: Final = ("mlp2x_gelu_Norm", "mlp2x_gelu")
+"""What llama.cpp computes. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
+
+_EPS: Final = 1e-5
+"""Of the projector's LayerNorms, where llama.cpp uses the ViT's. Source: torch.nn.LayerNorm; llama.cpp, as above."""
+
+_FORMATS: Final = {
+    "float32": (torch.float32, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "float16": (torch.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bfloat16": (torch.bfloat16, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+}
+
+Source = Callable[[], StateDict]
+"""Reads one weight file, mapped into memory."""
+
+Convert = Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
+"""Checkpoint key and tensor to GGUF name and tensor; ``None`` where the file leaves it out."""
+
+
+def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, Path]:
+    """Write ``<name>-<dtype>.gguf`` and ``mmproj-<name>-<dtype>.gguf`` and return their paths.
+
+    One weight file is mapped into memory and one tensor converted at a time. The ViT is that of ``vit/``, without the
+    layers that never run.
+
+    Args:
+        checkpoint: Folder in the published layout, or hub id; its last part is the name.
+        folder: Where the files go; made if it is not there.
+        dtype: Of the matrices; vectors and the ViT's position table stay float32, as llama.cpp wants them.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or has what llama.cpp cannot compute, or a target exists.
+        YiVLError: If the dtype is unknown.
+    """
+    if dtype not in _FORMATS:
+        raise YiVLError(f"dtype={dtype!r}; expected one of {', '.join(_FORMATS)}")
+    name = Path(checkpoint).resolve().name
+    targets = folder / f"{name}-{dtype}.gguf", folder / f"mmproj-{name}-{dtype}.gguf"
+    for target in targets:
+        if target.exists():
+            raise CheckpointError(f"{target}: exists already; remove it or give another folder")
+    source = resolve_checkpoint(checkpoint)
+    config, tokenizer, image_processor = read_small_files(source)
+    _check_supported(source, config)
+    sources = _weight_sources(source, config)
+    # On the meta device: shapes alone, and nothing stays in memory.
+    found = {key: value.to("meta") for read in sources for key, value in read().items()}
+    check_weights(source, empty_model(config), found)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
+        language, vision = (Path(temporary) / target.name for target in targets)
+        with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
+            _add_language_fields(writer, config)
+            _add_vocabulary(writer, config, tokenizer)
+            _write_tensors(writer, sources, _language_tensors(config), dtype)
+        with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
+            _add_vision_fields(writer, config, image_processor)
+            _write_tensors(writer, sources, _vision_tensors(config), dtype)
+        settle(Path(temporary))
+        language.rename(targets[0])
+        vision.rename(targets[1])
+    return targets
+
+
+def _check_supported(source: Path, config: YiVLConfig) -> None:
+    """Refuse what llama.cpp would compute differently without a word."""
+    vision = config.vision_config
+    supported: dict[str, tuple[object, tuple[object, ...]]] = {
+        "mm_projector_type": (config.mm_projector_type, _PROJECTORS),
+        "mm_vision_select_feature": (config.mm_vision_select_feature, ("patch",)),
+        "image_aspect_ratio": (config.image_aspect_ratio, ("pad",)),
+        "hidden_act": (config.hidden_act, ("silu",)),
+        "attention_bias": (config.attention_bias, (False,)),
+        "mlp_bias": (config.mlp_bias, (False,)),
+        "rope_type": (config.rope_parameters["rope_type"], ("default",)),
+        "hidden_act of the ViT": (vision.hidden_act, ("gelu", "quick_gelu")),
+        "layer_norm_eps of the ViT": (vision.layer_norm_eps, (_EPS,)),
+    }
+    for name, (value, known) in supported.items():
+        if value not in known:
+            raise CheckpointError(
+                f"{source}: {name}={value!r} cannot be exported; expected {' or '.join(map(repr, known))}"
+            )
+
+
+def _weight_sources(source: Path, config: YiVLConfig) -> list[Source]:
+    """Return the readers of the main shards, without their copy of the ViT, and of ``vit/``."""
+
+    def read_shard(path: Path) -> StateDict:
+        weights = read_weights(path)
+        return {
+            key: value
+            for key, value in weights.items()
+            if not key.startswith("model.vision_tower.") and not key.endswith(BUFFERS)
+        }
+
+    def read_vit() -> StateDict:
+        return {f"{_VIT}{key}": value for key, value in read_vit_weights(source, config.mm_vision_tower).items()}
+
+    return [*(partial(read_shard, path) for path in check_checkpoint_files(source)), read_vit]
+
+
+@contextmanager
+def _writer(path: Path, arch: MODEL_ARCH, kind: str, name: str, dtype: Dtype) -> Iterator[GGUFWriter]:
+    """Yield a writer with the general fields."""
+    with closing(GGUFWriter(path, MODEL_ARCH_NAMES[arch])) as writer:
+        writer.add_type(kind)
+        writer.add_name(name)
+        writer.add_file_type(_FORMATS[dtype][2])
+        yield writer
+
+
+def _add_language_fields(writer: GGUFWriter, config: YiVLConfig) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_vocabulary(writer: GGUFWriter, config: YiVLConfig, tokenizer: YiTokenizer) -> None:
+    """Add the tokens so that llama.cpp splits text as ``tokenize_chunks`` does, and ends an answer at ``###``."""
+    tokens = [_token(index, tokenizer) for index in range(config.vocab_size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([text for text, _, _ in tokens])
+    writer.add_token_scores([score for _, score, _ in tokens])
+    writer.add_token_types([kind for _, _, kind in tokens])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    stop_ids = tokenize_chunks([STOP_STRING], tokenizer)
+    if len(stop_ids) == 1:  # as in every vocabulary of Yi; llama.cpp can stop at a token, not at a text
+        writer.add_eot_token_id(stop_ids[0])
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(chat_template())
+
+
+def _token(index: int, tokenizer: YiTokenizer) -> tuple[str, float, TokenType]:
+    """Return text, score and type of a token."""
+    text, pieces = tokenizer.convert_ids_to_tokens(index), tokenizer.sp_model
+    if text is None:
+        return f"[PAD{index}]", 0.0, TokenType.UNUSED  # a padded vocabulary
+    added = tokenizer.added_tokens_decoder.get(index)
+    if index >= pieces.get_piece_size():
+        return text, 0.0, TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+    if pieces.is_unknown(index):
+        kind = TokenType.UNKNOWN
+    elif added is not None:
+        kind = TokenType.CONTROL
+    elif pieces.is_byte(index):
+        kind = TokenType.BYTE
+    elif pieces.is_control(index) or pieces.is_unused(index):
+        kind = TokenType.UNUSED  # no text ever becomes it, special or not
+    else:
+        # What SentencePiece calls user-defined too: our tokenizer does not look for it in text.
+        kind = TokenType.NORMAL
+    return text, pieces.get_score(index), kind
+
+
+def _add_vision_fields(writer: GGUFWriter, config: YiVLConfig, image_processor: ImageProcessor) -> None:
+    vision, clip = config.vision_config, image_processor.clip_processor
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")  # that there are LayerNorms, llama.cpp sees from the tensors
+    writer.add_vision_projection_dim(config.hidden_size)
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    writer.add_vision_head_count(vision.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+    writer.add_vision_use_gelu(vision.hidden_act == "gelu")
+    writer.add_vision_image_mean(clip.image_mean)
+    writer.add_vision_image_std(clip.image_std)
+    # Without the second field llama.cpp leaves out one more layer than the file holds.
+    writer.add_vision_block_count(config.num_vision_layers)
+    writer.add_array("clip.vision.feature_layer", [config.num_vision_layers])
+
+
+def _language_tensors(config: YiVLConfig) -> Convert:
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+
+    def convert(key: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        if key.startswith((_VIT, _PROJECTOR)):
+            return None
+        if key.endswith((".q_proj.weight", ".k_proj.weight")):
+            tensor = _interleave_halves(tensor, config.head_dim)
+        return cast(str, names.get_name(key, try_suffixes=(".weight",))), tensor  # without biases all have a name
+
+    return convert
+
+
+def _interleave_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return a query or key projection, ``(heads * head_dim, hidden)``, with the rows of each head reordered.
+
+    transformers rotates dimension ``i`` with ``i + head_dim / 2``, llama.cpp its neighbour.
+    Source: llama.cpp, conversion/llama.py.
+    """
+    return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _vision_tensors(config: YiVLConfig) -> Convert:
+    names = get_tensor_name_map(MODEL_ARCH.MMPROJ, config.num_vision_layers)
+
+    def convert(key: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        if key.startswith(_PROJECTOR):
+            return f"mm.{key.removeprefix(_PROJECTOR)}", tensor
+        # llama.cpp applies post_layernorm where it finds one, which the features are taken before.
+        if not key.startswith(_VIT) or "post_layernorm" in key:
+            return None
+        name = key.replace(_VIT, "vision_tower.vision_model.")
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        return None if found is None else (found, tensor)  # no name: a layer beyond those that run
+
+    return convert
+
+
+def _write_tensors(writer: GGUFWriter, sources: Sequence[Source], convert: Convert, dtype: Dtype) -> None:
+    """Write the file: fields, then the description of all tensors, then the tensors one by one."""
+
+    def tensors(*, shapes_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        for read in sources:
+            for key, value in read().items():
+                converted = convert(key, value.to("meta") if shapes_only else value)
+                if converted is not None:
+                    yield converted
+
+    for name, tensor in tensors(shapes_only=True):
+        torch_dtype, kind = _storage(name, tensor, dtype)
+        num_bytes = tensor.numel() * torch_dtype.itemsize
+        # The NumPy type counts for nothing beside the raw one.
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors(shapes_only=False):
+        stored = tensor.to(_storage(name, tensor, dtype)[0])
+        # NumPy has no bfloat16: its bits go through an integer type.
+        bits = stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored
+        writer.write_tensor_data(bits.numpy())
+
+
+def _storage(name: str, tensor: torch.Tensor, dtype: Dtype) -> tuple[torch.dtype, GGMLQuantizationType]:
+    """Return how a tensor is stored. Source: llama.cpp, conversion/base.py."""
+    is_matrix = tensor.ndim > 1 and name != "v.position_embd.weight"
+    # The convolution has no bfloat16.
+    if not is_matrix or (dtype == "bfloat16" and name == "v.patch_embd.weight"):
+        dtype = "float32"
+    torch_dtype, kind, _ = _FORMATS[dtype]
+    return torch_dtype, kind

@@ -1,0 +1,30 @@
+"""A conversation as a file."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from yivl.constants import ASSISTANT, HUMAN
+from yivl.inference.chat import Chat
+
+
+def as_json(chat: Chat, sampling: Mapping[str, Any]) -> str:
+    """Return model, system message, sampling parameters and turns."""
+    conversation = {
+        "model": chat.loaded.name,
+        "system": chat.system,
+        "sampling": dict(sampling),
+        "turns": [dataclasses.asdict(turn) for turn in chat.turns],
+    }
+    return json.dumps(conversation, ensure_ascii=False, indent=2) + "\n"
+
+
+def as_markdown(chat: Chat, sampling: Mapping[str, Any]) -> str:
+    """Return the same for people to read; what was said is quoted line by line, so that none of it is markup."""
+    lines = [f"# {chat.loaded.name}", "", ", ".join(f"{name} {value}" for name, value in sampling.items()), ""]
+    for turn in chat.turns:
+        pictures = f" ({turn.num_images} pictures)" if turn.num_images else ""
+        for role, text in ((f"{HUMAN}{pictures}", turn.question), (ASSISTANT, turn.answer or "")):
+            lines += [f"**{role}**", "", *(f"    {line}" for line in text.split("\n")), ""]
+    return "\n".join(lines)
