@@ -1,8 +1,8 @@
-"""Fixtures shared by all tests: the golden vectors and the golden model."""
+"""Fixtures shared by all tests."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests do not use the network
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from yivl.inference.chat import Chat
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    torch.set_num_threads(1)  # the tensors are small: more threads only add synchronization
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
-    """The golden checkpoint in float32; tests leave it as they found it."""
+    """The golden checkpoint in float32. Tests must not modify it."""
     return load_model(CHECKPOINT, device="cpu")
 
 
@@ -36,6 +36,6 @@ def chat(loaded: LoadedModel) -> Chat:
 
 @pytest.fixture
 def square_loaded(loaded: LoadedModel) -> LoadedModel:
-    """The golden model with the pixels of the release's ``cli.py``: no padding."""
+    """The golden model with the preprocessing of the reference ``cli.py``: no padding."""
     processor = ImageProcessor(loaded.image_processor.clip_processor, "square")
     return LoadedModel(loaded.model, loaded.tokenizer, processor, loaded.name)

@@ -1,6 +1,7 @@
 """The repository: import order, documentation that is true, scripts that are sound."""
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -166,7 +167,7 @@ def test_every_row_of_the_ledger_names_a_test_that_exists() -> None:
     rows = [
         line
         for line in (ROOT / "docs/fidelity.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ") and not line.startswith("| behaviour")
+        if line.startswith("| ") and not line.startswith("| behavior")
     ]
     assert len(rows) > 40
     for row in rows:
@@ -214,19 +215,45 @@ def test_python_in_the_documents_runs(path: Path) -> None:
         assert result.stdout
 
 
-def test_every_flag_the_documents_name_exists() -> None:
-    programs = ["single_inference.py", "cli.py", "web_demo.py"]
-    programs += [f"scripts/benchmark_{what}.py" for what in ("inference", "serving", "training")]
-    modules = ["yivl.train", "yivl.train.merge", "yivl.data.check", "yivl.data.show", "yivl.tiny.world"]
-    modules += ["yivl.tiny.recipe", "yivl.serve.api"]
-    commands = [["-m", "yivl.eval", benchmark] for benchmark in ("rows", "mmmu", "cmmmu")]
-    commands += [["scripts/convert.py", "to-gguf"], ["scripts/convert.py", "to-llamafactory"]]
-    commands += [["scripts/hub.py", command] for command in ("upload", "download", "card")]
-    flags: set[str] = set()
-    for program in [*([name] for name in programs), *(["-m", name] for name in modules), *commands]:
-        command = [sys.executable, *program, "--help"]
-        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        flags.update(re.findall(r"--[a-z0-9][a-z0-9_-]*", printed))
+PROGRAMS = [
+    ["single_inference.py"],
+    ["cli.py"],
+    ["web_demo.py"],
+    ["-m", "yivl.serve.api"],
+    ["-m", "yivl.train"],
+    ["-m", "yivl.train.merge"],
+    ["-m", "yivl.data.check"],
+    ["-m", "yivl.data.show"],
+    *(["-m", "yivl.eval", benchmark] for benchmark in ("rows", "mmmu", "cmmmu")),
+    ["-m", "yivl.tiny.world"],
+    ["-m", "yivl.tiny.recipe"],
+    *([f"scripts/benchmark_{what}.py"] for what in ("inference", "serving", "training")),
+    *(["scripts/convert.py", command] for command in ("to-gguf", "to-llamafactory")),
+    *(["scripts/hub.py", command] for command in ("upload", "download", "card")),
+]
+HEAVY = ("torch", "transformers", "fastapi", "gradio", "datasets")
+
+
+@functools.cache
+def run_program(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a program; stderr lists what it imported."""
+    command = [sys.executable, "-X", "importtime", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
+def test_help_and_wrong_flags_import_nothing_heavy(program: list[str]) -> None:
+    for flag, code in (("--help", 0), ("--no-such-flag", 2)):
+        result = run_program(*program, flag)
+        assert result.returncode == code, result.stderr[-2000:]
+        imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "|" in line}
+        assert "argparse" in imported
+        assert not imported & set(HEAVY)
+
+
+def test_every_flag_in_the_documentation_exists() -> None:
+    helps = "".join(run_program(*program, "--help").stdout for program in PROGRAMS)
+    flags = set(re.findall(r"--[a-z0-9][a-z0-9_-]*", helps))
     assert len(flags) > 100
     for path in DOCUMENTS:
         for flag in re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9_-]*", path.read_text(encoding="utf-8")):

@@ -1,1 +1,1 @@
-"""What tests share: data, small models, small runs."""
+"""Helpers shared by tests: data, small models, small runs."""

@@ -1,4 +1,4 @@
-"""Small models that tests build."""
+"""Small models built by tests."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ VIT = "vit/clip-vit-tiny-random-yi-vl-56"
 
 
 def wide_checkpoint(folder: Path) -> Path:
-    """Random weights whose layers are wide enough for 4 bits on a CPU."""
+    """Save a model with random weights whose layers are wide enough for 4 bits on a CPU."""
     vision = CLIPVisionConfig.from_pretrained(CHECKPOINT / VIT)
     config = YiVLConfig(
         vocab_size=1024,

@@ -9,5 +9,5 @@ def data_url(data: bytes, kind: str = "jpeg") -> str:
 
 
 def user(text: str, *urls: str) -> dict[str, Any]:
-    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}] if urls else text}
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}] if urls else text}

@@ -1,4 +1,4 @@
-"""Small data and small runs, shared by the tests of training."""
+"""Small datasets and small runs for the tests of training."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from yivl.train.run_log import read_log
 IMAGES = GOLDEN / "images"
 VIT = CHECKPOINT / "vit/clip-vit-tiny-random-yi-vl-56"
 
-# Four pictures and one question about them: only who sees the picture can answer. Then text alone, in both languages.
+# The first four answers follow from the image alone. The others are text-only, in both languages.
 QUESTION, QUESTION_ZH = "What is in the picture?", "图里有什么？"
 FACTS = [
     ("photo_rgb.jpg", QUESTION, "A photo."),
@@ -43,14 +43,14 @@ def conversation(image: str | None, question: str, answer: str, role: str = "gpt
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]] | None = None) -> Path:
-    """Write rows as JSON, the facts by default."""
+    """Write rows as JSON, `FACTS` by default."""
     rows = [conversation(*fact) for fact in FACTS] if rows is None else rows
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return path
 
 
 def write_shards(folder: Path, num_shards: int = 3, per_shard: int = 7, *, bad: Sequence[int] = ()) -> str:
-    """Write tar shards as img2dataset does and return their pattern; the pictures of ``bad`` rows are damaged."""
+    """Write tar shards as img2dataset does and return their pattern; the images of ``bad`` samples are damaged."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     for shard in range(num_shards):
@@ -72,7 +72,7 @@ def write_shards(folder: Path, num_shards: int = 3, per_shard: int = 7, *, bad: 
 
 
 def write_language_model(folder: Path, model: YiVLForCausalLM) -> Path:
-    """Write the language model of a Yi-VL as a plain Llama folder, such as that of Yi-6B-Chat."""
+    """Write the language model of a Yi-VL as a Llama folder, such as that of Yi-6B-Chat."""
     folder.mkdir(parents=True)
     fields = json.loads((CHECKPOINT / "config.json").read_text())
     plain = {key: value for key, value in fields.items() if not key.startswith(("mm_", "image_", "vision"))}
@@ -90,7 +90,7 @@ def write_language_model(folder: Path, model: YiVLForCausalLM) -> Path:
 
 
 def flags(output_dir: Path, data: Path | str, **changes: Any) -> list[str]:
-    """Return the flags of a small run: two epochs of four steps over eight rows."""
+    """Return the flags of a small run: two epochs of four steps, eight samples."""
     values = {
         "model_name_or_path": CHECKPOINT,
         "data_path": data,
@@ -107,7 +107,7 @@ def flags(output_dir: Path, data: Path | str, **changes: Any) -> list[str]:
 
 
 def train(output_dir: Path, data: Path | str, **changes: Any) -> list[dict[str, Any]]:
-    """Train in this process and return the lines of the log."""
+    """Train in this process and return the lines of log.jsonl."""
     main(flags(output_dir, data, **changes))
     return read_log(output_dir / "log.jsonl")
 
@@ -122,7 +122,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 def run_script(name: str, *arguments: Any, timeout: float = 500, **environment: Any) -> str:
-    """Run a script of ``scripts/`` as a user would, with the Python of the tests, and return what it printed."""
+    """Run a script of ``scripts/`` with the Python of the tests and return its output."""
     result = subprocess.run(
         [f"scripts/{name}", *map(str, arguments)],
         cwd=ROOT,
