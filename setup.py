@@ -23,6 +23,7 @@ def read_requirements() -> dict[str, list[str]]:
 
 groups = read_requirements()
 core = groups.pop("core")
+docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 everything = [requirement for group in groups.values() for requirement in group]
 
 setup(
@@ -40,8 +41,10 @@ setup(
     extras_require={
         **groups,
         "all": everything,
+        "docs": docs,
         "dev": [
             *everything,
+            *docs,
             "codespell",
             "hypothesis",
             "mypy>=2",
