@@ -11,7 +11,7 @@ def states(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_it_equals_a_concatenating_cache() -> None:
-    ours, reference = make_cache(1), DynamicCache()
+    ours, reference = make_cache(), DynamicCache()
     for length in (5, 1, 1, ROOM, 1, 2 * ROOM, 3):
         keys, values = states(length)
         for mine, expected in zip(ours.update(keys, values, 0), reference.update(keys, values, 0), strict=True):
@@ -20,7 +20,7 @@ def test_it_equals_a_concatenating_cache() -> None:
 
 
 def test_it_follows_crop_reorder_and_repeat() -> None:
-    ours, reference = make_cache(1), DynamicCache()
+    ours, reference = make_cache(), DynamicCache()
     changes = [
         lambda cache: cache.crop(-3),
         lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
@@ -39,7 +39,7 @@ def test_it_follows_crop_reorder_and_repeat() -> None:
 
 
 def test_a_step_writes_in_place() -> None:
-    cache = make_cache(1)
+    cache = make_cache()
     keys, _ = cache.update(*states(5), 0)
     grown, _ = cache.update(*states(1), 0)
     assert grown.data_ptr() == keys.data_ptr()

@@ -28,7 +28,8 @@ from support.golden import CHECKPOINT, GOLDEN
 from support.serving import data_url, user
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.inference.chat import Chat, GenerationState
+from yivl.inference.chat import Chat
+from yivl.inference.engine import GenerationState
 from yivl.serve.api import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Overloaded, Request, Scheduler

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig
 from yivl.checkpoint.format import StateDict, find_weights, read_weights
 from yivl.errors import CheckpointError
 from yivl.model.configuration import read_json, vit_folder
-from yivl.model.zero import gathered
+from yivl.model.vision_tower import gathered
 
 _PREFIX = "vision_model."
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
