@@ -46,9 +46,7 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
         source = Path(self.vocab_file).parent
         names = [name for name in _FILES if (source / name).is_file()]
         if "tokenizer.model" not in names:
-            raise CheckpointError(
-                f"{source}/tokenizer.model: removed after loading; restore it"
-            )
+            raise CheckpointError(f"{source}/tokenizer.model: removed after loading; restore it")
         if source.resolve() != target.resolve():
             for name in names:
                 shutil.copyfile(source / name, target / name)

@@ -28,8 +28,7 @@ from support.golden import CHECKPOINT, GOLDEN
 from support.serving import data_url, user
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.inference.chat import Chat
-from yivl.inference.engine import GenerationState
+from yivl.inference.chat import Chat, GenerationState
 from yivl.serve.api import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Overloaded, Request, Scheduler
@@ -259,9 +258,9 @@ def test_what_is_not_supported_is_said(
         ("data:text/plain;base64,AAAA", "must be a data: URL"),
         ("data:image/png,AAAA", "must be a data: URL"),
         ("data:image/png;base64,??", "no valid base64"),
-        (data_url(b"nonsense"), "not a picture that can be read"),
-        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a picture that can be read"),
-        (data_url(b""), "not a picture that can be read"),
+        (data_url(b"nonsense"), "not a readable image"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a readable image"),
+        (data_url(b""), "not a readable image"),
         (data_url(PHOTO.read_bytes()[:2_000]), "damaged or truncated"),
         (data_url(png(40_000, 30_000)), "pixels"),
         (data_url(png(3_000, 10)), "more than 1,000 pixels on a side"),

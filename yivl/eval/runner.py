@@ -19,8 +19,8 @@ from yivl.checkpoint.atomic import write_whole, written_whole
 from yivl.checkpoint.loading import LoadedModel
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.eval.benchmarks.questions import Question, file_key
-from yivl.inference.chat import Chat, ImageInput
-from yivl.inference.engine import GenerationState, finish_together
+from yivl.inference.chat import Chat, GenerationState, ImageInput
+from yivl.inference.engine import finish_together
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from yivl.inference.kv_cache import PrefixCache
 from yivl.inference.request import EncodedImage, FinishReason, GenerationState, ImageInput, encode_image, prepare
 from yivl.inference.sampling import Sampling
 
-__all__ = ["Answer", "Chat", "EncodedImage", "FinishReason", "ImageInput"]
+__all__ = ["Answer", "Chat", "EncodedImage", "FinishReason", "GenerationState", "ImageInput"]
 
 Images = ImageInput | Sequence[ImageInput] | None
 """The images of a question, shown before it."""

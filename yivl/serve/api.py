@@ -29,7 +29,7 @@ from starlette.types import Message as ASGIMessage
 
 from yivl import command_line
 from yivl.errors import ContextLengthError, ImageError, YiVLError
-from yivl.inference.engine import GenerationState
+from yivl.inference.chat import GenerationState
 from yivl.serve import scheduler as serving
 from yivl.serve.limits import Limits
 from yivl.serve.messages import Asked, read_messages

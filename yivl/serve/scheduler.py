@@ -17,8 +17,8 @@ from yivl.command_line import is_out_of_memory
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import YiVLError
-from yivl.inference.chat import Chat, EncodedImage
-from yivl.inference.engine import Engine, GenerationState
+from yivl.inference.chat import Chat, EncodedImage, GenerationState
+from yivl.inference.engine import Engine
 from yivl.serve.limits import Limits
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from yivl.inference.request import FinishReason
+from yivl.inference.chat import FinishReason
 
 # OpenAI has no word for an answer that was cut off because nobody waits for it.
 FINISH_REASONS: dict[FinishReason, Literal["stop", "length"]] = {

@@ -15,7 +15,7 @@ __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM"]
 
 
 class LlavaConfig(YiVLConfig):
-    """The configuration, read as the release's callers read it."""
+    """The configuration with the reference's ``from_pretrained``."""
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **_: Any) -> "LlavaConfig":
@@ -24,17 +24,17 @@ class LlavaConfig(YiVLConfig):
 
 
 class CLIPVisionTower(VisionTower):
-    """The vision tower with what callers ask it for; it is loaded with the model."""
+    """The vision tower with the attributes that callers use; its weights are loaded with the model."""
 
     is_loaded = True
     image_processor: CLIPImageProcessorPil
 
     def load_model(self) -> None:
-        """Do nothing: the weights are there."""
+        """Do nothing; the weights are loaded already."""
 
 
 class LlavaLlamaForCausalLM(YiVLForCausalLM):
-    """The model for callers that load it themselves, piece by piece."""
+    """The model for callers that load model, tokenizer and image processor separately."""
 
     _no_split_modules = [*YiVLForCausalLM._no_split_modules, "CLIPVisionTower"]  # noqa: RUF012 (as there)
 
