@@ -267,7 +267,7 @@ def test_the_position_table_is_interpolated_as_transformers_does(loaded: LoadedM
         model.resize_images(112)
         torch.testing.assert_close(model.get_vision_tower().vit.embeddings(images), expected)
         assert model.encode_images(images).shape[1] == model.config.num_patches == 64
-    with pytest.raises(ValueError, match="no multiple of the patch size 14"):
+    with pytest.raises(ValueError, match="not a multiple of the patch size 14"):
         model.resize_images(100)
 
 

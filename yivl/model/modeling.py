@@ -6,7 +6,7 @@ Image features reach the decoder as ``inputs_embeds``; its cache, attention and 
 import logging
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,13 +26,9 @@ from yivl.model.configuration import YiVLConfig
 from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features, packed_layout
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
-from yivl.model.vision_tower import VisionTower
+from yivl.model.vision_tower import Images, VisionTower, stack_images
 
 logger = logging.getLogger(__name__)
-
-Images = torch.Tensor | Sequence[torch.Tensor]
-"""One image per placeholder, in order: ``(num_images, 3, image_size, image_size)``, or a list whose items are
-``(3, image_size, image_size)`` or ``(n, 3, image_size, image_size)``."""
 
 
 class ExactRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
@@ -97,13 +93,8 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Raises:
             ValueError: If ``image_size`` is not a multiple of the patch size.
         """
-        vision_config = self.config.vision_config
-        if image_size % vision_config.patch_size:
-            raise ValueError(f"image_size={image_size} is not a multiple of the patch size {vision_config.patch_size}")
-        if image_size != vision_config.image_size:
-            logger.info("position embeddings interpolated from %d to %d pixels", vision_config.image_size, image_size)
-            self.get_vision_tower().resize(image_size)
-            vision_config.image_size = image_size
+        self.get_vision_tower().resize(image_size)
+        self.config.vision_config.image_size = image_size
 
     def encode_images(self, images: Images) -> torch.Tensor:
         """Return projected features, ``(num_images, num_patches, hidden)``.
@@ -111,13 +102,10 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Raises:
             ValueError: If the size of an image differs from the input resolution of the ViT.
         """
-        if not isinstance(images, torch.Tensor):
-            images = torch.cat([image.unsqueeze(0) if image.ndim == 3 else image for image in images])
-        images = images.unsqueeze(0) if images.ndim == 3 else images
         weight = self.model.vision_tower.vit.embeddings.class_embedding
         # The weights of an offloaded tower are on the meta device; its hooks move the pixels.
         device = None if weight.device.type == "meta" else weight.device
-        pixel_values = images.flatten(0, -4).to(device=device, dtype=weight.dtype)
+        pixel_values = stack_images(images).to(device=device, dtype=weight.dtype)
         features: torch.Tensor = self.model.mm_projector(self.model.vision_tower(pixel_values))
         return features
 

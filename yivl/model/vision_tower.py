@@ -1,7 +1,8 @@
 """The CLIP ViT: ``pixel_values`` to patch features."""
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -12,6 +13,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
 from yivl.model.configuration import YiVLConfig
+
+logger = logging.getLogger(__name__)
+
+Images = torch.Tensor | Sequence[torch.Tensor]
+"""One image per placeholder, in order: ``(num_images, 3, image_size, image_size)``, or a list whose items are
+``(3, image_size, image_size)`` or ``(n, 3, image_size, image_size)``."""
 
 
 class ViT(CLIPVisionModel):  # type: ignore[misc]
@@ -37,10 +44,18 @@ class VisionTower(nn.Module):
         return cast(ViT, self.vision_tower["vision_model"])
 
     def resize(self, image_size: int) -> None:
-        """Interpolate the position embeddings, in place, for an input resolution of ``image_size`` pixels."""
+        """Interpolate the position embeddings, in place, for an input resolution of ``image_size`` pixels.
+
+        Raises:
+            ValueError: If ``image_size`` is not a multiple of the patch size.
+        """
         embeddings = self.vit.embeddings
-        old = embeddings.position_embedding
-        side = image_size // embeddings.patch_size
+        old, side = embeddings.position_embedding, image_size // embeddings.patch_size
+        if image_size % embeddings.patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of the patch size {embeddings.patch_size}")
+        if image_size == embeddings.image_size:
+            return
+        logger.info("position embeddings interpolated from %d to %d pixels", embeddings.image_size, image_size)
         with gathered([old.weight]):
             weight = resize_position_embeddings(old.weight.detach(), side)
         with nullcontext() if weight.is_meta else partitioned():  # a dry run has nothing to partition
@@ -62,6 +77,13 @@ class VisionTower(nn.Module):
         for layer in vit.encoder.layers[: self.num_layers]:
             hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states if self.keeps_class_token else hidden_states[:, 1:]
+
+
+def stack_images(images: Images) -> torch.Tensor:
+    """Return images in one of the forms of ``Images`` as ``(num_images, 3, image_size, image_size)``."""
+    if not isinstance(images, torch.Tensor):
+        images = torch.cat([image.unsqueeze(0) if image.ndim == 3 else image for image in images])
+    return images.unsqueeze(0) if images.ndim == 3 else images.flatten(0, -4)
 
 
 def resize_position_embeddings(weight: torch.Tensor, side: int) -> torch.Tensor:
