@@ -105,7 +105,7 @@ def _fetch(address: str) -> bytes:
 def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """Decode an image and apply its EXIF orientation, after the checks that need only the header."""
     if not image.width or not image.height:
-        raise ImageError(f"{name}: empty image ({image.width}x{image.height} pixels); use another one")
+        raise ImageError(f"{name}: the image is empty ({image.width}x{image.height} pixels); use another one")
     if max(image.size) ** 2 > max_pixels:
         longest = math.isqrt(max_pixels)
         raise ImageError(f"{name}: more than {longest:,} pixels on a side; shrink the image first")
