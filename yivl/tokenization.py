@@ -114,7 +114,7 @@ class Detokenizer:
 
     def _surface(self, piece: str) -> str:
         """Return the text of a piece at this place."""
-        if self._leading is None:  # behind any other text, SentencePiece keeps the spaces of a piece
+        if self._leading is None:  # after other text, SentencePiece keeps the spaces of a piece
             return str(self._tokenizer.sp_model.decode(["x", piece]))[1:]
         self._leading.append(piece)
         text = str(self._tokenizer.sp_model.decode(self._leading))

@@ -43,7 +43,7 @@ def test_requests_join_and_leave_between_the_steps_of_others(loaded: LoadedModel
     asked: list[tuple[int, str, Any, dict[str, Any]]] = [
         (0, "hi", None, {"temperature": 0, "max_new_tokens": 25}),
         (0, "What is this?", PHOTO, {"temperature": 0, "max_new_tokens": 3}),
-        (4, "Tell me a long story about all of these pictures, please.", [WIDE, PHOTO], {"temperature": 0, "seed": 1}),
+        (4, "Tell me a long story about all of these images, please.", [WIDE, PHOTO], {"temperature": 0, "seed": 1}),
         (5, "图片里有什么？", WIDE, {"temperature": 1.5, "seed": 3, "top_p": 0.9, "max_new_tokens": 20}),
         (5, "图片里有什么？", WIDE, {"temperature": 1.5, "seed": 4, "top_k": 5, "max_new_tokens": 20}),
         (40, "And now?", None, {"temperature": 0, "max_new_tokens": 5, "repetition_penalty": 3.0}),

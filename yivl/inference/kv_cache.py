@@ -37,7 +37,7 @@ def _append(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     past = filled.shape[-2] if filled.numel() else 0
     batch, heads, added, head_dim = new.shape
     total = past + added
-    # A view that does not start at the beginning of its buffer says nothing about the room behind it.
+    # The stride gives the room of a buffer only for views that start at its beginning.
     capacity = filled.stride(1) // head_dim if past and not filled.storage_offset() else 0
     if total <= capacity:
         buffer = filled.as_strided((batch, heads, capacity, head_dim), filled.stride())
@@ -65,7 +65,7 @@ def copy_row(cache: Cache, row: int, length: int) -> Cache:
 class PrefixCache:
     """Keys and values of the latest request of a conversation, for the prefix that its next request shares with it.
 
-    Whoever takes the cache owns it until it is put back; a request that fails in between leaves nothing behind.
+    The request that takes the cache owns it until it puts it back, so one that fails leaves no invalid entries.
     """
 
     def __init__(self) -> None:
