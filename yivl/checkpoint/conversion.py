@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.atomic import write_json
-from yivl.checkpoint.format import read_weights
-from yivl.checkpoint.saving import METADATA, check_apart, checkpoint_dir
+from yivl.checkpoint.format import METADATA, read_weights
+from yivl.checkpoint.saving import check_apart, checkpoint_dir
 from yivl.checkpoint.vit import open_clip_to_vit_weights, read_open_clip_config
 from yivl.errors import CheckpointError
 

@@ -14,12 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from yivl.checkpoint.atomic import atomic_dir, write_json
+from yivl.checkpoint.format import ADAPTER, METADATA, TOWER
 from yivl.errors import CheckpointError
 
-TOWER: Final = "model.vision_tower.vision_tower."
-"""What the names of the ViT begin with in the main files."""
-METADATA: Final = {"format": "pt"}  # transformers refuses safetensors files without it
-# Weights, and what tells of them; in a folder that another model takes over it would tell of the wrong one.
+# Weights and records about them, which a replaced checkpoint must not pass on to the next model.
 _OF_THE_MODEL: Final = (
     *("*.safetensors", "*.bin", "*.index.json", "published.json"),
     *("training_*.json", "train_results.json", "log.jsonl", "loss.png"),
@@ -118,7 +116,7 @@ def write_checkpoint(
     weights = {
         key: value.contiguous() for key, value in (model.state_dict() if state_dict is None else state_dict).items()
     }
-    if any(".lora_" in key for key in weights):
+    if any(ADAPTER in key for key in weights):
         raise CheckpointError("a model with an adapter cannot be saved as a checkpoint; merge the adapter first")
     config, vit = model.config, folder / "vit" / model.config.vit_name
     vit.mkdir(parents=True)

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig
 
-from yivl.checkpoint.format import StateDict, find_weights, read_weights
+from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights, vit_folder
 from yivl.errors import CheckpointError
-from yivl.model.configuration import read_json, vit_folder
 from yivl.model.zero import gathered
 
 _PREFIX = "vision_model."
@@ -91,18 +90,9 @@ def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, sou
             copied then.
     """
     own = dict(vit.named_parameters())
-    shapes = {key: getattr(parameter, "ds_shape", parameter.shape) for key, parameter in own.items()}  # ZeRO-3: whole
     if any(parameter.device.type == "meta" for parameter in own.values()):
         raise CheckpointError(f"{source}: the device has no memory for the ViT; quantize the model or use --device cpu")
-    problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
-    problems += [f"unexpected {key}" for key in sorted(weights.keys() - own.keys())]
-    problems += [
-        f"{key} is {list(weights[key].shape)}, expected {list(shapes[key])}"
-        for key in sorted(own.keys() & weights.keys())
-        if shapes[key] != weights[key].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{source}: the ViT weights do not fit its config.json: {'; '.join(problems)}")
+    check_keys(source, own, weights, fit="the configuration of the ViT")
     num_different = 0
     with gathered(own.values()), torch.no_grad():
         for key, parameter in own.items():

@@ -1,13 +1,10 @@
 """The configuration of a Yi-VL checkpoint: Llama fields, ``mm_*`` fields, and the ViT's own configuration."""
 
-import json
-import os
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from yivl.errors import CheckpointError
@@ -86,26 +83,6 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
             raise CheckpointError(f"mm_vision_select_layer={self.mm_vision_select_layer} of a ViT with {layers} layers")
         return index
 
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> "YiVLConfig":
-        """Read a published checkpoint folder: its ``config.json`` and that of the ViT it names.
-
-        Raises:
-            CheckpointError: If a file is missing, is not valid JSON or describes another kind of model.
-        """
-        fields = read_json(Path(folder) / "config.json")
-        if not isinstance(fields.get("mm_vision_tower"), str):
-            raise CheckpointError(
-                f"{folder}/config.json: no mm_vision_tower; this is no checkpoint in the Yi-VL layout"
-            )
-        vision = read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
-        for name in ("model_type", "text_config", "vision_config"):  # the last two are for SGLang
-            fields.pop(name, None)
-        try:
-            return cls(**fields, vision_config=CLIPVisionConfig(**vision))
-        except (StrictDataclassError, CheckpointError, TypeError) as error:
-            raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
-
     def to_published_dict(self) -> dict[str, Any]:
         """Return the fields of a published ``config.json``, readable by old transformers too (``rope_theta``)."""
         rope = dict(self.rope_parameters)
@@ -126,25 +103,3 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
     def vit_name(self) -> str:
         """Name of the ViT folder below ``vit/``."""
         return PurePosixPath(self.mm_vision_tower).name or "clip-vit"
-
-
-def vit_folder(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> Path:
-    """Return the ViT folder: relative paths start at the checkpoint, absolute ones stay as they are."""
-    return Path(checkpoint) / mm_vision_tower
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: If the file is missing or holds no JSON object.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; a checkpoint in the Yi-VL layout has one")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return fields

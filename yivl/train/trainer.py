@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.atomic import replace_dir, write_json
+from yivl.checkpoint.format import ARGUMENTS, RECORD
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
@@ -24,8 +25,6 @@ from yivl.train.arguments import Arguments, YiVLTrainingArguments, Zero, as_dict
 from yivl.train.dataloaders import BatchLoader, own_words
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
 from yivl.train.resume import (
-    ARGUMENTS,
-    RECORD,
     UNFINISHED,
     load_trained,
     publish,
