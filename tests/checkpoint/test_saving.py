@@ -1,4 +1,4 @@
-"""The published layout, written atomically, read back by us and by transformers' own readers."""
+"""The Yi-VL checkpoint format, written atomically, read back by us and by transformers' own readers."""
 
 import json
 import os

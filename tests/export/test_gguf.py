@@ -1,4 +1,4 @@
-"""GGUF files: every value in them, and llama.cpp's ids, picture features and answers beside ours."""
+"""GGUF files: every value in them, and llama.cpp's ids, image features and answers beside ours."""
 
 import base64
 import ctypes
@@ -247,7 +247,7 @@ def test_added_and_missing_tokens_have_their_place(tmp_path: Path) -> None:
 
 CONVERSATIONS = {
     "open": [Turn("What is it?")],
-    "picture": [Turn("图里有什么？", num_images=1)],
+    "image": [Turn("图里有什么？", num_images=1)],
     "turns": [Turn("Hi", "Hello\nyou", 2), Turn("{{ bye }}")],
 }
 
@@ -463,7 +463,7 @@ class LlamaCpp:
         self.llama.close()
 
     def read(self, prompt: list[str], image: Image.Image | None) -> list[Any]:
-        """Return a prompt in llama.cpp's parts, the picture between chunks."""
+        """Return a prompt in llama.cpp's parts, the image between chunks."""
         text = self.mtmd.mtmd_default_marker().decode().join(prompt).encode()
         bitmaps: list[Any] = []
         if image is not None:
@@ -476,24 +476,24 @@ class LlamaCpp:
         assert self.mtmd.mtmd_tokenize(self.vision, parts, ctypes.byref(settings), array, len(bitmaps)) == 0
         return [self.mtmd.mtmd_input_chunks_get(parts, i) for i in range(self.mtmd.mtmd_input_chunks_size(parts))]
 
-    def is_picture(self, part: Any) -> bool:
+    def is_image_part(self, part: Any) -> bool:
         return bool(self.mtmd.mtmd_input_chunk_get_type(part) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
 
     def encode(self, image: Image.Image) -> torch.Tensor:
-        """Return what llama.cpp's ViT and projector make of a picture, ``(num_patches, hidden)``."""
-        (part,) = filter(self.is_picture, self.read(["", ""], image))
+        """Return what llama.cpp's ViT and projector make of a image, ``(num_patches, hidden)``."""
+        (part,) = filter(self.is_image_part, self.read(["", ""], image))
         assert self.mtmd.mtmd_encode_chunk(self.vision, part) == 0
         shape = self.mtmd.mtmd_input_chunk_get_n_tokens(part), self.llama.n_embd()
         return torch.from_numpy(np.ctypeslib.as_array(self.mtmd.mtmd_get_output_embd(self.vision), shape).copy())
 
     def answer(self, prompt: list[str], image: Image.Image | None, features: torch.Tensor | None = None) -> list[int]:
-        """Return the greedy ids after a prompt, with other features of the picture if given."""
+        """Return the greedy ids after a prompt, with other features of the image if given."""
         context = self.llama.ctx
         self.llama_cpp.llama_memory_clear(self.llama_cpp.llama_get_memory(context), True)
         position = self.llama_cpp.llama_pos(0)
         for part in self.read(prompt, image):
             after = ctypes.byref(position)
-            if features is not None and self.is_picture(part):
+            if features is not None and self.is_image_part(part):
                 array = np.ctypeslib.as_ctypes(features.flatten().numpy())
                 no_callback = self.mtmd.mtmd_helper_post_decode_callback()
                 status = self.mtmd.mtmd_helper_decode_image_chunk(
@@ -552,7 +552,7 @@ def test_llama_cpp_answers_text_as_we_do(pair: tuple[LoadedModel, LlamaCpp]) -> 
 
 @pytest.mark.slow
 def test_llama_cpp_answers_as_we_do_when_it_sees_what_we_see(pair: tuple[LoadedModel, LlamaCpp]) -> None:
-    """Our features instead of its own: the decoder reads a picture between two texts as ours does."""
+    """Our features instead of its own: the decoder reads a image between two texts as ours does."""
     model, beside = pair
     image = load_image(PHOTO)
     pixel_values = model.image_processor([image])
@@ -581,7 +581,7 @@ def class_token_last(model: LoadedModel, pixel_values: torch.Tensor) -> torch.Te
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_llama_cpp_sees_a_square_picture_as_we_do_but_for_its_class_token(pair: tuple[LoadedModel, LlamaCpp]) -> None:
+def test_llama_cpp_sees_a_square_image_as_we_do_but_for_its_class_token(pair: tuple[LoadedModel, LlamaCpp]) -> None:
     """It resizes as Pillow does; GELU by tanh and pixels in float16 are left as difference."""
     model, beside = pair
     for size in (model.image_processor.image_size, 672):
@@ -599,7 +599,7 @@ def test_llama_cpp_sees_a_square_picture_as_we_do_but_for_its_class_token(pair: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_llama_cpp_chats_about_a_picture_as_we_do(dtype: Dtype, files: Files) -> None:
+def test_llama_cpp_chats_about_an_image_as_we_do(dtype: Dtype, files: Files) -> None:
     """From the two files alone: template, stop, sampling off."""
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import MTMDChatHandler
@@ -609,14 +609,14 @@ def test_llama_cpp_chats_about_a_picture_as_we_do(dtype: Dtype, files: Files) ->
     llama = Llama(str(language), chat_handler=handler, n_ctx=1024, n_threads=1, verbose=False)
     buffer = io.BytesIO()
     load_image(CATS).save(buffer, "PNG")
-    picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     chat = Chat(load_model(EMBEDDED, device="cpu", dtype=dtype))
     questions = [*QUESTIONS, "Is there a dog?"]
     messages: list[dict[str, Any]] = []
     for index, question in enumerate(questions):
         content: Any = question
         if not index:
-            content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": f"\n{question}"}]
+            content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": f"\n{question}"}]
         messages.append({"role": "user", "content": content})
         reply = llama.create_chat_completion(messages, temperature=0, repeat_penalty=1.0, max_tokens=MAX_NEW_TOKENS)
         (choice,) = reply["choices"]

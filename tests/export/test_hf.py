@@ -1,4 +1,4 @@
-"""The published layout and the ``-hf`` layout: nothing is lost either way, and transformers' own LLaVA agrees."""
+"""Conversion to and from the ``-hf`` format is lossless, and transformers' own LLaVA agrees."""
 
 import json
 import shutil

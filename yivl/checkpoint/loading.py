@@ -102,11 +102,11 @@ def load_model(
     image_processor = set_images(config, image_processor.clip_processor, **image_settings)
     device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
     check_support(config, attn_implementation, bits=bits, on_cpu=device_map == {"": "cpu"})
-    model = load_weights(
+    model = YiVLForCausalLM.from_pretrained(
         folder,
-        config,
-        image_size=image_settings.get("image_size"),
+        config=config,
         bits=bits,
+        image_size=image_settings.get("image_size"),
         dtype=dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
@@ -174,72 +174,23 @@ def check_support(config: YiVLConfig, attn_implementation: str, *, bits: int, on
             )
 
 
-def load_weights(
-    folder: Path,
-    config: YiVLConfig,
-    *,
-    attn_implementation: str,
-    dtype: Dtype | torch.dtype,
-    device_map: Device | None = None,
-    bits: int = 16,
-    image_size: int | None = None,
-    vit_weights: StateDict | None = None,
-    fresh_projector: bool = False,
-) -> YiVLForCausalLM:
-    """Return a model with its weights; inference and training load through this function.
-
-    Args:
-        folder: Checkpoint, or plain language model with ``vit_weights`` and ``fresh_projector``.
-        config: With the image size of the weights.
-        attn_implementation: Attention of the decoder and the ViT.
-        dtype: ``auto`` keeps the dtype of the checkpoint.
-        device_map: Of transformers.
-        bits: 16, or 8 or 4 for quantization by bitsandbytes.
-        image_size: Side of the ViT input in pixels; the position embeddings are interpolated if it differs.
-        vit_weights: Replace the ViT of the checkpoint.
-        fresh_projector: Initialize the projector at random where the folder has none.
-
-    Raises:
-        CheckpointError: If weights are missing or do not fit.
-    """
-    kwargs: dict[str, Any] = {}
-    if bits != 16:
-        kwargs["quantization_config"] = _quantization_config(config, bits, dtype)
-    model = YiVLForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        vit_weights=vit_weights,
-        fresh_projector=fresh_projector,
-        dtype=dtype,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        **kwargs,
-    )
-    if image_size is not None:
-        model.resize_images(image_size)
-    return model
-
-
 def load_pretrained(
     load: Callable[..., YiVLForCausalLM],
     folder: str | os.PathLike[str],
     *,
     config: YiVLConfig | None = None,
+    bits: int = 16,
+    image_size: int | None = None,
     vit_weights: StateDict | None = None,
     fresh_projector: bool = False,
     **kwargs: Any,
 ) -> YiVLForCausalLM:
-    """Return a model with the weights of a folder: the body of ``YiVLForCausalLM.from_pretrained``.
+    """Return a model with its weights: ``YiVLForCausalLM.from_pretrained``, where the arguments are documented.
 
     Keys and shapes are compared with the configuration before any weight is read.
 
     Args:
         load: ``from_pretrained`` of transformers.
-        folder: As for ``YiVLForCausalLM.from_pretrained``, and so are the others.
-        config: That of ``folder`` by default.
-        vit_weights: That of ``vit/`` by default.
-        fresh_projector: As for ``load_weights``.
-        **kwargs: Passed to ``load``.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
@@ -253,6 +204,8 @@ def load_pretrained(
         expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
     check_keys(folder, expected, found)
     vit = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
+    if bits != 16:
+        kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
     # The copy of the ViT in the main files may be of any shape: it is replaced.
     model = load(os.fspath(folder), config=config, ignore_mismatched_sizes=True, **kwargs)
     # The published 4,096 is the context length, which generate() takes from config.json.
@@ -260,11 +213,12 @@ def load_pretrained(
     num_different = copy_vit_weights(model.get_vision_tower().vit, vit, source=str(folder))
     if num_different and vit_weights is None:
         logger.info(
-            "%d ViT tensors in %s differ from those in the main files; using %s, as the reference implementation does",
+            "%d ViT tensors in %s differ from those in the main files and are used, as in the reference implementation",
             num_different,
             config.mm_vision_tower,
-            config.mm_vision_tower,
         )
+    if image_size is not None:
+        model.resize_images(image_size)
     return model
 
 

@@ -1,4 +1,4 @@
-"""A model to a checkpoint folder in the published layout, written beside its place and moved there in one step."""
+"""Saving of checkpoints in the Yi-VL format."""
 
 import os
 import shutil
@@ -41,10 +41,10 @@ def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
-    """Refuse to replace what is no checkpoint, or holds more than one (``checkpoint-100/`` of a training run).
+    """Refuse to replace a folder that is not one checkpoint; the output folder of a run holds several.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, or holds something beside a checkpoint.
+        CheckpointError: If ``folder`` is a file, or holds something other than one checkpoint.
     """
     target = Path(folder)
     if not target.exists():
@@ -57,7 +57,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
 
 
 def check_apart(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Refuse to replace what is read.
+    """Refuse a target that would overwrite the source.
 
     Raises:
         CheckpointError: If ``target`` is ``source``, or contains it.
@@ -68,7 +68,7 @@ def check_apart(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Copy the files of ``old`` that do not speak of its weights and have no successor in ``new``."""
+    """Copy the files of ``old`` that do not describe its weights and that ``new`` lacks."""
     for path in old.rglob("*") if old.is_dir() else ():
         place = new / path.relative_to(old)
         is_stale = any(path.match(pattern) for pattern in _OF_THE_MODEL)

@@ -337,8 +337,11 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Args:
             folder: A local folder.
             **kwargs: Of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ``config``, ...), and:
-                ``vit_weights``, a state dict that replaces the ViT in ``vit/``; ``fresh_projector``, whether the
-                projector is initialized at random where the folder, that of a plain language model, holds none.
+                ``bits``: 8 or 4 quantize with bitsandbytes;
+                ``image_size``: side of the ViT input in pixels, to which the position embeddings are interpolated;
+                ``vit_weights``: a state dict that replaces the ViT in ``vit/``;
+                ``fresh_projector``: initialize the projector at random if the folder, that of a language model, has
+                none.
 
         Raises:
             CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.

@@ -12,7 +12,6 @@ from yivl.checkpoint.format import read_json, vit_folder
 from yivl.checkpoint.loading import (
     check_support,
     empty_model,
-    load_weights,
     read_small_files,
     resolve_checkpoint,
     set_images,
@@ -92,9 +91,9 @@ def load_start(start: Start, arguments: ModelArguments, *, dtype: torch.dtype, p
     attention = arguments.attn_implementation
     # Quantized weights are placed while they are loaded; they cannot be moved later.
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
-    model = load_weights(
+    model = YiVLForCausalLM.from_pretrained(
         start.folder,
-        start.config,
+        config=start.config,
         attn_implementation=register_packed_sdpa() if packing and attention == "sdpa" else attention,
         dtype=dtype,
         device_map=None if arguments.bits == 16 else device,
