@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         "open-clip",
         "convert an open_clip visual tower to a ViT folder",
         weights="open_clip_pytorch_model.bin or open_clip_model.safetensors",
-        config="the open_clip_config.json beside it",
+        config="the open_clip_config.json of the same model",
         target=written,
     )
     add("to-hf", "convert a Yi-VL checkpoint to the format of Yi-VL-6B-hf", source=checkpoint, target=written)

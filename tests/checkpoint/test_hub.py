@@ -254,8 +254,8 @@ download(repository, Path(target))
 def test_what_was_uploaded_is_downloaded_byte_for_byte_and_loads(
     server: Hub, folder: Path, tmp_path: Path, loaded: LoadedModel
 ) -> None:
-    """In a process of its own, with the settings a user has: the environment alone."""
-    (folder / VIT / "open_clip_pytorch_model.bin").write_bytes(b"a second ViT that nobody reads")
+    """In a separate process, configured by environment variables alone."""
+    (folder / VIT / "open_clip_pytorch_model.bin").write_bytes(b"a second ViT that no load reads")
     settings = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
     result = subprocess.run(
         [sys.executable, "-c", ROUND_TRIP, str(folder), str(tmp_path / "again"), REPO],
@@ -361,7 +361,7 @@ def test_what_the_hub_refuses_is_one_clear_line(
 def test_without_a_network_it_is_one_clear_line(
     hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     for action in (lambda: download(REPO, tmp_path / "again"), lambda: publish(folder, REPO, private=False)):
         with pytest.raises(CheckpointError, match=rf"^{REPO}: the hub cannot be reached \(.+\)$"):
             action()
@@ -440,7 +440,7 @@ BROKEN = {
         lambda f: edit_json(f / VIT / "config.json", text={"from": [r"C:\models\clip"]}),
         "config.json: text is a local path",
     ),
-    "the licence": (lambda f: (f / "LICENSE").write_text("All rights reserved."), "LICENSE: is another license"),
+    "the license": (lambda f: (f / "LICENSE").write_text("All rights reserved."), "LICENSE: is another license"),
 }
 
 
@@ -646,27 +646,27 @@ def test_scores_of_a_benchmark_are_told_by_domain(tmp_path: Path, folder: Path) 
         assert ModelCard(card).data.eval_results is None
 
 
-def test_the_licence_is_that_of_the_folder_or_the_given_one_and_never_made_up(folder: Path) -> None:
-    def licence(**given: Any) -> str | None:
+def test_the_license_is_that_of_the_folder_or_the_given_one_and_never_made_up(folder: Path) -> None:
+    def license_of(**given: Any) -> str | None:
         (folder / "README.md").write_text(make_card(folder, **given), encoding="utf-8")
         return ModelCard.load(folder / "README.md").data.license
 
-    assert licence() is None
+    assert license_of() is None
     assert "Not recorded in this folder." in (folder / "README.md").read_text(encoding="utf-8")
-    assert licence(license_id="mit") == "mit"
-    assert licence() == "mit"  # of the card that was there
-    assert licence(license_id="apache-2.0") == "apache-2.0"
-    (folder / "LICENSE").write_text("Some licence, with terms.")
-    assert licence() == "other"
+    assert license_of(license_id="mit") == "mit"
+    assert license_of() == "mit"  # of the card that was there
+    assert license_of(license_id="apache-2.0") == "apache-2.0"
+    (folder / "LICENSE").write_text("Some license, with terms.")
+    assert license_of() == "other"
     assert ModelCard.load(folder / "README.md").data.license_link == "LICENSE"
     with pytest.raises(CheckpointError, match=r"LICENSE: is another license than 'apache-2.0'"):
-        licence(license_id="apache-2.0")
+        license_of(license_id="apache-2.0")
     shutil.copy(ROOT / "LICENSE", folder)
-    assert licence() == "apache-2.0"
+    assert license_of() == "apache-2.0"
     (folder / "LICENSE").unlink()
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(CheckpointError, match=r"README\.md: its front matter is not valid YAML"):
-        licence()
+        license_of()
 
 
 def test_a_card_of_a_bare_checkpoint_says_that_training_is_not_recorded(folder: Path) -> None:

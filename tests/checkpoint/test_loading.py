@@ -98,7 +98,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_json(f / "config.json", mm_projector_type="qformer"),
         "mm_projector_type='qformer'",
     ),
-    "saved by the lineage's scripts": (
+    "saved by LLaVA's scripts": (
         lambda f: edit_json(f / "config.json", mm_projector_type="linear"),
         r"unexpected model.mm_projector.0.bias",
     ),
@@ -236,7 +236,7 @@ def test_impossible_quantization_is_refused() -> None:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    """A LoRA adapter with a trained projector beside it, and the logits it gives."""
+    """A LoRA adapter and a trained projector, and the logits it gives."""
     model = get_peft_model(
         load_model(CHECKPOINT, device="cpu").model,
         LoraConfig(r=4, target_modules=r"model\.layers\.\d+\..*_proj", init_lora_weights=False),
@@ -260,7 +260,7 @@ def test_an_adapter_goes_on_its_base_with_all_that_was_trained(
     torch.testing.assert_close(logits_of(load_model(folder, device="cpu").model), expected)
 
 
-def test_the_lineage_form_of_trained_tensors_is_read(adapter: tuple[Path, torch.Tensor]) -> None:
+def test_non_lora_trainables_of_llava_are_read(adapter: tuple[Path, torch.Tensor]) -> None:
     folder, expected = adapter
     path = folder / "non_lora_trainables.safetensors"
     torch.save(load_file(path), path.with_suffix(".bin"))
@@ -288,7 +288,7 @@ def test_a_bad_adapter_is_named(adapter: tuple[Path, torch.Tensor]) -> None:
 
 
 def test_targets_named_by_their_last_part_leave_the_vit_alone(adapter: tuple[Path, torch.Tensor]) -> None:
-    """The lineage's adapters: ``q_proj`` is also a name in the ViT."""
+    """LLaVA's adapters: ``q_proj`` is also a name in the ViT."""
     folder, expected = adapter
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     edit_json(folder / "adapter_config.json", target_modules=names)

@@ -1,4 +1,4 @@
-"""GGUF files: every value in them, and llama.cpp's ids, image features and answers beside ours."""
+"""GGUF files: every value in them, and llama.cpp's ids, image features and answers compared with ours."""
 
 import base64
 import ctypes
@@ -296,7 +296,7 @@ def test_the_vit_is_that_of_its_own_folder(tmp_path: Path) -> None:
     assert torch.equal(read_tensors(path)["v.class_embd"], torch.full((48,), 3.0))
 
 
-def test_what_old_transformers_saved_beside_the_weights_is_left_out(tmp_path: Path, files: Files) -> None:
+def test_buffers_that_old_transformers_saved_are_left_out(tmp_path: Path, files: Files) -> None:
     source = copy_of_checkpoint(tmp_path)
     shard = source / "pytorch_model-00001-of-00002.bin"
     key = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -328,10 +328,10 @@ def copy_of_checkpoint(folder: Path, **fields: Any) -> Path:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' cannot be exported"),
         (
             {"num_hidden_layers": 5},
-            r"do not fit config.json, such as model\.layers\.4\.input_layernorm\.weight: missing",
+            r"do not fit config.json: missing model\.layers\.4\.input_layernorm\.weight",
         ),
-        ({"num_hidden_layers": 3}, r"such as model\.layers\.3\.input_layernorm\.weight: \[64\], expected none"),
-        ({"vocab_size": 1000}, r"such as lm_head.weight: \[1024, 64\], expected \[1000, 64\]"),
+        ({"num_hidden_layers": 3}, r"unexpected model\.layers\.3\.input_layernorm\.weight"),
+        ({"vocab_size": 1000}, r"lm_head.weight is \[1024, 64\], expected \[1000, 64\]"),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
         export_gguf(CHECKPOINT, tmp_path, dtype="int8")  # type: ignore[arg-type]
 
 
-def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = GGUFWriter.write_tensor_data
 
     def fail(self: GGUFWriter, tensor: np.ndarray, *_: object) -> None:
@@ -394,7 +394,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-# Beside llama.cpp, which is imported late: whoever has no compiler for it can run the rest.
+# Compared with llama.cpp, imported late: the tests above run without it.
 
 
 TEXTS = [
@@ -526,9 +526,9 @@ MAX_NEW_TOKENS = 40
 def pair(request: pytest.FixtureRequest, files: Files) -> Iterator[tuple[LoadedModel, LlamaCpp]]:
     """A model here and in llama.cpp."""
     source, dtype = request.param
-    beside = LlamaCpp(*files[source, dtype])
-    yield load_model(source, device="cpu", dtype=dtype), beside
-    beside.close()
+    llama = LlamaCpp(*files[source, dtype])
+    yield load_model(source, device="cpu", dtype=dtype), llama
+    llama.close()
 
 
 def our_answer(model: LoadedModel, chunks: list[str], pixel_values: torch.Tensor | None) -> list[int]:
@@ -544,28 +544,28 @@ QUESTIONS = ["What is in this image?", "Describe the cats and what they are doin
 
 @pytest.mark.slow
 def test_llama_cpp_answers_text_as_we_do(pair: tuple[LoadedModel, LlamaCpp]) -> None:
-    model, beside = pair
+    model, llama = pair
     for question in QUESTIONS:
         chunks = render_chunks(Turn(question).messages())
-        assert beside.answer(chunks, None) == our_answer(model, chunks, None)
+        assert llama.answer(chunks, None) == our_answer(model, chunks, None)
 
 
 @pytest.mark.slow
 def test_llama_cpp_answers_as_we_do_when_it_sees_what_we_see(pair: tuple[LoadedModel, LlamaCpp]) -> None:
-    """Our features instead of its own: the decoder reads a image between two texts as ours does."""
-    model, beside = pair
+    """Our features instead of its own: the decoder reads an image between two texts as ours does."""
+    model, llama = pair
     image = load_image(PHOTO)
     pixel_values = model.image_processor([image])
     features = model.model.encode_images(pixel_values)[0].float().detach()
     for question in QUESTIONS:
         chunks = render_chunks(Turn(question, num_images=1).messages())
-        assert beside.answer(chunks, image, features) == our_answer(model, chunks, pixel_values)
+        assert llama.answer(chunks, image, features) == our_answer(model, chunks, pixel_values)
 
 
 def class_token_last(model: LoadedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the features of a ViT whose class token comes after the patches, ``(num_patches, hidden)``.
 
-    The position table is not moved with it, and the first of what comes out is dropped, which then is a patch. That
+    The position embeddings are not shifted with it, and the first feature, by then a patch, is dropped. That
     is what llama.cpp computes since its pull request 13321; 25844 would correct it (docs/interop.md).
     """
     tower = model.model.get_vision_tower()
@@ -583,11 +583,11 @@ def class_token_last(model: LoadedModel, pixel_values: torch.Tensor) -> torch.Te
 @torch.no_grad()
 def test_llama_cpp_sees_a_square_image_as_we_do_but_for_its_class_token(pair: tuple[LoadedModel, LlamaCpp]) -> None:
     """It resizes as Pillow does; GELU by tanh and pixels in float16 are left as difference."""
-    model, beside = pair
+    model, llama = pair
     for size in (model.image_processor.image_size, 672):
         image = load_image(CATS).resize((size, size))
         pixel_values = model.image_processor([image])
-        theirs = beside.encode(image)
+        theirs = llama.encode(image)
         right = model.model.encode_images(pixel_values)[0]
         differences = [
             float((theirs - ours.float()).norm() / theirs.norm())

@@ -1,4 +1,4 @@
-"""LoRA adapter folders: the files of peft, other trained parameters beside them, and the image settings."""
+"""LoRA adapter folders: the files of peft, other trained parameters, and the image settings."""
 
 import os
 from collections.abc import Mapping
@@ -128,7 +128,7 @@ def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:
 
 
 def _copy_trained(model: nn.Module, folder: Path) -> None:
-    """Copy the parameters that were trained beside the adapter into the model."""
+    """Copy the parameters that were trained in addition to the adapter into the model."""
     path = next((folder / name for name in NON_LORA_TRAINABLES if (folder / name).is_file()), None)
     if path is None:
         return

@@ -59,7 +59,7 @@ def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
 
     Args:
         weights: ``open_clip_pytorch_model.bin`` or ``open_clip_model.safetensors``.
-        config: The ``open_clip_config.json`` beside it.
+        config: The ``open_clip_config.json`` of the same model.
         target: Replaced if it exists.
 
     Raises:

@@ -34,7 +34,7 @@ BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
 """In the order of preference of transformers."""
 TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""Beside ``tokenizer.model``."""
+"""In addition to ``tokenizer.model``."""
 UNUSED_FILES: Final = ("*/open_clip_*", "*.png", ".gitattributes")
 """Files no load reads. The ViT folder of the released checkpoints holds a second copy at 224 pixels of 3.9 GB."""
 METADATA: Final = {"format": "pt"}
@@ -52,7 +52,7 @@ ADAPTER: Final = ".lora_"
 ARGUMENTS: Final = "training_arguments.json"
 """Resolved flags of a run, in its output folder and its checkpoints."""
 RECORD: Final = "training_run.json"
-"""Beside them: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
+"""Origin of a run: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
 LOG: Final = "log.jsonl"
 """Log of a run, in its output folder."""
 

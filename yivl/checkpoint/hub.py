@@ -47,7 +47,7 @@ _CONFIGS: Final = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("preprocessor_config.json", "processor_config.json"),  # of an export for SGLang
 )
-# Uploaded beside the weights and ``vit/``. Optimizer states, arguments and event files are not: they hold local paths.
+# Uploaded with the weights and ``vit/``. Optimizer states, arguments and event files are not: they hold local paths.
 _UPLOADED: Final = (
     *(*_CONFIGS, ADAPTER_CONFIG, ADAPTER_SETTINGS, "added_tokens.json", "tokenizer.json", "tokenizer.model"),
     *("*.index.json", "chat_template.jinja", CARD, "LICENSE*", "NOTICE*", "loss.png", LOG, "train_results.json"),
@@ -119,7 +119,7 @@ def upload(
 def download(repo_id: str, folder: Path, *, revision: str | None = None) -> None:
     """Download a checkpoint or an adapter of one commit into a folder, which appears once it is complete and checked.
 
-    An interrupted download is resumed: until the end the files are in ``.NAME.partial`` beside the folder.
+    An interrupted download is resumed: until the end the files are in ``.NAME.partial`` next to the folder.
 
     Args:
         repo_id: On the hub.

@@ -117,7 +117,7 @@ def load_model(
 
 
 def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
-    """Return what a checkpoint folder holds beside its weights.
+    """Return configuration, tokenizer and image processor of a checkpoint.
 
     Raises:
         CheckpointError: If a file is missing or damaged.

@@ -39,7 +39,7 @@ _DEFAULT_TAGS: Final = {
 """Source: hiyouga/LLaMA-Factory, data/README.md."""
 
 _OPENAI_TAGS: Final = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-"""Of its own image datasets. Source: hiyouga/LLaMA-Factory, data/dataset_info.json, ``mllm_demo``."""
+"""Of its image datasets. Source: hiyouga/LLaMA-Factory, data/dataset_info.json, ``mllm_demo``."""
 
 _REMOTE: Final = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _PREFERENCES: Final = ("chosen", "rejected", "kto_tag")

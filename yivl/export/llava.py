@@ -1,4 +1,4 @@
-"""What the LLaVA classes of transformers and SGLang read beside the weights: configurations, tokenizer, processor."""
+"""What the LLaVA classes of transformers and SGLang read: configurations, tokenizer, processor, chat template."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ TEXT_FIELDS: Final = (
     *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
     *("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
 )
-"""Of the language model, beside its vocabulary and its rotary embedding."""
+"""Of the language model, without vocabulary size and RoPE."""
 
 
 @dataclass(frozen=True)

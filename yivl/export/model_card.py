@@ -28,9 +28,7 @@ _FLAGS: Final = (
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
     *("max_rows_per_source", *ROWS_OF_A_STEP, "deepspeed", "bf16", "fp16", "seed"),
 )
-_SOURCE_COLUMNS: Final = {"rows": "rows", "rows_per_epoch": "rows per epoch", "pictures": "images"} | {
-    name: name for name in ("shards", "weight")
-}
+_SOURCE_COLUMNS: Final = ("rows", "rows_per_epoch", "pictures", "shards", "weight")
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,8 @@ def make_card(
         config=config,
         vision=config and config.vision_config,
         base=base,
-        training=_training(folder, base, adapter),
+        path=_path,
+        **_training(folder, base, adapter),
         reports=reports,
         model_base=" --model-base CHECKPOINT" if adapter and not base else "",
         license_id=license_id,
@@ -139,13 +138,11 @@ def make_card(
 
 
 def _training(folder: Path, base: str | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of the section on training; nothing if no record exists."""
+    """Return what the section on training shows."""
     flags, record = _read_if_exists(folder / ARGUMENTS), _read_if_exists(folder / RECORD)
-    # A checkpoint-N folder has no log of its own; its trainer_state.json holds the same lines.
+    # A checkpoint-N folder has no log; its trainer_state.json holds the same lines.
     log = read_log(folder / LOG) or _read_if_exists(folder / "trainer_state.json").get("log_history", [])
-    if not flags and not log:
-        return {}
-    facts = [("initialized from", base or _path_cell(flags.get("model_name_or_path")))]
+    facts = [("initialized from", base or _path(flags.get("model_name_or_path", "")))]
     if log:
         facts.append(("optimizer steps", f"{log[-1]['step']:,}"))
     if flags:
@@ -153,39 +150,19 @@ def _training(folder: Path, base: str | None, adapter: Mapping[str, Any]) -> dic
     for key, label in (("loss", "loss"), ("eval_loss", "evaluation loss")):
         if line := next((line for line in reversed(log) if key in line), None):
             facts.append((f"{label}, at step {line['step']:,}", f"{line[key]:.4f}"))
-    sources = record.get("sources") or []
-    columns = [key for key in _SOURCE_COLUMNS if any(source.get(key) is not None for source in sources)]
-    versions = dict(record.get("versions") or {})
-    if adapter.get("peft_version"):
-        versions.setdefault("peft", adapter["peft_version"])
-    recorded = {
-        "flags": flags,
-        "steps and losses": log,
-        "rows of each source": sources,
-        "versions of the software": record.get("versions"),
-    }
+    sources, versions = record.get("sources") or [], record.get("versions") or {}
+    recorded = {"flags": flags, "steps and losses": log, "rows of each source": sources, "versions": versions}
+    length = "max_steps" if flags.get("max_steps", -1) > 0 else "num_train_epochs"
     return {
-        "facts": [(label, value) for label, value in facts if value],
-        "source_columns": ["source", *(_SOURCE_COLUMNS[key] for key in columns)],
-        "sources": [
-            [_path_cell(source["source"]), *("" if source.get(key) is None else f"{source[key]:,}" for key in columns)]
-            for source in sources
-        ],
-        "data": _path_cell(flags.get("data_path")),
-        "flags": list(_flag_rows(flags)),
-        "versions": [f"{name} {version}" for name, version in sorted(versions.items())],
+        "flags": flags,
+        "flag_names": [name for name in (*_FLAGS, length) if flags.get("lora_enable") or not name.startswith("lora_")],
+        "log": log,
+        "record": record,
+        "facts": [fact for fact in facts if fact[1]],
+        "columns": [key for key in _SOURCE_COLUMNS if any(source.get(key) is not None for source in sources)],
+        "versions": ({"peft": adapter["peft_version"]} if "peft_version" in adapter else {}) | versions,
         "missing": [name for name, value in recorded.items() if not value],
     }
-
-
-def _flag_rows(flags: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield name and value of the flags that are set and take effect."""
-    has_max_steps = flags.get("max_steps", -1) > 0
-    for name in (*_FLAGS, "max_steps" if has_max_steps else "num_train_epochs"):
-        value = flags.get(name)
-        is_set = isinstance(value, str | int | float) and value is not False
-        if is_set and (flags.get("lora_enable") or not name.startswith("lora_")):
-            yield name, _path_cell(value) or str(value)
 
 
 def _read_scores(path: Path) -> _Scores:
@@ -265,8 +242,8 @@ def _read_if_exists(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _path_cell(path: Any) -> str:
-    return f"`{_cell(last_part(path))}`" if isinstance(path, str) else ""
+def _path(path: str) -> str:
+    return path and f"`{_cell(last_part(path))}`"
 
 
 def _cell(text: str) -> str:

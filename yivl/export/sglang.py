@@ -1,4 +1,4 @@
-"""Export for SGLang's Yi-VL class: a checkpoint, and what that class asks for beside it.
+"""Export for SGLang's Yi-VL class: a checkpoint, and the files that class needs in addition.
 
 Source: sgl-project/sglang, python/sglang/srt/models/{yivl,llava}.py and multimodal/processors/llava.py.
 """
