@@ -141,7 +141,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "not a picture": (("--image-file", "setup.py"), "error: setup.py: not a picture"),
     "an address": (
         ("--image-file", "http://127.0.0.1:9/x.jpg"),
-        "error: http://127.0.0.1:9/x.jpg: remote images are disabled",
+        "error: http://127.0.0.1:9/x.jpg: remote pictures are off",
     ),
     "no model": (("--model-path", "no/such"), "error: no/such: no such folder"),
     "no layout": (("--model-path", "tests"), "error: tests/config.json: no such file"),
