@@ -1,11 +1,11 @@
-"""Measure loading, first token, decoding and a four-turn chat of a randomly initialised Yi-VL, beside their bounds.
+"""Measure loading, first token, decoding and a four-turn chat of a randomly initialized Yi-VL against their bounds.
 
 python scripts/benchmark_inference.py --shape medium --dtype bfloat16
 
-Everything is measured in one run on one machine, medians over --repeats, so that the ratios mean something:
-"ours" against the bound (bytes read per token / memory bandwidth, FLOPs of the prompt / matrix-product rate) and
-against the lineage's way of doing the same with the same libraries: the whole ViT, logits of every prompt position,
-the library's default cache and kernels, and a chat that feeds its whole history and its picture again every turn.
+All figures are medians over --repeats in one run on one machine, so that ratios are comparable: against the bound
+(bytes read per token / memory bandwidth, FLOPs of the prompt / matrix-product rate) and against a LLaVA baseline on
+the same libraries: the whole ViT, logits of every prompt position, the default cache and kernels, and a chat that
+re-computes its history and image every turn.
 """
 
 import argparse
@@ -62,14 +62,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags."""
+    """Return the parsed flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="medium", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs per figure (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--load-only", type=Path, help=argparse.SUPPRESS)  # the child that loads and reports its memory
+    parser.add_argument(
+        "--load-only", type=Path, help=argparse.SUPPRESS
+    )  # the child process that loads and reports its memory
     return parser.parse_args()
 
 
@@ -101,7 +103,7 @@ def main() -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return the hardware and the versions of the measurement."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -134,7 +136,7 @@ def shape_config(shape: str, dtype: str = "float32", image_size: int = 448) -> A
 
 
 def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
-    """Write a randomly initialised checkpoint in the published layout, in at least four shards."""
+    """Write a randomly initialized checkpoint in the Yi-VL format, in at least four shards."""
     import torch
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -157,7 +159,7 @@ def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
 
 
 def with_bin_shards(folder: Path) -> Path:
-    """Return a copy of a checkpoint with ``.bin`` shards, as the released ones have."""
+    """Return a copy of a checkpoint with ``.bin`` shards, like the released checkpoints."""
     import torch
     from safetensors.torch import load_file
 
@@ -172,7 +174,7 @@ def with_bin_shards(folder: Path) -> Path:
 
 
 def measure_loading(folder: Path, device: str) -> dict[str, Any]:
-    """Load in a process of its own, so that its peak memory is that of loading."""
+    """Load in a separate process, so that its peak memory is that of loading."""
     command = [sys.executable, __file__, "--load-only", str(folder), "--device", device]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     size = sum(path.stat().st_size for path in folder.glob("*model-0*"))
@@ -181,7 +183,7 @@ def measure_loading(folder: Path, device: str) -> dict[str, Any]:
 
 
 def report_loading(folder: Path, device: str) -> None:
-    """Load and print seconds and the memory that loading added at its peak (resident set, mapped files included)."""
+    """Load; print the seconds and the increase of the peak resident set in bytes, mapped files included."""
     from yivl.checkpoint.loading import load_model
 
     before = resident_peak()
@@ -192,7 +194,7 @@ def report_loading(folder: Path, device: str) -> None:
 
 
 def median_seconds(work: Callable[[], object], repeats: int, device: str) -> float:
-    """Return the median over ``repeats`` runs after one that warms up."""
+    """Return the median over ``repeats`` runs after a warm-up run."""
     import torch
 
     def finish() -> None:
@@ -211,7 +213,7 @@ def median_seconds(work: Callable[[], object], repeats: int, device: str) -> flo
 
 
 def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure first token, decoding and chat turns, ours and the lineage's way, and what the machine could do."""
+    """Measure first token, decoding and chat turns, the LLaVA baseline, and the rates of the machine."""
     import torch
     from PIL import Image
 
@@ -220,9 +222,9 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
 
     loaded = load_model(folder, device=arguments.device)
     model, repeats, device = loaded.model, arguments.repeats, arguments.device
-    with torch.no_grad():  # neither the stop string nor the end of text ever leads, so all answers have one length
+    with torch.no_grad():  # stop string and end of text are never chosen, so all answers have one length
         model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
-        model.lm_head.weight[len(loaded.tokenizer) :] = 0  # the tokenizer of the golden model is a small one
+        model.lm_head.weight[len(loaded.tokenizer) :] = 0  # the tokenizer of the golden model is smaller
     photo = Image.open(GOLDEN / "images/photo_rgb.jpg")
     bandwidth, matmul_rate = machine_rates(model.dtype, device, repeats)
 
@@ -242,7 +244,7 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
 
     flops = prompt_flops(model.config, prompt_tokens)
     bytes_per_token = decoded_bytes(model, prompt_tokens)
-    lineage = lineage_way(loaded, photo, repeats, device)
+    baseline = llava_baseline(loaded, photo, repeats, device)
     ttft, rate = statistics.median(first), statistics.median(rates)
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident_peak()
     return {
@@ -254,15 +256,15 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
             "seconds": ttft,
             "prompt_flops": flops,
             "times_the_bound": ttft / (flops / matmul_rate),
-            "lineage_seconds": lineage["first_token"],
-            "lineage_over_ours": lineage["first_token"] / ttft,
+            "baseline_seconds": baseline["first_token"],
+            "baseline_over_ours": baseline["first_token"] / ttft,
         },
         "decode": {
             "tokens_per_s": rate,
             "bytes_per_token": bytes_per_token,
             "times_the_bound": (1 / rate) / (bytes_per_token / bandwidth),
-            "lineage_tokens_per_s": lineage["tokens_per_s"],
-            "ours_over_lineage": rate / lineage["tokens_per_s"],
+            "baseline_tokens_per_s": baseline["tokens_per_s"],
+            "ours_over_baseline": rate / baseline["tokens_per_s"],
         },
         "chat": {
             "new_tokens_per_turn": NEW_TOKENS,
@@ -276,7 +278,7 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
 
 
 def four_turns(chat: Any, photo: Any) -> list[tuple[float, float]]:
-    """Ask the four questions, the picture with the first; return (first token, whole turn) in seconds for each."""
+    """Ask the four questions, the first with the image; return (first token, whole turn) in seconds for each."""
     seconds = []
     for index, question in enumerate(QUESTIONS):
         chat.ask(question, None if index else photo, temperature=0, max_new_tokens=NEW_TOKENS)
@@ -285,12 +287,12 @@ def four_turns(chat: Any, photo: Any) -> list[tuple[float, float]]:
 
 
 def by_turn(chats: list[list[tuple[float, float]]], what: int) -> list[float]:
-    """Return the medians over chats of one figure of every turn: 0 first token, 1 whole turn."""
+    """Return the median over chats of a figure of every turn: 0 for the first token, 1 for the whole turn."""
     return [statistics.median(chat[turn][what] for chat in chats) for turn in range(len(QUESTIONS))]
 
 
-def lineage_way(loaded: Any, photo: Any, repeats: int, device: str) -> dict[str, float]:
-    """Return what the same answer takes the way the lineage computes it, on the same libraries."""
+def llava_baseline(loaded: Any, photo: Any, repeats: int, device: str) -> dict[str, float]:
+    """Return the seconds to the first token and the decoding rate of the LLaVA baseline."""
     import torch
     from transformers import DynamicCache
 
@@ -333,7 +335,7 @@ def machine_rates(dtype: Any, device: str, repeats: int) -> tuple[float, float]:
 
 
 def prompt_flops(config: Any, prompt_tokens: int) -> float:
-    """Return the FLOPs of the matrix products that a prompt with one picture needs (attention halved: causal)."""
+    """Return the FLOPs of the matrix products of a prompt with one image (causal attention counts half)."""
     vision = config.vision_config
     positions, width = config.num_patches + 1, vision.hidden_size
     layer = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * positions**2 * width
@@ -346,7 +348,7 @@ def prompt_flops(config: Any, prompt_tokens: int) -> float:
 
 
 def decoded_bytes(model: Any, prompt_tokens: int) -> int:
-    """Return the bytes that one new token reads: decoder weights, and the keys and values of the prompt."""
+    """Return the bytes read per new token: decoder weights, and the keys and values of the prompt."""
     config, modules = model.config, (model.model.layers, model.model.norm, model.lm_head)
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
@@ -354,7 +356,7 @@ def decoded_bytes(model: Any, prompt_tokens: int) -> int:
 
 
 def resident_peak() -> int:
-    """Return the largest resident set of this process so far, in bytes (Linux)."""
+    """Return the peak resident set of this process, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -51,13 +51,14 @@ def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> s
     import torch
     from transformers import CLIPVisionConfig
 
+    from yivl.checkpoint.format import read_config
     from yivl.model.configuration import YiVLConfig
     from yivl.model.modeling import YiVLForCausalLM
     from yivl.train import parameters
     from yivl.train.arguments import Zero, parse_arguments
     from yivl.train.dry_run import GIB, estimate_memory
 
-    config = YiVLConfig.from_folder(PUBLISHED)
+    config = read_config(PUBLISHED)
     vision = json.loads(next(PUBLISHED.glob("vit/*/config.json")).read_text())
     published = json.loads((PUBLISHED / "config.json").read_text()) | fields
     published.pop("model_type")

@@ -1,4 +1,4 @@
-"""Code that wraps the reference finds its ``llava`` in ``compat/VL`` and answers as ``Chat`` does."""
+"""Code that wraps the reference imports ``llava`` from ``compat/VL`` and gets the answers of ``Chat``."""
 
 import json
 import os
@@ -130,7 +130,7 @@ print(json.dumps({"input_ids": input_ids, "answer": answer.removesuffix("###").s
 
 
 def run(script: str, folder: Path, *arguments: object) -> list[Any]:
-    """Run a script that knows nothing of this repository but its arguments; return the JSON lines it prints."""
+    """Run a script that knows only its arguments of this repository; return the JSON lines it prints."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -149,11 +149,11 @@ def test_a_wrapper_of_the_reference_gives_the_recorded_answer_and_those_of_chat(
     tmp_path: Path, loaded: LoadedModel
 ) -> None:
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "Yi-VL")
-    # A grey picture, which such wrappers pad with one number, is that picture in RGB, padded in that grey.
+    # Such wrappers pad a gray image with one number: the image in RGB, padded in that gray.
     square = mm_utils.expand2square(Image.open(IMAGES / "gray_nonsquare_L.png"), (114, 114, 114))
     square.save(tmp_path / "square.png")
-    grey = [(tmp_path / "square.png", "图片里有什么？"), (IMAGES / "gray_nonsquare_L.png", "图片里有什么？")]
-    asked = [(IMAGES / image, question) for image, question in ASKED] + grey
+    gray = [(tmp_path / "square.png", "图片里有什么？"), (IMAGES / "gray_nonsquare_L.png", "图片里有什么？")]
+    asked = [(IMAGES / image, question) for image, question in ASKED] + gray
     answers = run(WRAPPER, tmp_path, COMPAT, checkpoint, "float32", *(word for pair in asked for word in pair))
     pair = golden_json("generation")["pairs"][1]
     assert answers[0] == pair["stop"]["text_clean"]
@@ -176,7 +176,7 @@ def test_a_wrapper_that_loads_the_model_in_pieces_gives_the_recorded_answer(tmp_
     assert result == {"input_ids": pair["input_ids"], "answer": pair["stop"]["text_clean"]}
 
 
-def test_a_cast_leaves_the_rotary_frequencies_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cast_keeps_the_rotary_frequencies_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(COMPAT / "VL")
     from llava.mm_utils import load_pretrained_model
     from llava.model import LlavaLlamaForCausalLM
@@ -190,7 +190,7 @@ def test_a_cast_leaves_the_rotary_frequencies_as_they_are(monkeypatch: pytest.Mo
         assert torch.equal(cast.model.rotary_emb.inv_freq, exact)
 
 
-def test_the_module_paths_of_the_release_hold_our_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_module_paths_of_the_reference_hold_the_names_of_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(COMPAT / "VL")
     import llava.conversation
     import llava.mm_utils
@@ -211,9 +211,9 @@ def test_the_module_paths_of_the_release_hold_our_names(monkeypatch: pytest.Monk
     assert llava.model.constants.key_info == {"model_path": None}
 
 
-def test_one_number_is_a_level_of_grey_to_pad_with() -> None:
-    grey = Image.new("L", (4, 2), 7)
-    square = mm_utils.expand2square(grey, 114)
+def test_one_number_is_a_gray_level_to_pad_with() -> None:
+    gray = Image.new("L", (4, 2), 7)
+    square = mm_utils.expand2square(gray, 114)
     assert square.size == (4, 4)
     assert {square.getpixel((x, y)) for x in range(4) for y in (0, 3)} == {(114, 114, 114)}
     assert {square.getpixel((x, y)) for x in range(4) for y in (1, 2)} == {(7, 7, 7)}

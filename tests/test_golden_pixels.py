@@ -1,4 +1,4 @@
-"""Pixels of the reference, for every mode and shape, and what we do where it crashes or corrupts."""
+"""Pixels of the reference for every mode and shape, and the images that it crashes on or corrupts."""
 
 import hashlib
 from typing import Any
@@ -15,8 +15,8 @@ CASES = golden_json("image_preprocess")
 PIXELS = golden_arrays("image_pixels")
 ASPECT = {"single_inference": "pad", "cli": "square"}
 
-# Rows of docs/fidelity.md: the release ignores EXIF and transparency, loses palettes, whitens 16-bit grey, pads CMYK
-# in black, takes a height of 1 or 3 for the channels, and crashes on grey pictures that it has to pad.
+# Rows of docs/fidelity.md: the reference ignores EXIF and transparency, loses palettes, whitens 16-bit gray, pads
+# CMYK in black, takes a height of 1 or 3 for the channels, and crashes on gray images that it has to pad.
 DIFFERENT = {
     "single_inference": {
         "cmyk_nonsquare.jpg",
@@ -62,7 +62,7 @@ def test_preprocessing_settings_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("case", CASES["images"], ids=name_case)
-def test_the_decoder_gives_the_recorded_picture(case: dict[str, Any]) -> None:
+def test_the_decoder_gives_the_recorded_image(case: dict[str, Any]) -> None:
     with Image.open(GOLDEN / "images" / case["file"]) as image:
         array = np.ascontiguousarray(np.asarray(image).astype(case["decoded_dtype"]))
     assert hashlib.sha256(array.tobytes()).hexdigest() == case["decoded_sha256"]
@@ -74,10 +74,10 @@ def test_pixels_equal_the_reference_or_are_a_row_of_the_ledger(case: dict[str, A
     assert pixels.shape == (3, 56, 56)
     assert pixels.isfinite().all()
     if not case[mode]["ok"]:
-        return  # the reference crashes; what we give instead has a test of its own below
+        return  # the reference crashes; our pixels have a test below
     difference = (pixels - PIXELS[case[mode]["key"]]).abs().max()
     if case["file"] in DIFFERENT[mode]:
-        assert difference > 0.1, "equal to the reference now: take it out of DIFFERENT and of docs/fidelity.md"
+        assert difference > 0.1, "equal to the reference: remove it from DIFFERENT and docs/fidelity.md"
     else:
         assert difference <= 1e-5
 
@@ -88,20 +88,20 @@ def as_png(image: Image.Image) -> torch.Tensor:
 
 def test_a_rotated_photograph_is_turned_upright() -> None:
     with Image.open(GOLDEN / "images/exif_rotated.jpg") as image:
-        assert image.getexif()[0x0112] == 6  # to be turned by 90 degrees clockwise
+        assert image.getexif()[0x0112] == 6  # rotate by 90 degrees clockwise
         upright = image.convert("RGB").transpose(Image.Transpose.ROTATE_270)
     torch.testing.assert_close(pixels_of("exif_rotated.jpg"), as_png(upright))
 
 
 @pytest.mark.parametrize("name", ["rgba_nonsquare.png", "palette_square_P_transparency.png", "la_nonsquare.png"])
-def test_transparency_is_composited_on_the_padding_colour(name: str) -> None:
+def test_transparency_is_composited_on_the_padding_color(name: str) -> None:
     with Image.open(GOLDEN / "images" / name) as image:
         rgba = np.asarray(image.convert("RGBA"), dtype=np.float64)
     alpha = rgba[..., 3:] / 255
     assert alpha.min() < 1
     flat = rgba[..., :3] * alpha + np.array(processor().background) * (1 - alpha)
     expected = as_png(Image.fromarray(np.rint(flat).astype(np.uint8)))
-    torch.testing.assert_close(pixels_of(name), expected, atol=1.5 / 255 / 0.26, rtol=0)  # one grey level of rounding
+    torch.testing.assert_close(pixels_of(name), expected, atol=1.5 / 255 / 0.26, rtol=0)  # one gray level of rounding
 
 
 @pytest.mark.parametrize("name", ["gray_nonsquare_L.png", "bilevel_nonsquare_1.png", "palette_nonsquare_P.png"])
@@ -110,16 +110,16 @@ def test_other_modes_equal_their_rgb_version(name: str) -> None:
         torch.testing.assert_close(pixels_of(name), as_png(image.convert("RGB")))
 
 
-def test_cmyk_is_padded_with_the_mean_colour_not_with_black() -> None:
+def test_cmyk_is_padded_with_the_mean_color_not_with_black() -> None:
     with Image.open(GOLDEN / "images/cmyk_nonsquare.jpg") as image:
         torch.testing.assert_close(pixels_of("cmyk_nonsquare.jpg"), as_png(image.convert("RGB")))
 
 
-def test_sixteen_bit_grey_keeps_its_shades() -> None:
+def test_sixteen_bit_gray_keeps_its_levels() -> None:
     with Image.open(GOLDEN / "images/gray16_square_I16.png") as image:
-        grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
-    assert grey.std() > 10
-    torch.testing.assert_close(pixels_of("gray16_square_I16.png"), as_png(Image.fromarray(grey)))
+        gray = np.rint(np.asarray(image) / 257).astype(np.uint8)
+    assert gray.std() > 10
+    torch.testing.assert_close(pixels_of("gray16_square_I16.png"), as_png(Image.fromarray(gray)))
 
 
 @pytest.mark.parametrize("mode", ASPECT)

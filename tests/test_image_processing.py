@@ -1,4 +1,4 @@
-"""Pictures that cannot be used: every one is a typed error of one line."""
+"""Images that cannot be used are refused with an error of one line."""
 
 import http.server
 import io
@@ -25,7 +25,7 @@ PHOTO = GOLDEN / "images/photo_rgb.jpg"
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says how large it is and holds nothing."""
+    """A PNG with a header and no pixels."""
     chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND")
     parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -33,18 +33,18 @@ def png_header(width: int, height: int) -> bytes:
 
 def animated_gif() -> bytes:
     buffer = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
     return buffer.getvalue()
 
 
 BAD = {
-    "text": (b"this is no picture", "not a picture that can be read"),
-    "empty file": (b"", "not a picture that can be read"),
+    "text": (b"this is no image", "not a readable image"),
+    "empty file": (b"", "not a readable image"),
     "truncated": (PHOTO.read_bytes()[:9000], "damaged or truncated"),
-    "zero width": (png_header(0, 5), "not a picture|empty"),
+    "zero width": (png_header(0, 5), "not a readable image|empty"),
     "thin bomb": (png_header(65_000, 1), "more than 9,459 pixels on a side"),
-    "damaged animation": (animated_gif()[:-12] + b"\x2c" * 12, "damaged|animated|not a picture"),
+    "damaged animation": (animated_gif()[:-12] + b"\x2c" * 12, "damaged|animated|not a readable"),
     "bomb": (png_header(60_000, 60_000), "more than 89,478,485 pixels"),
     "smaller bomb": (png_header(10_000, 10_000), "more than 89,478,485 pixels"),
     "animated": (animated_gif(), r"animated or multi-page \(2 frames\)"),
@@ -52,9 +52,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_picture_is_named_in_one_line(case: str, tmp_path: Path) -> None:
+def test_an_unusable_image_is_named_in_one_line(case: str, tmp_path: Path) -> None:
     data, message = BAD[case]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     with pytest.raises(ImageError, match=message) as caught:
         load_image(path)
@@ -71,7 +71,7 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         load_image(tmp_path)
     with pytest.raises(ImageError, match="cannot be read"):
         load_image("nul\0byte.png")
-    with pytest.raises(ImageError, match="the path of the picture is empty"):
+    with pytest.raises(ImageError, match="the image path is empty"):
         load_image("")
 
 
@@ -82,13 +82,13 @@ def test_pil_images_are_checked_too() -> None:
         load_image(image)
 
 
-def test_path_bytes_and_pil_give_the_same_picture() -> None:
+def test_path_bytes_and_pil_give_the_same_image() -> None:
     with Image.open(PHOTO) as image:
-        pictures = [load_image(PHOTO), load_image(str(PHOTO)), load_image(PHOTO.read_bytes()), load_image(image)]
-    assert len({picture.tobytes() for picture in pictures}) == 1
+        images = [load_image(PHOTO), load_image(str(PHOTO)), load_image(PHOTO.read_bytes()), load_image(image)]
+    assert len({image.tobytes() for image in images}) == 1
 
 
-def test_a_photograph_with_embedded_previews_is_no_animation(tmp_path: Path) -> None:
+def test_a_photograph_with_embedded_previews_is_not_animated(tmp_path: Path) -> None:
     still, preview = Image.new("RGB", (32, 24), "red"), Image.new("RGB", (8, 6), "red")
     still.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[preview])
     assert load_image(tmp_path / "camera.jpg").size == (32, 24)
@@ -96,7 +96,7 @@ def test_a_photograph_with_embedded_previews_is_no_animation(tmp_path: Path) -> 
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """A web server on this machine that knows one picture."""
+    """A local web server with one image."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -117,7 +117,7 @@ def address() -> Iterator[str]:
     server.shutdown()
 
 
-def test_addresses_work_only_where_allowed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_work_only_where_allowed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImageError, match="--allow-remote"):
         load_image(f"{address}/photo.jpg")
     assert load_image(f"{address}/photo.jpg", allow_remote=True).tobytes() == load_image(PHOTO).tobytes()
@@ -139,13 +139,13 @@ def test_other_schemes_are_file_names_that_do_not_exist(source: str) -> None:
         load_image(source, allow_remote=True)
 
 
-def test_padding_is_centred_and_rounds_down_at_the_top() -> None:
+def test_padding_is_centered_and_rounds_down_at_the_top() -> None:
     square = expand2square(Image.new("RGB", (2, 5), "white"), (1, 2, 3))
     assert square.size == (5, 5)
     assert [square.getpixel((x, 0)) for x in range(5)] == [(1, 2, 3), *[(255, 255, 255)] * 2, *[(1, 2, 3)] * 2]
 
 
-def test_float_pictures_are_clipped_not_wrapped() -> None:
+def test_float_images_are_clipped_not_wrapped() -> None:
     image = Image.new("F", (2, 1))
     image.putdata([-5.0, 300.0])
     assert [to_rgb(image, (0, 0, 0)).getpixel((x, 0))[0] for x in range(2)] == [0, 255]
@@ -163,9 +163,7 @@ def test_an_unknown_aspect_ratio_is_refused() -> None:
         ({"do_normalize": False}, "expected do_resize, do_center_crop, do_rescale, do_normalize to be true"),
     ],
 )
-def test_a_processor_that_is_set_to_something_else_than_clips_steps_is_refused(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_a_processor_with_other_steps_than_clips_is_refused(changes: dict[str, Any], message: str) -> None:
     fields = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}} | changes
     with pytest.raises(CheckpointError, match=message):
         ImageProcessor(CLIPImageProcessorPil(**fields))
@@ -173,7 +171,7 @@ def test_a_processor_that_is_set_to_something_else_than_clips_steps_is_refused(
 
 @pytest.mark.parametrize("mode", ["pad", "square"])
 @pytest.mark.parametrize("size", [(56, 56), (1, 90), (131, 57), (40, 300), (333, 32)])
-def test_pixels_are_those_of_the_library_bit_for_bit(mode: str, size: tuple[int, int]) -> None:
+def test_pixels_equal_those_of_transformers_bit_for_bit(mode: str, size: tuple[int, int]) -> None:
     clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     processor = ImageProcessor(clip, mode)
     levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

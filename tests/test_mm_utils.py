@@ -1,4 +1,4 @@
-"""Code written against the release, on our package."""
+"""Code written against the reference implementation runs on this package."""
 
 import base64
 
@@ -20,7 +20,7 @@ from yivl.mm_utils import (
 )
 
 
-def test_the_steps_of_the_release_give_its_answer() -> None:
+def test_the_calls_of_the_reference_give_its_answer() -> None:
     """The order of calls of 01-ai/Yi, VL/single_inference.py."""
     pair = golden_json("generation")["pairs"][1]
     question = "图片里有什么？"
@@ -70,7 +70,7 @@ def test_process_images_follows_the_configuration() -> None:
             torch.testing.assert_close(pixels[0], recorded[key], atol=1e-5, rtol=0)
 
 
-def test_grey_pictures_are_padded_where_the_release_crashes() -> None:
+def test_gray_images_are_padded_where_the_reference_crashes() -> None:
     with Image.open(GOLDEN / "images/gray_nonsquare_L.png") as image:
         square = expand2square(image, (122, 116, 104))
     assert square.mode == "RGB"
@@ -85,7 +85,7 @@ def test_model_names(path: str, name: str) -> None:
     assert get_model_name_from_path(path) == name
 
 
-def test_base64_pictures() -> None:
+def test_base64_images() -> None:
     data = base64.b64encode((GOLDEN / "images/photo_rgb.jpg").read_bytes()).decode()
     assert load_image_from_base64(data).size == (320, 213)
 

@@ -1,4 +1,4 @@
-"""User text is data; decoding never invents characters."""
+"""User text is data; decoding in one go and token by token give the same text."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.conversation import Turn, render_chunks
-from yivl.tokenization import tokenize_chunks, tokenizer_image_token
+from yivl.tokenization import Detokenizer, tokenize_chunks, tokenizer_image_token
 
 CONTROL = ("<|im_end|>", "<|im_start|>", "<|startoftext|>", "<|endoftext|>", "<unk>", "<image_placeholder>", "###")
 CONTROL_IDS = {0, 1, 2, 6, 7, 8}
@@ -31,7 +31,7 @@ def test_typed_text_never_becomes_a_control_id_or_an_image(
 def test_the_ids_of_a_prompt_are_a_prefix_of_the_longer_conversation(
     history: list[tuple[str, str]], question: str, loaded_once: LoadedModel
 ) -> None:
-    """What lets a chat keep its cache, and training ids equal inference ids."""
+    """A chat can reuse its cache, and training ids equal inference ids."""
     turns = [Turn(question, num_images=1)] + [Turn(*pair) for pair in history]
     tokenizer = loaded_once.tokenizer
     prompt = tokenize_chunks(render_chunks([m for t in [*turns[1:], turns[0]] for m in t.messages()]), tokenizer)
@@ -54,6 +54,51 @@ def test_an_id_beyond_the_vocabulary_has_no_text(loaded: LoadedModel) -> None:
     assert loaded.tokenizer.decode([268, 5000, 267]) == "the a"
 
 
-def test_unknown_tensor_kinds_are_refused(loaded: LoadedModel) -> None:
+def test_unknown_tensor_types_are_refused(loaded: LoadedModel) -> None:
     with pytest.raises(ValueError, match="return_tensors='np'"):
         tokenizer_image_token("a", loaded.tokenizer, return_tensors="np")
+
+
+BYTES = [*"é你🙂\u0e01".encode(), 0x00, 0x41, 0x80, 0xC0, 0xE0, 0xED, 0xA0, 0xF0, 0xF4, 0x90, 0xFF]
+PIECES = ["<unk>", "<|im_end|>", "<|endoftext|>", "###", "▁", "▁▁", "▁the", "the", "\n", "x", "你", "，", "▁a"]
+TOKEN = st.one_of(
+    st.integers(0, 1100), st.sampled_from(PIECES), st.sampled_from(BYTES).map(lambda byte: f"<0x{byte:02X}>")
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(tokens=st.lists(TOKEN, max_size=25))
+def test_decoding_token_by_token_equals_decoding_in_one_go(tokens: list[int | str], loaded_once: LoadedModel) -> None:
+    """Byte runs that are cut, invalid or overlong; Chinese; the leading space; special and unknown tokens."""
+    tokenizer = loaded_once.tokenizer
+    ids = [token if isinstance(token, int) else tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    detokenizer, text = Detokenizer(tokenizer), ""
+    for index, token in enumerate(ids):
+        text += detokenizer.add(token)
+        whole = tokenizer.decode(ids[: index + 1], skip_special_tokens=True)
+        assert whole.startswith(text)
+        assert set(whole[len(text) :]) <= {"\N{REPLACEMENT CHARACTER}"}
+    assert text + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40))
+def test_text_survives_encoding_and_decoding_token_by_token(text: str, loaded_once: LoadedModel) -> None:
+    ids = tokenize_chunks(["x" + text], loaded_once.tokenizer)
+    detokenizer = Detokenizer(loaded_once.tokenizer)
+    decoded = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
+    assert decoded == loaded_once.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_work_of_a_token_does_not_grow_with_the_answer(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    model = loaded.tokenizer.sp_model
+    decode = type(model).decode
+    monkeypatch.setattr(type(model), "decode", lambda self, pieces: sizes.append(len(pieces)) or decode(self, pieces))
+    detokenizer = Detokenizer(loaded.tokenizer)
+    byte = loaded.tokenizer.convert_tokens_to_ids("<0xE4>")
+    for token in [268, 267, byte, 294] * 200:
+        detokenizer.add(token)
+    assert max(sizes) <= 2

@@ -1,23 +1,24 @@
-"""Facts of the released Yi-VL models that every other module relies on, each with its source."""
+"""Constants of the released Yi-VL models, each with its source."""
 
 from typing import Final
 
 IMAGE_TOKEN_INDEX: Final = -200
-"""Id that stands for one image in ``input_ids``; never an index into the vocabulary.
+"""Id of an image slot in ``input_ids``; never an index into the vocabulary.
 Source: 01-ai/Yi, VL/llava/model/constants.py."""
 
 IGNORE_INDEX: Final = -100
-"""Label of a position without a loss. Source: 01-ai/Yi, VL/llava/model/constants.py; torch cross_entropy default."""
+"""Label of a position where no loss is computed, the default of PyTorch's ``cross_entropy``.
+Source: 01-ai/Yi, VL/llava/model/constants.py."""
 
 DEFAULT_IMAGE_TOKEN: Final = "<image_placeholder>"
-"""Text that stands for one image in a prompt. Source: 01-ai/Yi, VL/llava/model/constants.py."""
+"""Text of an image slot in a prompt. Source: 01-ai/Yi, VL/llava/model/constants.py."""
 
 STOP_STRING: Final = "###"
-"""Opens every turn, so it also ends an answer; one token in the released vocabulary (id 8308).
+"""Starts every turn, so it also ends an answer; one token in the released vocabulary (id 8308).
 Source: 01-ai/Yi, VL/llava/conversation.py."""
 
 HUMAN: Final = "Human"
-"""Role name of the person asking. Source: 01-ai/Yi, VL/llava/conversation.py."""
+"""Role name of the user. Source: 01-ai/Yi, VL/llava/conversation.py."""
 
 ASSISTANT: Final = "Assistant"
 """Role name of the model. Source: 01-ai/Yi, VL/llava/conversation.py."""
@@ -29,4 +30,4 @@ SYSTEM_PROMPT: Final = (
     "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
     "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
 )
-"""System message of every conversation the models were trained on. Source: 01-ai/Yi, VL/llava/conversation.py."""
+"""System message of all training conversations. Source: 01-ai/Yi, VL/llava/conversation.py."""

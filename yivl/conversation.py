@@ -1,7 +1,7 @@
-"""Turns to prompt text. Pure strings: nothing here knows about tokens, tensors or pictures.
+"""Turns to prompt text. Pure strings; tokens, tensors and images come later.
 
-An image sits *between* two pieces of text, so a prompt is a list of chunks with one image slot between neighbours.
-Text that happens to contain the placeholder spelling can therefore never become an image by accident.
+A prompt is a list of text chunks with one image slot between neighbors, so that text which contains the placeholder
+cannot become an image.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,29 +10,29 @@ from typing import Final
 
 from yivl.constants import ASSISTANT, DEFAULT_IMAGE_TOKEN, HUMAN, STOP_STRING, SYSTEM_PROMPT
 
-Message = tuple[str, Sequence[str] | None]
-"""Role and text pieces with one image slot between neighbours; ``None`` is the answer to be generated."""
+RoleText = tuple[str, Sequence[str] | None]
+"""Role and text pieces with one image slot between neighbors; ``None`` is the answer to generate."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and, once it is known, its answer."""
+    """One question and its answer; ``None`` if it has not been generated yet."""
 
     question: str
     answer: str | None = None
     num_images: int = 0
-    """Pictures shown before the question, in order."""
+    """Number of images before the question."""
 
-    def messages(self) -> tuple[Message, Message]:
-        """Return the human and the assistant message, images first and on a line of their own as in the release."""
+    def messages(self) -> tuple[RoleText, RoleText]:
+        """Return the user's and the assistant's message; images are on a line of their own, as in the reference."""
         pieces = [""] * self.num_images + [f"\n{self.question}" if self.num_images else self.question]
         return (HUMAN, pieces), (ASSISTANT, None if self.answer is None else [self.answer])
 
 
-def render_chunks(messages: Iterable[Message], system: str = SYSTEM_PROMPT) -> list[str]:
-    """Return the text chunks of the prompt, one image slot between neighbours.
+def render_chunks(messages: Iterable[RoleText], system: str = SYSTEM_PROMPT) -> list[str]:
+    """Return the text chunks of the prompt, one image slot between neighbors.
 
-    A finished message ends with the stop string that opens the next turn; an open one ends right after its colon.
+    A finished message ends with the stop string that starts the next turn, an open one with its colon.
     Source: 01-ai/Yi, VL/llava/conversation.py.
     """
     chunks = [f"{system}\n\n{STOP_STRING} "]
@@ -48,10 +48,10 @@ def render_chunks(messages: Iterable[Message], system: str = SYSTEM_PROMPT) -> l
 
 @dataclass
 class Conversation:
-    """A conversation as code written against the release builds it; the package itself uses ``Turn``.
+    """A conversation for code written against the reference implementation; the package itself uses ``Turn``.
 
-    Here text is control: a placeholder in a message is an image slot. An empty message counts as unanswered and a
-    tuple message ``(text, image, mode)`` puts its image first, as in the release (docs/fidelity.md).
+    A placeholder in a message is an image slot. An empty message counts as unanswered, and a tuple message
+    ``(text, image, mode)`` puts its image first, as in the reference (docs/fidelity.md).
     """
 
     system: str = SYSTEM_PROMPT
@@ -60,7 +60,7 @@ class Conversation:
     sep: str = STOP_STRING
 
     def append_message(self, role: str, message: str | tuple[object, ...] | None) -> None:
-        """Add a message; ``None`` leaves the turn open for the model."""
+        """Add a message; ``None`` leaves the turn to the model."""
         self.messages.append([role, message])
 
     def copy(self) -> "Conversation":
@@ -69,7 +69,7 @@ class Conversation:
 
     def get_prompt(self) -> str:
         """Return the prompt with ``<image_placeholder>`` at every image slot."""
-        rendered: list[Message] = []
+        rendered: list[RoleText] = []
         for index, (role, content) in enumerate(self.messages):
             text = content[0] if isinstance(content, tuple) else content
             if index == 0 and isinstance(content, tuple):
@@ -79,4 +79,4 @@ class Conversation:
 
 
 conv_templates: Final = {"mm_default": Conversation()}
-"""Lineage lookup; always ``.copy()`` before adding messages. Source: 01-ai/Yi, VL/llava/conversation.py."""
+"""Templates by LLaVA's names; call ``.copy()`` before adding messages. Source: 01-ai/Yi, VL/llava/conversation.py."""

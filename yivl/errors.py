@@ -1,20 +1,20 @@
-"""Mistakes in what the user gave. Their message is one line that names the culprit and the fix.
+"""User-facing errors: the message is one line, ``<file or flag>: <reason>; <fix>``.
 
-Entry scripts show the message and leave with exit code 2; anything else is a bug and keeps its traceback.
+Entry scripts print the message and exit with code 2. Any other exception is a bug and keeps its traceback.
 """
 
 
 class YiVLError(ValueError):
-    """Base of the errors below."""
+    """Base class of user-facing errors."""
 
 
 class ImageError(YiVLError):
-    """A picture that cannot be used."""
+    """An image that cannot be used."""
 
 
 class CheckpointError(YiVLError):
-    """A model folder, hub id, adapter or key that cannot be used."""
+    """A checkpoint, adapter or tensor that cannot be used."""
 
 
 class ContextLengthError(YiVLError):
-    """A conversation that no longer fits the context."""
+    """A conversation that exceeds the context length."""

@@ -1,7 +1,7 @@
-"""Pictures to ``pixel_values``: load, upright, RGB, pad or crop to a square, CLIP preprocessing.
+"""Images to ``pixel_values``: load, apply EXIF, convert to RGB, pad or crop to a square, CLIP preprocessing.
 
-The pixels are those of the release's ``single_inference.py`` for RGB pictures. Where the release crashes or corrupts
-(other modes, EXIF, one-pixel sides) this module does the obviously right thing; docs/fidelity.md has a row for each.
+RGB images get the pixels of the reference implementation's ``single_inference.py``. docs/fidelity.md lists the images
+that the reference corrupts or crashes on: other modes, EXIF orientation, sides of one pixel.
 """
 
 import http.client
@@ -23,36 +23,36 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from yivl.errors import CheckpointError, ImageError
 
 AspectRatio = Literal["pad", "square"]
-"""``pad``: centre on a square of the mean colour. ``square``: resize the short side and crop the centre."""
+"""``pad``: center on a square of the mean color. ``square``: resize the short side and center-crop."""
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
-"""A path, an http(s) address (only where allowed), the bytes of an image file, or a PIL image."""
+"""A path, an http(s) URL (only where allowed), the bytes of an image file, or a PIL image."""
 
 MAX_IMAGE_PIXELS: Final = 89_478_485
-"""Size of the square around a picture above which it is refused before it is decoded: 9,459 pixels on a side. The
-square counts because padding fills it, however thin the picture. Source: Pillow's own warning threshold."""
+"""Largest square around an image that is decoded: 9,459 pixels per side. The square counts, because padding fills it
+however narrow the image is. Source: the warning threshold of Pillow."""
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""What is read. Pillow knows more, among them EPS, for which it starts another program. Source: ours."""
+"""Supported formats. Pillow supports more, among them EPS, which starts another program. Source: ours."""
 
 MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
-"""Largest picture fetched from an address, in bytes. Source: ours."""
+"""Largest download, in bytes. Source: ours."""
 
 DOWNLOAD_TIMEOUT: Final = 20.0
-"""Seconds after which a fetch is given up, in all and without an answer. Source: ours."""
+"""Timeout of a download, in seconds: of the whole and of each read. Source: ours."""
 
 
 def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Return the picture upright (EXIF applied), decoded in full, in its own mode.
+    """Load an image: decoded in full, EXIF orientation applied, mode unchanged.
 
     Args:
-        source: Where it is.
-        allow_remote: Whether it may be an address.
-        max_pixels: Of the square around it, at most ``MAX_IMAGE_PIXELS``.
+        source: The image.
+        allow_remote: Accept http(s) URLs.
+        max_pixels: Limit of the square around the image, at most ``MAX_IMAGE_PIXELS``.
 
     Raises:
-        ImageError: If it is missing, not an image, truncated, animated, empty, larger than ``max_pixels``, or an
-            address while ``allow_remote`` is false.
+        ImageError: If the image is missing, unreadable, truncated, animated, empty, larger than ``max_pixels``, or a
+            URL while ``allow_remote`` is false.
     """
     max_pixels = min(max_pixels, MAX_IMAGE_PIXELS)
     if isinstance(source, Image.Image):
@@ -63,23 +63,23 @@ def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: i
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the picture first") from error
-    except Exception as error:  # Pillow's decoders raise whatever their formats come upon
-        raise ImageError(f"{name}: not a picture that can be read; use JPEG, PNG, WebP, BMP or TIFF") from error
+        raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the image first") from error
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        raise ImageError(f"{name}: not a readable image; use JPEG, PNG, WebP, BMP or TIFF") from error
     return _upright(image, name, max_pixels)
 
 
 def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:
-    """Return the name and the bytes of a local file or, where allowed, of an http(s) address."""
+    """Return the name and the bytes of a local file or, where allowed, of an http(s) URL."""
     if name.lower().startswith(("http://", "https://")):
         if not allow_remote:
-            raise ImageError(f"{name}: remote pictures are off; download the file or pass --allow-remote")
+            raise ImageError(f"{name}: remote images are disabled; download the file or pass --allow-remote")
         try:
             return name, _fetch(name)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ImageError(f"{name}: cannot be fetched ({' '.join(str(error).split())})") from error
     if not name:
-        raise ImageError("the path of the picture is empty")
+        raise ImageError("the image path is empty; give a file")
     try:
         return name, Path(name).read_bytes()
     except FileNotFoundError as error:
@@ -89,7 +89,7 @@ def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:
 
 
 def _fetch(address: str) -> bytes:
-    """Return what an http(s) address holds, within the limits of size and time."""
+    """Download a URL within the limits of size and time."""
     deadline = time.monotonic() + DOWNLOAD_TIMEOUT
     data = bytearray()
     with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT) as response:
@@ -98,40 +98,38 @@ def _fetch(address: str) -> bytes:
             if len(data) > MAX_DOWNLOAD_BYTES:
                 raise ValueError(f"more than {MAX_DOWNLOAD_BYTES:,} bytes")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not done after {DOWNLOAD_TIMEOUT:.0f} seconds")
+                raise TimeoutError(f"timed out after {DOWNLOAD_TIMEOUT:.0f} seconds")
     return bytes(data)
 
 
 def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """Return the decoded picture with its EXIF orientation applied, after the checks that need only the header."""
+    """Decode an image and apply its EXIF orientation, after the checks that need only the header."""
     if not image.width or not image.height:
-        raise ImageError(f"{name}: the picture is empty ({image.width}x{image.height} pixels)")
+        raise ImageError(f"{name}: the image is empty ({image.width}x{image.height} pixels); use another one")
     if max(image.size) ** 2 > max_pixels:
         longest = math.isqrt(max_pixels)
-        raise ImageError(f"{name}: more than {longest:,} pixels on a side; shrink the picture first")
+        raise ImageError(f"{name}: more than {longest:,} pixels on a side; shrink the image first")
     try:
         frames = getattr(image, "n_frames", 1)
-        # An MPO file is a still photograph followed by previews or a stereo partner; its first frame is the picture.
+        # An MPO file is a photograph followed by previews or a stereo partner; its first frame is the image.
         if frames > 1 and image.format != "MPO":
-            raise ImageError(
-                f"{name}: animated or multi-page ({frames} frames); save the frame you mean as its own file"
-            )
+            raise ImageError(f"{name}: animated or multi-page ({frames} frames); save one frame as a file of its own")
         image.load()
         return ImageOps.exif_transpose(image)
     except ImageError:
         raise
     except Exception as error:  # as above
-        raise ImageError(f"{name}: damaged or truncated picture; save or download it again") from error
+        raise ImageError(f"{name}: damaged or truncated image; save or download it again") from error
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Return the picture in RGB, transparency composited on ``background``, 16-bit grey scaled to 8 bits."""
+    """Return the image in RGB: transparency composited on ``background``, 16-bit gray scaled to 8 bits."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips instead of scaling: 16-bit grey would turn plain white. 65535 / 255 = 257.
-        grey = np.asarray(image, dtype=np.float64) / (1 if image.mode == "F" else 257)
-        image = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+        # Pillow clips instead of scaling: 16-bit gray would become white. 65535 / 255 = 257.
+        gray = np.asarray(image, dtype=np.float64) / (1 if image.mode == "F" else 257)
+        image = Image.fromarray(np.clip(np.rint(gray), 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (*background, 255))
@@ -141,7 +139,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Return the RGB picture centred on a square of the background colour; odd differences round down at the top left.
+    """Return the RGB image centered on a square of the background color; odd margins round down at the top left.
 
     Source: 01-ai/Yi, VL/llava/mm_utils.py.
     """
@@ -154,14 +152,14 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
 
 
 class ImageProcessor:
-    """The one pixel pipeline, shared by inference, training and evaluation.
+    """The image transform shared by inference, training and evaluation.
 
     Args:
-        clip_processor: CLIP resize, crop and normalization of the checkpoint (Pillow back end, as the release used).
-        aspect_ratio: What happens to pictures that are not square; read from the checkpoint's ``config.json``.
+        clip_processor: CLIP resize, crop and normalization of the checkpoint (Pillow backend, as in the reference).
+        aspect_ratio: Treatment of images that are not square; ``image_aspect_ratio`` of ``config.json``.
 
     Raises:
-        CheckpointError: If ``aspect_ratio`` is unknown, or the processor is set to do something else than CLIP's.
+        CheckpointError: If ``aspect_ratio`` is unknown, or the settings of the processor are not CLIP's.
     """
 
     def __init__(self, clip_processor: CLIPImageProcessorPil, aspect_ratio: str = "pad") -> None:
@@ -171,21 +169,19 @@ class ImageProcessor:
         if not clip_processor.size.get("shortest_edge") == crop["height"] == crop["width"]:
             raise CheckpointError(f"preprocessor_config.json: size {clip_processor.size} and crop_size {crop} differ")
         if not all(getattr(clip_processor, step) for step in steps):
-            raise CheckpointError(
-                f"preprocessor_config.json: expected {', '.join(steps)} to be true, as in the release"
-            )
+            raise CheckpointError(f"preprocessor_config.json: expected {', '.join(steps)} to be true, as in Yi-VL")
         self.clip_processor = clip_processor
         self.aspect_ratio = aspect_ratio
         self._levels = _normalized_levels(clip_processor)
 
     @property
     def image_size(self) -> int:
-        """Pixels on a side of what it returns."""
+        """Pixels per side of ``pixel_values``."""
         return int(self.clip_processor.crop_size["height"])
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """Padding colour: the CLIP mean in 8 bits, (122, 116, 104). Source: 01-ai/Yi, VL/single_inference.py."""
+        """Padding color: the CLIP mean in 8 bits, (122, 116, 104). Source: 01-ai/Yi, VL/single_inference.py."""
         red, green, blue = (int(mean * 255) for mean in self.clip_processor.image_mean)
         return red, green, blue
 
@@ -197,7 +193,7 @@ class ImageProcessor:
         return torch.from_numpy(pixels)
 
     def _write_pixels(self, image: Image.Image, pixels: np.ndarray) -> None:
-        """Write the picture into ``pixels``, ``(3, image_size, image_size)``."""
+        """Write the transformed image to ``pixels``, ``(3, image_size, image_size)``."""
         rgb = to_rgb(image, self.background)
         if self.aspect_ratio == "pad":
             rgb = expand2square(rgb, self.background)
@@ -207,9 +203,9 @@ class ImageProcessor:
 
 
 def resize_and_crop(image: Image.Image, image_size: int, resample: int) -> Image.Image:
-    """Return the picture with its shorter side at ``image_size`` pixels, and of its longer side the middle.
+    """Return the image resized to ``image_size`` pixels on its shorter side and center-cropped to a square.
 
-    Source: transformers, CLIPImageProcessorPil, which does the same by way of arrays.
+    Source: transformers, CLIPImageProcessorPil, which computes the same with arrays.
     """
     shorter, longer = sorted(image.size)
     longer = int(image_size * longer / shorter)
@@ -220,9 +216,9 @@ def resize_and_crop(image: Image.Image, image_size: int, resample: int) -> Image
 
 
 def _normalized_levels(clip_processor: CLIPImageProcessorPil) -> np.ndarray:
-    """Return what CLIP's rescaling and normalization make of each of the 256 levels of a channel, ``(3, 256)``.
+    """Return the normalized value of each of the 256 levels of each channel, ``(3, 256)``.
 
-    Computed by the library itself: pixels have 8 bits, so a table gives the very same numbers in a quarter of the time.
+    The library computes the table; looking 8-bit pixels up gives the same numbers in a quarter of the time.
     """
     ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
     batch = clip_processor.preprocess(ramp, do_resize=False, do_center_crop=False, return_tensors="np")
@@ -230,7 +226,7 @@ def _normalized_levels(clip_processor: CLIPImageProcessorPil) -> np.ndarray:
 
 
 def load_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:
-    """Return the CLIP preprocessing described by the ``preprocessor_config.json`` of a ViT folder.
+    """Load the CLIP preprocessing from the ``preprocessor_config.json`` of a ViT folder.
 
     Raises:
         CheckpointError: If the folder has none.

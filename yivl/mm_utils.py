@@ -1,6 +1,6 @@
-"""The names of the release's ``llava.mm_utils`` for code written against it; nothing in the package depends on it.
+"""Functions of the reference implementation's ``llava.mm_utils``, for code written against it.
 
-Differences from the release are rows in docs/fidelity.md.
+Nothing in the package depends on this module. docs/fidelity.md lists the differences.
 """
 
 import base64
@@ -60,12 +60,12 @@ def load_pretrained_model(
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Return the picture encoded in base64, upright and checked."""
+    """Load a base64-encoded image, upright and validated."""
     return image_processing.load_image(base64.b64decode(image))
 
 
 def expand2square(pil_img: Image.Image, background_color: int | tuple[int, int, int]) -> Image.Image:
-    """Return the picture in RGB, centred on a square of the background colour; one number is a level of grey."""
+    """Return the image in RGB, centered on a square of the background color; an integer is a gray level."""
     background = (background_color,) * 3 if isinstance(background_color, int) else background_color
     return image_processing.expand2square(image_processing.to_rgb(pil_img, background), background)
 
@@ -73,18 +73,18 @@ def expand2square(pil_img: Image.Image, background_color: int | tuple[int, int, 
 def process_images(
     images: Sequence[Image.Image], image_processor: CLIPImageProcessorPil, model_cfg: YiVLConfig
 ) -> torch.Tensor:
-    """Return ``pixel_values``, ``(num_images, 3, image_size, image_size)``, padded if the checkpoint says so."""
+    """Return ``pixel_values``, ``(num_images, 3, image_size, image_size)``, padded where ``model_cfg`` says so."""
     return image_processing.ImageProcessor(image_processor, model_cfg.image_aspect_ratio)(images)
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """Return the last part of a path; for a mid-run ``checkpoint-N`` also the name of its run."""
+    """Return the last part of a path, prefixed by the name of the run for a ``checkpoint-N``."""
     *_, run, name = ["", *model_path.strip("/").split("/")]
     return f"{run}_{name}" if name.startswith("checkpoint-") else name
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):  # type: ignore[misc]
-    """Stops once every row's new text holds every keyword, never after the first new token, as the release does."""
+    """Stops once the new text of every row has every keyword; never at the first new token, as in the reference."""
 
     def __init__(self, keywords: Sequence[str], tokenizer: YiTokenizer, input_ids: torch.Tensor) -> None:
         self.keywords = keywords

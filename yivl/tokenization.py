@@ -1,4 +1,4 @@
-"""Prompt text to token ids and back. The only place that knows how an image slot becomes ``-200``."""
+"""Prompt text to token ids and back. The only module that knows how an image slot becomes ``-200``."""
 
 import os
 import shutil
@@ -17,14 +17,17 @@ from yivl.conversation import Turn, render_chunks
 from yivl.errors import CheckpointError
 
 _WORD_START = "▁"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_UTF8_LENGTHS = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}
+"""Bytes of a character, by the upper half of the first one."""
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
-    """Llama tokenizer that decodes exactly as the release did.
+    """Llama tokenizer that decodes exactly as the reference implementation does.
 
-    The ``tokenizers`` decoder turns a whole run of byte tokens into replacement characters when one of them is
-    invalid and keeps a leading blank; SentencePiece, which the release used, keeps the valid ones and drops it.
+    The reference decodes with SentencePiece, which keeps the valid characters of a run of byte tokens and drops a
+    leading space. The ``tokenizers`` decoder turns the whole run into replacement characters and keeps the space.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,17 +36,17 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
 
     @cached_property
     def longest_piece(self) -> int:
-        """Characters of the longest token."""
+        """Number of characters of the longest token."""
         return max(len(self.sp_model.id_to_piece(index)) for index in range(self.sp_model.get_piece_size()))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> tuple[str, ...]:
-        """Copy the tokenizer files as they were loaded: Yi-VL adds no tokens, and every reader knows these files."""
+        """Copy the tokenizer files from where they were loaded; Yi-VL adds no tokens."""
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         source = Path(self.vocab_file).parent
         names = [name for name in _FILES if (source / name).is_file()]
         if "tokenizer.model" not in names:
-            raise CheckpointError(f"{source}: the tokenizer files this model was loaded with are gone")
+            raise CheckpointError(f"{source}/tokenizer.model: removed after loading; restore it")
         if source.resolve() != target.resolve():
             for name in names:
                 shutil.copyfile(source / name, target / name)
@@ -57,7 +60,7 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> str:
         tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
-        tokens = [token for token in tokens if token is not None]  # an id of a padded vocabulary has no text
+        tokens = [token for token in tokens if token is not None]  # ids that only pad the vocabulary have no text
         special = set(self.all_special_tokens)
         if skip_special_tokens:
             tokens = [token for token in tokens if token not in special]
@@ -67,7 +70,7 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
         run: list[str] = []
         for index, token in enumerate(tokens):
             if token in special:
-                # A blank in front of the text run before a special token: a quirk of the release (golden vectors).
+                # The reference puts a space before the text that a special token follows (golden vectors).
                 text += (" " if index and not after_special else "") + self.sp_model.decode(run) + token
                 run, after_special = [], True
             else:
@@ -76,18 +79,76 @@ class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
         return text + str(self.sp_model.decode(run))
 
 
+class Detokenizer:
+    """Decodes tokens one at a time; special tokens are skipped.
+
+    The pieces and the final ``flush`` join to ``tokenizer.decode(ids, skip_special_tokens=True)``. The work of a token
+    does not depend on how many came before it.
+    """
+
+    def __init__(self, tokenizer: YiTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_tokens)
+        self._leading: list[str] | None = []  # SentencePiece drops whitespace only before the first text
+        self._is_first = True
+        self._bytes = b""
+
+    def add(self, token: int) -> str:
+        """Return the text that the token completes; bytes of an incomplete character wait for the next ones."""
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None or piece in self._special:
+            return ""
+        if self._is_first:
+            piece, self._is_first = piece.removeprefix(_WORD_START), False
+        model = self._tokenizer.sp_model
+        if model.is_byte(model.piece_to_id(piece)):
+            self._leading = None
+            self._bytes += bytes([int(piece[3:5], 16)])  # spelled <0xE4>
+            return self._complete_characters()
+        return self.flush() + self._surface(piece)
+
+    def flush(self) -> str:
+        """Return a replacement character for each byte of an incomplete character and forget them."""
+        text, self._bytes = _REPLACEMENT * len(self._bytes), b""
+        return text
+
+    def _surface(self, piece: str) -> str:
+        """Return the text of a piece at this place."""
+        if self._leading is None:  # after other text, SentencePiece keeps the spaces of a piece
+            return str(self._tokenizer.sp_model.decode(["x", piece]))[1:]
+        self._leading.append(piece)
+        text = str(self._tokenizer.sp_model.decode(self._leading))
+        if text:
+            self._leading = None
+        return text
+
+    def _complete_characters(self) -> str:
+        """Return the characters that the bytes complete, and a replacement character for each invalid byte."""
+        text = ""
+        while self._bytes:
+            length = _UTF8_LENGTHS.get(self._bytes[0] >> 4, 1)
+            try:
+                text += self._bytes[:length].decode()
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    break
+                text, length = text + _REPLACEMENT, 1
+            self._bytes = self._bytes[length:]
+        return text
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
     """Return the tokenizer of a checkpoint folder.
 
-    ``add_prefix_space=False`` follows from the SentencePiece model (no dummy prefix); without it most texts tokenize
-    differently from the release.
+    ``add_prefix_space=False`` matches the SentencePiece model, which has no dummy prefix; without it most texts
+    tokenize differently from the reference.
 
     Raises:
         CheckpointError: If the folder has no ``tokenizer.model``, or a damaged one.
     """
     path = Path(folder) / "tokenizer.model"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no tokenizer.model; a Yi-VL checkpoint folder holds one")
+        raise CheckpointError(f"{folder}: no tokenizer.model; download the whole checkpoint")
     try:
         SentencePieceProcessor(model_file=os.fspath(path))
     except (RuntimeError, OSError) as error:
@@ -96,22 +157,22 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
 
 
 def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool = True) -> list[int]:
-    """Return the ids of prompt chunks, ``-200`` between neighbours.
+    """Return the ids of prompt chunks, ``-200`` between neighbors.
 
-    Every chunk is tokenized on its own, as in the release. With ``text_is_data`` a special token spelled out in the
-    text, such as ``<|im_end|>``, stays ordinary text; without, it becomes its control id as in the release.
+    Every chunk is tokenized separately, as in the reference. With ``text_is_data`` a special token spelled out in the
+    text, such as ``<|im_end|>``, stays ordinary text; without it, it becomes its control id as in the reference.
     """
     parts: list[list[int]] = []
     for chunk in chunks:
-        text = chunk.encode("utf-8", "replace").decode("utf-8")  # halves of characters, from a broken encoding
-        # verbose=False: the length that counts is that of the fused sequence, which the callers check.
+        text = chunk.encode("utf-8", "replace").decode("utf-8")  # unpaired surrogates
+        # verbose=False: callers check the sequence length after fusion, image patches included.
         settings = {"add_special_tokens": False, "split_special_tokens": text_is_data, "verbose": False}
         parts.append(tokenizer(text, **settings).input_ids)
     return join_chunks(parts)
 
 
 def join_chunks(parts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the ids of chunks as one prompt, ``-200`` between neighbours."""
+    """Return the ids of tokenized chunks as one prompt, ``-200`` between neighbors."""
     first, *rest = parts
     return [*first, *(token for part in rest for token in (IMAGE_TOKEN_INDEX, *part))]
 
@@ -119,10 +180,10 @@ def join_chunks(parts: Sequence[Sequence[int]]) -> list[int]:
 def tokenizer_image_token(
     prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
 ) -> list[int] | torch.Tensor:
-    """Return the ids of a prompt that spells its image slots ``<image_placeholder>``, exactly as the release does.
+    """Return the ids of a prompt with ``<image_placeholder>`` at image slots, exactly as the reference does.
 
-    Special tokens in the text become control ids. A prompt that opens with the literal ``<|startoftext|>`` loses the
-    first token of every later chunk: a bug of the release, kept because callers of this function compare ids with it.
+    Special tokens in the text become control ids. A prompt that starts with the literal ``<|startoftext|>`` loses the
+    first token of every later chunk: a bug of the reference, kept because callers compare ids with it.
 
     Raises:
         ValueError: If ``return_tensors`` is neither ``None`` nor ``"pt"``.
@@ -139,26 +200,26 @@ def tokenizer_image_token(
 
 @dataclass(frozen=True)
 class EncodedTurns:
-    """A finished conversation in tokens."""
+    """A tokenized conversation whose turns all have answers."""
 
     input_ids: list[int]
-    """With ``-200`` at image slots."""
+    """Token ids, ``-200`` at image slots."""
     is_target: list[bool]
-    """True at each answer and the stop string that ends it, and nowhere else."""
+    """Whether the loss is computed on a token: each answer and the stop string that ends it."""
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Any, system: str = SYSTEM_PROMPT) -> EncodedTurns:
-    """Return the ids of finished turns and which of them the model learns to produce.
+    """Return the ids of answered turns and the tokens the loss is computed on.
 
-    The ids before an answer are, token for token, those that ``Chat`` would feed to have it generated; this is checked,
-    because a tokenizer that joins text across that border would train one prompt and answer another.
+    The ids before an answer equal the prompt of ``Chat`` token for token. This is checked: a tokenizer that merges
+    text across that boundary would train on one prompt and answer another.
 
     Raises:
         ValueError: If a turn has no answer.
-        CheckpointError: If the tokenizer joins tokens across the beginning or the end of an answer.
+        CheckpointError: If the tokenizer merges text across the boundary of an answer.
     """
 
-    @cache  # neighbouring prompts share most of their chunks
+    @cache  # neighboring prompts share most of their chunks
     def ids_of(chunk: str) -> list[int]:
         return tokenize_chunks([chunk], tokenizer)
 
@@ -173,12 +234,12 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Any, system: str = SYSTEM_PRO
             raise ValueError(f"turn {index} has no answer")
         question, finished = 2 * index + 1, 2 * index + 2
         prompt = encode(render_chunks([*messages[:question], (ASSISTANT, None)], system))
-        # Up to the stop string, without the blank that leads to the next role.
+        # Up to the stop string, without the space before the next role.
         chunks = render_chunks(messages[:finished], system)
         answered = encode([*chunks[:-1], chunks[-1].removesuffix(" ")])
         if input_ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
             raise CheckpointError(
-                "the tokenizer joins tokens across the border of an answer; use the tokenizer.model of a Yi model"
+                "tokenizer.model: merges text across the boundary of an answer; use that of a Yi model"
             )
         is_target[len(prompt) : len(answered)] = [True] * (len(answered) - len(prompt))
     return EncodedTurns(input_ids, is_target)

@@ -1,4 +1,4 @@
-"""Chat: turns, cache, sampling, stopping, batches, limits."""
+"""Chat: turns, key-value cache, sampling, stop strings, limits."""
 
 import threading
 from typing import Any
@@ -14,8 +14,7 @@ from yivl.constants import STOP_STRING
 from yivl.conversation import Turn
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.inference.chat import Chat
-from yivl.inference.sampling import Sampling
-from yivl.inference.stopping import cut_answer, find_stop, stable_prefix
+from yivl.inference.sampling import AnswerText, Sampling
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
@@ -50,7 +49,7 @@ def test_reusing_the_cache_changes_no_answer(image_turn: int, loaded: LoadedMode
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_a_prompt_that_continues_the_cache_exactly_is_answered_right(length: int, loaded: LoadedModel) -> None:
+def test_a_prompt_that_extends_the_cache_exactly_is_answered_right(length: int, loaded: LoadedModel) -> None:
     """One token of answer: the cache ends where the next prompt still agrees with it."""
     with_cache, without = Chat(loaded), Chat(loaded, reuse_cache=False)
     for question in QUESTIONS:
@@ -59,7 +58,7 @@ def test_a_prompt_that_continues_the_cache_exactly_is_answered_right(length: int
         assert with_cache.turns == without.turns
 
 
-def test_a_turn_computes_only_what_is_new_and_encodes_no_picture_again(chat: Chat) -> None:
+def test_a_turn_computes_only_new_positions_and_encodes_no_image_again(chat: Chat) -> None:
     lengths: list[int] = []
     calls: list[int] = []
     model = chat.loaded.model
@@ -80,7 +79,7 @@ def test_a_turn_computes_only_what_is_new_and_encodes_no_picture_again(chat: Cha
     assert calls == [1]
 
 
-def test_another_picture_is_not_answered_from_the_cache_of_the_first(loaded: LoadedModel) -> None:
+def test_another_image_is_not_answered_from_the_cache_of_the_first(loaded: LoadedModel) -> None:
     chat = Chat(loaded)
     chat.ask("What is this?", PHOTO, **GREEDY)
     chat.undo()
@@ -105,7 +104,7 @@ def test_undo_and_reset_and_retry(loaded: LoadedModel) -> None:
     assert chat.ask("What is this?", PHOTO, **GREEDY) == first
 
 
-def test_several_pictures_in_one_question(loaded: LoadedModel) -> None:
+def test_several_images_in_one_question(loaded: LoadedModel) -> None:
     chat = Chat(loaded)
     chat.ask("Compare them.", [PHOTO, WIDE], **GREEDY)
     assert chat.last_answer is not None
@@ -125,7 +124,7 @@ def test_a_seed_makes_sampling_repeatable_and_leaves_the_generator_alone(loaded:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_beams_and_penalty_answer_and_the_conversation_goes_on(loaded: LoadedModel) -> None:
+def test_beam_search_and_repetition_penalty_answer_and_the_conversation_continues(loaded: LoadedModel) -> None:
     chat = Chat(loaded)
     beams = chat.ask("What is this?", WIDE, num_beams=4, **GREEDY)
     chat.ask("And now?", **GREEDY)
@@ -160,7 +159,7 @@ def test_sampling_values_out_of_range_are_refused(field: str, value: float, chat
         chat.ask("hi", **{field: value})
 
 
-def test_whole_numbers_are_numbers(loaded: LoadedModel) -> None:
+def test_integers_are_accepted_as_floats(loaded: LoadedModel) -> None:
     whole = {"temperature": 2, "repetition_penalty": 2, "top_p": 1, "seed": 1, "max_new_tokens": 4}
     fractions = {
         name: float(value) if name in ("temperature", "repetition_penalty", "top_p") else value
@@ -183,7 +182,7 @@ def test_every_sampling_field_reaches_the_library(temperature: float, loaded: Lo
 
 
 def test_the_stop_string_ends_an_answer_and_is_never_shown(loaded: LoadedModel) -> None:
-    """Pair p7 of the golden vectors begins with it; the reference shows it then: a row of docs/fidelity.md."""
+    """Pair p7 of the golden vectors begins with it, where the reference shows it: a row of docs/fidelity.md."""
     chat = Chat(loaded)
     for question in ("What is in this image?", "图片里有什么？", *QUESTIONS):
         for piece in chat.stream(question, GOLDEN / "images/wide_rgb.png", temperature=0, max_new_tokens=32):
@@ -195,7 +194,7 @@ def test_the_stop_string_ends_an_answer_and_is_never_shown(loaded: LoadedModel) 
     pytest.fail("no answer met the stop string")
 
 
-def test_an_event_stops_the_answer_and_keeps_what_was_said(chat: Chat) -> None:
+def test_a_stop_event_ends_the_answer_and_keeps_its_text(chat: Chat) -> None:
     event = threading.Event()
     pieces = []
     for piece in chat.stream("hello", temperature=0, max_new_tokens=500, stop_event=event):
@@ -207,7 +206,7 @@ def test_an_event_stops_the_answer_and_keeps_what_was_said(chat: Chat) -> None:
     assert chat.turns[-1].answer == "".join(pieces)
 
 
-def test_an_event_stops_a_beam_search(chat: Chat) -> None:
+def test_a_stop_event_ends_a_beam_search(chat: Chat) -> None:
     event, steps = threading.Event(), []
     hook = chat.loaded.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
     event.set()
@@ -235,7 +234,7 @@ def test_a_conversation_that_does_not_fit_is_refused_before_anything_runs(loaded
     assert chat.turns == ()
 
 
-def test_an_answer_ends_where_the_context_does() -> None:
+def test_an_answer_ends_with_the_context() -> None:
     small = load_model(CHECKPOINT, device="cpu")
     small.model.config.max_position_embeddings = 100
     chat = Chat(small)
@@ -245,7 +244,7 @@ def test_an_answer_ends_where_the_context_does() -> None:
     assert chat.last_answer.finish_reason == "length"
 
 
-def test_a_bad_picture_leaves_the_conversation_as_it_was(chat: Chat) -> None:
+def test_an_unusable_image_leaves_the_conversation_unchanged(chat: Chat) -> None:
     chat.ask("What is this?", PHOTO, **GREEDY)
     with pytest.raises(ImageError):
         chat.ask("And this?", GOLDEN / "manifest.json")
@@ -268,7 +267,7 @@ def test_an_error_while_generating_reaches_the_caller(chat: Chat, monkeypatch: p
     assert chat.ask("hi", **GREEDY) == expected
 
 
-def test_the_next_question_ends_an_answer_that_was_left_unfinished(loaded: LoadedModel) -> None:
+def test_the_next_question_ends_an_unfinished_answer(loaded: LoadedModel) -> None:
     chat, reference = Chat(loaded), Chat(loaded)
     left = chat.stream("hello", temperature=0, max_new_tokens=500)
     first = next(left)
@@ -281,7 +280,7 @@ def test_the_next_question_ends_an_answer_that_was_left_unfinished(loaded: Loade
     assert reference.ask("And now?", **GREEDY) == answer
 
 
-def test_a_question_cancelled_before_its_first_token_never_was(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_cancelled_before_its_first_token_adds_no_turn(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.ask("What is this?", PHOTO, **GREEDY)
     before = chat.turns
 
@@ -295,7 +294,7 @@ def test_a_question_cancelled_before_its_first_token_never_was(chat: Chat, monke
         assert chat.turns == before
 
 
-def test_halves_of_characters_are_no_error(chat: Chat) -> None:
+def test_unpaired_surrogates_are_no_error(chat: Chat) -> None:
     assert chat.ask("caf\udce9 \ud83d", **GREEDY) is not None
 
 
@@ -314,7 +313,7 @@ def test_a_retry_that_fails_keeps_the_old_answer(chat: Chat, monkeypatch: pytest
     assert "".join(chat.retry(**GREEDY)) == before[0].answer
 
 
-def test_ctrl_c_in_the_middle_of_a_step_leaves_a_sound_conversation(
+def test_ctrl_c_in_the_middle_of_a_step_leaves_a_valid_conversation(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat, reference = Chat(loaded), Chat(loaded)
@@ -324,7 +323,9 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_a_sound_conversation(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loaded.model.model.layers[2], "forward", interrupt)  # layers 0 and 1 have moved on by then
+    monkeypatch.setattr(
+        loaded.model.model.layers[2], "forward", interrupt
+    )  # layers 0 and 1 hold the new position by then
     with pytest.raises(KeyboardInterrupt):
         next(pieces)
     monkeypatch.undo()
@@ -335,7 +336,7 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_a_sound_conversation(
     assert chat.ask("And now?", **GREEDY) == reference.ask("And now?", **GREEDY)
 
 
-def test_two_conversations_share_a_model_without_mixing(loaded: LoadedModel) -> None:
+def test_two_conversations_share_a_model(loaded: LoadedModel) -> None:
     first, second = Chat(loaded), Chat(loaded)
     expected = [Chat(loaded).ask("What is this?", image, **GREEDY) for image in (PHOTO, WIDE)]
     threads = [
@@ -359,7 +360,7 @@ def test_another_system_message_changes_the_prompt(loaded: LoadedModel) -> None:
     assert chat.last_answer.prompt_tokens < default.last_answer.prompt_tokens
 
 
-def test_a_conversation_held_elsewhere_goes_on_as_if_held_here(loaded: LoadedModel) -> None:
+def test_a_restored_conversation_continues_like_the_original(loaded: LoadedModel) -> None:
     here, there = Chat(loaded), Chat(loaded)
     here.ask("What is this?", PHOTO, **GREEDY)
     there.restore(here.turns, [[PHOTO]])
@@ -371,34 +372,67 @@ def test_a_conversation_held_elsewhere_goes_on_as_if_held_here(loaded: LoadedMod
     assert there.turns == here.turns
 
 
-def test_an_encoded_picture_serves_several_chats(loaded: LoadedModel) -> None:
+def test_an_encoded_image_serves_several_chats(loaded: LoadedModel) -> None:
     first, second = Chat(loaded), Chat(loaded)
     photo, wide = first.encode(PHOTO), first.encode(WIDE)
     calls: list[int] = []
     hook = loaded.model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
-    answers = [chat.ask("What is this?", picture, **GREEDY) for chat in (first, second) for picture in (photo, wide)]
+    answers = [chat.ask("What is this?", image, **GREEDY) for chat in (first, second) for image in (photo, wide)]
     hook.remove()
     assert calls == []
     assert answers[0] == Chat(loaded).ask("What is this?", PHOTO, **GREEDY)
     assert answers[:2] == answers[2:]
 
 
+def test_a_retry_during_the_second_answer_asks_the_second_question(loaded: LoadedModel) -> None:
+    chat = Chat(loaded)
+    chat.ask("What is this?", PHOTO, **GREEDY)
+    second = chat.stream("hello", temperature=0, max_new_tokens=500)
+    next(second)
+    answer = "".join(chat.retry(**GREEDY))
+    assert [turn.question for turn in chat.turns] == ["What is this?", "hello"]
+    reference = Chat(loaded)
+    reference.ask("What is this?", PHOTO, **GREEDY)
+    assert answer == reference.ask("hello", **GREEDY)
+
+
+def test_a_retry_during_the_first_answer_asks_the_first_question(chat: Chat) -> None:
+    next(chat.stream("hello", temperature=0, max_new_tokens=500))
+    assert "".join(chat.retry(**GREEDY)) == Chat(chat.loaded).ask("hello", **GREEDY)
+    assert len(chat.turns) == 1
+
+
+def test_a_stream_that_never_started_leaves_the_cache(chat: Chat) -> None:
+    chat.ask("What is this?", PHOTO, **GREEDY)
+    chat.stream("hello", **GREEDY)
+    chat.ask("And now?", **GREEDY)
+    assert chat.last_answer is not None
+    assert chat.last_answer.cached_tokens > 20
+
+
 PARTS = st.lists(st.sampled_from(["#", "##", "a", "aba", " ", "\n", "\N{REPLACEMENT CHARACTER}", "你", STOP_STRING]))
-STOPS = st.lists(st.sampled_from(["ab", "a\n", "##a", "你 ", "bab"]), max_size=2)
+STOPS = st.lists(st.sampled_from(["ab", "a\n", "##a", "你 ", "bab", "\n\na"]), max_size=2)
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The answer as a whole: up to the first stop string, without outer whitespace."""
+    return text[: min([place for stop in stops if (place := text.find(stop)) >= 0], default=None)].strip()
 
 
 @given(PARTS, STOPS)
-def test_what_was_streamed_is_never_taken_back(parts: list[str], more: list[str]) -> None:
-    """For every way a text can grow, each stable prefix starts the next one and the final answer."""
+def test_streamed_text_is_never_taken_back_and_is_the_cut_answer(parts: list[str], more: list[str]) -> None:
     stops = [STOP_STRING, *more]
-    texts = ["".join(parts[:end]) for end in range(len(parts) + 1)]
-    # The answer ends with the first token that completes a stop string; there is no text after it.
-    texts = texts[: next((end + 1 for end, text in enumerate(texts) if find_stop(text, stops) >= 0), len(texts))]
-    whole = cut_answer(texts[-1], stops)
-    shown = ""
-    for text in texts:
-        stable = stable_prefix(text, stops)
-        assert stable.startswith(shown)
-        assert whole.startswith(stable) or whole.rstrip("\N{REPLACEMENT CHARACTER}") == stable
-        shown = stable
-    assert not any(stop in whole for stop in stops)
+    answer = AnswerText(stops)
+    text, shown = "", ""
+    for part in parts:
+        text += part
+        shown += answer.add(part)
+        assert answer.is_stopped == any(stop in text for stop in stops)
+        assert not any(stop in shown for stop in stops)
+        if answer.is_stopped:
+            break  # there is no text after it
+        held = text.strip()[len(shown) :]
+        assert text.strip().startswith(shown)
+        assert not held or any(held.strip() in stop or stop.startswith(held.strip()[-1]) for stop in stops)
+    shown += answer.end()
+    assert shown == answer.text == cut(text, stops)

@@ -1,4 +1,4 @@
-"""The recorded three-turn chat, through ``Chat``."""
+"""The answers of the recorded three-turn chat, through ``Chat``."""
 
 import pytest
 from support.golden import GOLDEN, golden_json

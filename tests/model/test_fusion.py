@@ -1,4 +1,4 @@
-"""Expansion and merging against a slow, literal loop."""
+"""Expansion and merging equal a slow, literal loop."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_fusion_equals_a_literal_loop(
     rows: list[list[int]], num_patches: int, side_before: PaddingSide, side_after: PaddingSide
 ) -> None:
     longest = max(map(len, rows))
-    padding = [[IMAGE_TOKEN_INDEX] * (longest - len(row)) for row in rows]  # whatever stands there must not matter
+    padding = [[IMAGE_TOKEN_INDEX] * (longest - len(row)) for row in rows]  # the ids at padding must not matter
     targets = [[100 + index for index in range(len(row))] for row in rows]
     real = [[1] * len(row) for row in rows]
 
@@ -84,7 +84,7 @@ def test_fusion_equals_a_literal_loop(
 
 
 @pytest.mark.parametrize(("placeholders", "images"), [(2, 1), (1, 2), (0, 1), (1, 0)])
-def test_different_numbers_of_placeholders_and_images_are_named(placeholders: int, images: int) -> None:
+def test_different_numbers_of_placeholders_and_images_are_refused(placeholders: int, images: int) -> None:
     ids = torch.tensor([[5] + [IMAGE_TOKEN_INDEX] * 3 * placeholders])
     with pytest.raises(ValueError, match=f"{placeholders} image placeholders but {images} images"):
         merge_features(ids, torch.zeros(*ids.shape, 2), torch.zeros(images, 3, 2))

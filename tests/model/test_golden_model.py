@@ -27,7 +27,7 @@ def by_id(case: dict[str, Any]) -> str:
 
 
 def images_of(pair: dict[str, Any]) -> torch.Tensor | None:
-    """A prompt without a placeholder takes no image, whatever the recording was given."""
+    """A prompt without a placeholder takes no image, although the recording has one."""
     return FEATURES[f"{pair['id']}__pixel_values"][None] if -200 in pair["input_ids"] else None
 
 
@@ -153,7 +153,7 @@ def test_sampling_probabilities_equal_the_reference(name: str, loaded: LoadedMod
     )
     config, _ = loaded.model._prepare_generation_config(sampling.generation_config(loaded.tokenizer, 1))
     library: LogitsProcessorList = loaded.model._get_logits_processor(generation_config=config, device="cpu")
-    for processors in (sampling.logits_processors(), library):  # of single answers, and of batches and beams
+    for processors in (sampling.logits_processors(), library):  # of sampling, and of beam search
         scores = processors(torch.zeros(1, 1, dtype=torch.long), recorded["logits"][None].clone())
         torch.testing.assert_close(scores.softmax(-1)[0], recorded[f"probs__{name}"], atol=1e-5, rtol=0)
 
@@ -175,6 +175,6 @@ def test_projector_types_equal_the_reference(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", PROJECTORS["unusual_names"], ids=lambda case: case["type"])
 def test_an_unknown_projector_type_is_refused_by_name(case: dict[str, Any]) -> None:
-    """The reference lets ``identity_Norm`` and a doubled ``_Norm`` pass: a row of docs/fidelity.md."""
+    """The reference accepts ``identity_Norm`` and a doubled ``_Norm``: a row of docs/fidelity.md."""
     with pytest.raises(CheckpointError, match=f"mm_projector_type='{case['type']}'"):
         build_projector(case["type"], 48, 64)

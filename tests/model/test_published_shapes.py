@@ -1,4 +1,4 @@
-"""The published models on the meta device: names, shapes and sizes, without their weights."""
+"""Names, shapes and sizes of the published models, on the meta device."""
 
 import json
 
@@ -6,6 +6,7 @@ import torch
 from support.golden import CHECKPOINT, GOLDEN
 from transformers import CLIPVisionConfig
 
+from yivl.checkpoint.format import read_config
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 
@@ -13,7 +14,7 @@ PUBLISHED = GOLDEN / "yi-vl-34b"
 
 
 def published_config() -> YiVLConfig:
-    return YiVLConfig.from_folder(PUBLISHED)
+    return read_config(PUBLISHED)
 
 
 def test_the_34b_state_dict_has_the_published_names_and_size() -> None:
@@ -22,7 +23,7 @@ def test_the_34b_state_dict_has_the_published_names_and_size() -> None:
         state_dict = YiVLForCausalLM(published_config()).state_dict()
     assert len(index["weight_map"]) == 1070
     assert state_dict.keys() == index["weight_map"].keys()
-    # Two bytes a parameter: the published total also fixes the shapes.
+    # Two bytes per parameter: the published total also pins the shapes.
     assert sum(tensor.numel() for tensor in state_dict.values()) * 2 == index["metadata"]["total_size"] == 70162529280
     assert state_dict["model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"].shape == (
         1025,
@@ -50,7 +51,7 @@ def test_the_6b_shape_has_the_published_number_of_parameters() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_714_829_312
 
 
-def test_the_published_config_is_understood_in_full() -> None:
+def test_the_published_config_is_read_in_full() -> None:
     config = published_config()
     assert config.num_patches == 1024
     assert config.num_vision_layers == 31
@@ -63,9 +64,9 @@ def test_the_published_config_is_understood_in_full() -> None:
 def test_a_config_is_written_as_it_was_published() -> None:
     for folder in (PUBLISHED, CHECKPOINT):
         published = json.loads((folder / "config.json").read_text())
-        written = YiVLConfig.from_folder(folder).to_published_dict()
+        written = read_config(folder).to_published_dict()
         changed = {key for key in published if written.get(key, "absent") != published[key]}
-        # use_cache: false is a leftover of training; the version is ours.
+        # use_cache: false remains from training; the version is that of this installation.
         assert changed <= {"_name_or_path", "transformers_version", "use_cache"}
         assert "vision_config" not in written
         assert "rope_parameters" not in written

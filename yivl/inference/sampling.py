@@ -1,4 +1,4 @@
-"""How the next token is chosen: the fields, and what the library makes of them."""
+"""How the next token is chosen, and where the text of an answer ends."""
 
 import math
 from collections.abc import Sequence
@@ -20,42 +20,42 @@ from yivl.tokenization import YiTokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The defaults are those of the release's ``single_inference.py``.
+    """Sampling settings. The defaults are those of the reference implementation's ``single_inference.py``.
 
     Raises:
         YiVLError: If a value is out of range.
     """
 
     temperature: float = 0.2
-    """0 means greedy; below 0.001 float32 overflows. Source: 01-ai/Yi, VL/single_inference.py."""
+    """0 is greedy decoding; below 0.001 float32 overflows. Source: 01-ai/Yi, VL/single_inference.py."""
     top_p: float = 1.0
     """Probability mass that is sampled from; 1 means all."""
     top_k: int = 50
-    """Number of tokens that are sampled from; 0 means all. Source: default of transformers, which the release used."""
+    """Number of tokens that are sampled from; 0 means all. Source: default of transformers in the reference."""
     num_beams: int = 1
     repetition_penalty: float = 1.0
     max_new_tokens: int = 1024
     """Length of an answer, in tokens; shorter where the context ends. Source: 01-ai/Yi, VL/single_inference.py."""
     seed: int | None = None
-    """Makes sampling repeatable; ``None`` draws anew each time."""
+    """Makes sampling reproducible; ``None`` uses PyTorch's global generator."""
 
     def __post_init__(self) -> None:
         is_temperature = self.temperature == 0 or 1e-3 <= self.temperature < math.inf
         is_length = isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1
         for name, is_valid, expected in (
-            ("temperature", is_temperature, "0 (greedy) or 0.001 and more"),
+            ("temperature", is_temperature, "0 (greedy) or at least 0.001"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("num_beams", self.num_beams >= 1, "1 or more"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
-            ("max_new_tokens", is_length, "a whole number from 1"),
+            ("max_new_tokens", is_length, "an integer of at least 1"),
         ):
             if not is_valid:
                 raise YiVLError(f"{name}={getattr(self, name)!r}; expected {expected}")
 
     def logits_processors(self) -> LogitsProcessorList:
-        """Return what turns logits into those that are sampled from, in the order of the library."""
+        """Return the processors and warpers of these settings, in the order of transformers."""
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1:
             processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
@@ -68,13 +68,13 @@ class Sampling:
         return processors
 
     def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int) -> GenerationConfig:
-        """Return the same for ``generate``; every field is given, so none is filled from ``generation_config.json``."""
-        samples = self.temperature > 0
+        """Return the same for ``generate``; every field is set, so none comes from ``generation_config.json``."""
+        do_sample = self.temperature > 0
         return GenerationConfig(
-            do_sample=samples,
-            temperature=float(self.temperature) if samples else 1.0,
-            top_p=self.top_p if samples else 1.0,
-            top_k=self.top_k if samples else 50,
+            do_sample=do_sample,
+            temperature=float(self.temperature) if do_sample else 1.0,
+            top_p=self.top_p if do_sample else 1.0,
+            top_k=self.top_k if do_sample else 50,
             num_beams=self.num_beams,
             repetition_penalty=float(self.repetition_penalty),
             max_new_tokens=max_new_tokens,
@@ -88,9 +88,9 @@ class Sampler:
     """Chooses the tokens of one answer.
 
     Args:
-        settings: How.
-        prompt_ids: Ids of the prompt, ``-200`` at image slots.
-        device: Of the logits.
+        settings: Sampling settings.
+        prompt_ids: Token ids of the prompt, ``-200`` at image slots.
+        device: Device of the logits.
     """
 
     def __init__(self, settings: Sampling, prompt_ids: Sequence[int], device: torch.device) -> None:
@@ -102,7 +102,7 @@ class Sampler:
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor) -> int:
-        """Return the next token after ``(1, vocabulary)`` logits of float32."""
+        """Return the next token for ``(1, vocabulary)`` float32 logits."""
         scores = self._processors(self._seen, logits)
         if self.settings.temperature > 0:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
@@ -110,3 +110,51 @@ class Sampler:
             token = scores.argmax(-1, keepdim=True)
         self._seen = torch.cat([self._seen, token], dim=1)
         return int(token)
+
+
+class AnswerText:
+    """The text of an answer as it grows: it ends before the first stop string and has no outer whitespace.
+
+    Text is returned once no later text can remove it: the possible beginning of a stop string and whitespace that may
+    turn out to be trailing are held back. The work of a piece does not depend on the length of the answer.
+
+    Args:
+        stops: Stop strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.is_stopped = False
+        self._stops = stops
+        self._pieces: list[str] = []
+        self._held = ""
+
+    @property
+    def text(self) -> str:
+        """Everything that was returned so far; after ``end`` the whole answer."""
+        return "".join(self._pieces)
+
+    def add(self, text: str) -> str:
+        """Append text and return what became final."""
+        held = self._held + text
+        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+        if places:
+            self.is_stopped = True
+            return self._release(held[: min(places)].rstrip(), "")
+        safe = held[: len(held) - max((_overlap(held, stop) for stop in self._stops), default=0)].rstrip()
+        return self._release(safe, held[len(safe) :])
+
+    def end(self, text: str = "") -> str:
+        """Append the last text and return the rest of the answer; a stop string discards what follows it."""
+        return "" if self.is_stopped else self.add(text) + self._release(self._held.rstrip(), "")
+
+    def _release(self, final: str, held: str) -> str:
+        final = final if self._pieces else final.lstrip()
+        self._held = held
+        if final:
+            self._pieces.append(final)
+        return final
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest beginning of a stop string that ends the text."""
+    return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)

@@ -1,1 +1,1 @@
-"""The model: ViT, projector, fusion, decoder; and how checkpoints are read and written."""
+"""The architecture: ViT, projector, fusion and decoder."""

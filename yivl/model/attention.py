@@ -1,4 +1,4 @@
-"""Several rows in one sequence, without padding and without seeing each other."""
+"""Attention over packed rows: several rows in one sequence, without padding or attention between them."""
 
 from typing import Any, Final
 
@@ -11,10 +11,10 @@ PACKED_SDPA: Final = "sdpa_packed"
 
 
 def register_packed_sdpa() -> str:
-    """Make the attention of packed rows known to transformers and return the name to load a model with.
+    """Register SDPA over packed rows in transformers and return its name for ``attn_implementation``.
 
-    FlashAttention knows packed rows by itself. PyTorch's attention would take a mask of all positions by all positions
-    and compute what it hides; here each row attends on its own, which is both less work and no leak by construction.
+    FlashAttention supports packed rows. SDPA would need a mask of all positions by all positions and compute what it
+    hides; calling it once per row is less work, and no row can attend to another.
     """
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
     AttentionMaskInterface.register(PACKED_SDPA, _no_mask)
@@ -34,12 +34,12 @@ def packed_sdpa(
     """Return attention outputs ``(1, seq, heads, head_dim)`` of packed rows, or those of plain ``sdpa``.
 
     Args:
-        module: The attention module, as transformers hands it over.
+        module: The attention module of the decoder layer.
         query: ``(1, heads, seq, head_dim)``.
         key: ``(1, key_value_heads, seq, head_dim)``.
         value: As ``key``.
         attention_mask: ``None`` for packed rows.
-        packed_lengths: Positions of each row, in order; ``None`` where nothing is packed (the ViT).
+        packed_lengths: Sequence length of each row; ``None`` where nothing is packed (the ViT).
         **kwargs: Of ``sdpa_attention_forward``.
     """
     if packed_lengths is None:

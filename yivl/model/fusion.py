@@ -1,10 +1,10 @@
-"""Text and images into one sequence: every ``-200`` becomes ``num_patches`` positions. Pure functions, no loops.
+"""Fusion of text and image features: every ``-200`` becomes ``num_patches`` positions. Pure functions, no loops.
 
-Shapes use ``batch`` rows, ``seq`` ids before and ``fused`` positions after the expansion.
+Shapes: ``batch`` rows, ``seq`` ids before and ``fused`` positions after the expansion.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ PaddingSide = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Expanded:
-    """Row layout after expansion; every tensor is ``(batch, fused)``."""
+    """Ids, mask and labels after the expansion, each ``(batch, fused)``."""
 
     input_ids: torch.Tensor  # int64; IMAGE_TOKEN_INDEX at image positions, 0 at padding
     attention_mask: torch.Tensor  # int64, 0 at padding
@@ -30,19 +30,19 @@ def expand_placeholders(
     labels: torch.Tensor | None = None,
     padding_side: PaddingSide = "right",
 ) -> Expanded:
-    """Give every ``-200`` its ``num_patches`` positions and re-pad the rows on ``padding_side``.
+    """Return rows in which every ``-200`` has ``num_patches`` positions, padded on ``padding_side``.
 
-    Padding is what ``attention_mask`` says, on whichever side it was; it is dropped before the rows are laid out anew.
+    Padding of the input, on either side, is removed first.
 
     Args:
         input_ids: ``(batch, seq)`` int64.
-        num_patches: Positions of one image.
+        num_patches: Positions per image.
         attention_mask: ``(batch, seq)``, 0 at padding; ``None`` means no padding.
         labels: ``(batch, seq)`` int64, or ``None``.
-        padding_side: Where shorter rows are padded.
+        padding_side: Side on which shorter rows are padded.
     """
     is_real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.long)
-    # Number of fused positions of each id, and where its last one lies in its row.
+    # Number of fused positions of each id, and the end of them in its row.
     widths = torch.where(input_ids == IMAGE_TOKEN_INDEX, num_patches, 1) * is_real
     ends = widths.cumsum(dim=1)
     lengths = ends[:, -1:]
@@ -51,7 +51,7 @@ def expand_placeholders(
     if padding_side == "left":
         positions = positions - (fused - lengths)
     mask = (positions >= 0) & (positions < lengths)
-    # The id a fused position comes from: the first whose end lies beyond the position.
+    # The source of a fused position is the first id that ends after it.
     source = torch.searchsorted(ends, positions.contiguous(), right=True).clamp(max=input_ids.shape[1] - 1)
     expanded_ids = input_ids.gather(1, source).masked_fill(~mask, 0)
     expanded_labels = None
@@ -66,11 +66,11 @@ def merge_features(input_ids: torch.Tensor, text_embeds: torch.Tensor, image_fea
 
     Args:
         input_ids: ``(batch, fused)`` int64, expanded.
-        text_embeds: ``(batch, fused, hidden)``; whatever stands at image positions is replaced.
+        text_embeds: ``(batch, fused, hidden)``; values at image positions are replaced.
         image_features: ``(num_images, num_patches, hidden)``; ``num_images`` may be 0.
 
     Raises:
-        ValueError: If the ids hold another number of images than ``image_features``.
+        ValueError: If the ids and ``image_features`` differ in the number of images.
     """
     is_image = input_ids == IMAGE_TOKEN_INDEX
     num_images, num_patches, _ = image_features.shape
@@ -82,7 +82,7 @@ def merge_features(input_ids: torch.Tensor, text_embeds: torch.Tensor, image_fea
 
 
 def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return rotary positions ``(batch, fused)`` int64: the count of real tokens before; 1 at padding.
+    """Return rotary positions ``(batch, fused)`` int64: the number of preceding real tokens; 1 at padding.
 
     Source: 01-ai/Yi, VL/llava/model/llava_arch.py (golden training batches).
     """
@@ -91,20 +91,20 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """Where the rows lie in one packed sequence of ``fused`` positions."""
+    """Layout of the rows of one packed sequence of ``fused`` positions."""
 
-    position_ids: torch.Tensor  # (1, fused) int64, from 0 in every row
+    position_ids: torch.Tensor  # (1, fused) int64, starting at 0 in every row
     starts: torch.Tensor  # (num_rows,) int64, first position of each row
-    lengths: list[int]  # positions of each row
+    lengths: list[int]  # sequence length of each row, image patches included
 
 
 def packed_layout(input_ids: torch.Tensor, row_lengths: torch.Tensor, num_patches: int) -> Packed:
-    """Return the layout of rows that stand one after the other in a single sequence.
+    """Return the layout of rows that are packed into a single sequence.
 
     Args:
         input_ids: ``(1, seq)`` int64, before the expansion.
         row_lengths: ``(num_rows,)`` int64, ids of each row; their sum is ``seq``.
-        num_patches: Positions of one image.
+        num_patches: Positions per image.
     """
     widths = torch.where(input_ids[0] == IMAGE_TOKEN_INDEX, num_patches, 1)
     ends = widths.cumsum(0)[row_lengths.to(input_ids.device).cumsum(0) - 1]
@@ -112,3 +112,46 @@ def packed_layout(input_ids: torch.Tensor, row_lengths: torch.Tensor, num_patche
     starts = ends - lengths
     positions = torch.arange(int(ends[-1]), device=ends.device) - starts.repeat_interleave(lengths)
     return Packed(positions.unsqueeze(0), starts, lengths.tolist())
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Input of the decoder; shapes as in ``Expanded``."""
+
+    inputs_embeds: torch.Tensor  # (batch, fused, hidden)
+    attention_mask: torch.Tensor | None
+    """``None`` for packed rows, which have no padding."""
+    position_ids: torch.Tensor
+    labels: torch.Tensor | None
+    packed_lengths: list[int] | None = None
+    """Sequence length of each packed row; ``None`` if rows are not packed."""
+
+    @classmethod
+    def from_rows(cls, inputs_embeds: torch.Tensor, expanded: Expanded) -> "Fused":
+        """Return padded rows."""
+        position_ids = position_ids_from_mask(expanded.attention_mask)
+        return cls(inputs_embeds, expanded.attention_mask, position_ids, expanded.labels)
+
+    @classmethod
+    def from_packed(cls, inputs_embeds: torch.Tensor, expanded: Expanded, packed: Packed) -> "Fused":
+        """Return packed rows; the end of a row does not predict the start of the next one."""
+        if expanded.labels is not None:
+            expanded.labels[0, packed.starts] = IGNORE_INDEX
+        return cls(inputs_embeds, None, packed.position_ids, expanded.labels, packed.lengths)
+
+    def packed_kwargs(self) -> dict[str, Any]:
+        """Return the decoder's arguments that keep packed rows apart, those of FlashAttention included."""
+        if self.packed_lengths is None:
+            return {}
+        ends = torch.tensor([0, *self.packed_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends, longest = ends.to(self.inputs_embeds.device), max(self.packed_lengths)
+        flash = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return {"packed_lengths": self.packed_lengths, "use_cache": False} | flash
+
+
+def cover_cache(attention_mask: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
+    """Return the mask of a one-token step; it may be too short, as LLaVA counts an image as one position."""
+    if attention_mask is None or attention_mask.ndim != 2 or cache.is_compileable:  # static shapes: complete already
+        return attention_mask
+    missing = cache.get_seq_length() + 1 - attention_mask.shape[1]
+    return torch.nn.functional.pad(attention_mask, (max(missing, 0), 0), value=1)

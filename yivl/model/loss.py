@@ -1,4 +1,4 @@
-"""Next-token loss that computes logits only where a label asks for one."""
+"""Next-token cross-entropy loss that computes logits only at supervised positions."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from yivl.constants import IGNORE_INDEX
 
 CHUNK_SIZE = 1024
-"""Supervised positions whose logits exist at once: 1,024 x 64,000 float32 logits are 0.26 GB. Source: ours."""
+"""Supervised positions whose logits are in memory at once: 1,024 x 64,000 float32 logits are 0.26 GB. Source: ours."""
 
 
 def supervised_loss(
@@ -21,10 +21,10 @@ def supervised_loss(
 
     Args:
         hidden_states: ``(batch, seq, hidden)``, after the final norm.
-        labels: ``(batch, seq)`` int64 aligned with the positions (not shifted); ``IGNORE_INDEX`` takes no loss.
-        lm_head: Maps ``(n, hidden)`` to ``(n, vocabulary)``; the logits of one chunk exist at a time.
-        num_items_in_batch: Supervised tokens of the whole optimizer step; the sum is divided by it. ``None`` divides
-            by the supervised tokens at hand.
+        labels: ``(batch, seq)`` int64 aligned with the positions (not shifted); no loss at ``IGNORE_INDEX``.
+        lm_head: Maps ``(n, hidden)`` to ``(n, vocabulary)``, one chunk at a time.
+        num_items_in_batch: Supervised tokens of the optimizer step, the divisor of the summed loss; ``None`` divides
+            by the supervised tokens of ``labels``.
     """
     targets = labels[:, 1:].to(hidden_states.device)  # layers may be spread over devices
     is_supervised = targets != IGNORE_INDEX
@@ -34,8 +34,8 @@ def supervised_loss(
         logits = lm_head(chunk).float()
         return nn.functional.cross_entropy(logits, chunk_targets.to(logits.device), reduction="sum")
 
-    # One (possibly empty) chunk at least, so that the loss is always part of the graph. The last one keeps its logits:
-    # the backward pass begins with them, and only then comes to the others, which it computes again.
+    # At least one (possibly empty) chunk keeps the loss in the autograd graph. The last chunk is not checkpointed: the
+    # backward pass starts with it and re-computes the others only afterwards.
     *recomputed, kept = range(0, _num_chunks(len(targets), hidden_states.device) * CHUNK_SIZE, CHUNK_SIZE)
     losses = [
         checkpoint(chunk_loss, hidden_states[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE], use_reentrant=False)
@@ -46,7 +46,7 @@ def supervised_loss(
 
 
 def _num_chunks(num_targets: int, device: torch.device) -> int:
-    """Return how often ``lm_head`` runs; under ZeRO-3 every process must gather its weights equally often."""
+    """Return the number of calls of ``lm_head``; under ZeRO-3 all ranks must gather its weights equally often."""
     count = torch.tensor(max(-(-num_targets // CHUNK_SIZE), 1), device=device)
     if is_deepspeed_zero3_enabled():
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)

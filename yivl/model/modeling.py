@@ -1,15 +1,10 @@
-"""YiVLForCausalLM: vision tower, projector, fusion, then the Llama decoder of transformers, unchanged.
+"""YiVLForCausalLM: vision tower, projector and fusion in front of the Llama decoder of transformers.
 
-Everything visual happens before the decoder and reaches it as ``inputs_embeds``, so its cache, attention back ends
-and generation are the library's own.
+Image features reach the decoder as ``inputs_embeds``; its cache, attention and generation are those of the library.
 """
 
-import logging
 import os
-import pickle
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,69 +12,47 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from yivl.checkpoint.format import BUFFERS, StateDict, check_checkpoint_files
-from yivl.checkpoint.saving import save_checkpoint
-from yivl.checkpoint.vit import copy_vit_weights, read_vit_weights
-from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from yivl.errors import CheckpointError
-from yivl.inference.cpu import explicit_mask, native_matrix_vector
-from yivl.inference.kv_cache import make_cache
+from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.model.configuration import YiVLConfig
-from yivl.model.fusion import (
-    PaddingSide,
-    expand_placeholders,
-    merge_features,
-    packed_layout,
-    position_ids_from_mask,
-)
+from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features, packed_layout
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
-from yivl.model.rotary import ExactRotaryEmbedding
-from yivl.model.vision_tower import VisionTower
-
-logger = logging.getLogger(__name__)
-
-Images = torch.Tensor | Sequence[torch.Tensor]
-"""One picture per placeholder, in order: ``(num_images, 3, image_size, image_size)``, or a list whose items are
-``(3, image_size, image_size)`` or ``(n, 3, image_size, image_size)``."""
+from yivl.model.vision_tower import Images, VisionTower, stack_images
 
 
-@dataclass(frozen=True)
-class Fused:
-    """What the decoder reads; see ``fusion`` for the shapes."""
+class ExactRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
+    """Rotary position embeddings whose frequencies stay in float32 when the model is cast.
 
-    inputs_embeds: torch.Tensor
-    attention_mask: torch.Tensor | None
-    """``None`` where rows are packed: nothing is padding, and ``packed_lengths`` keeps the rows apart."""
-    position_ids: torch.Tensor
-    labels: torch.Tensor | None
-    packed_lengths: list[int] | None = None
+    Callers cast the loaded model, ``model.to(dtype=torch.bfloat16)``. transformers 5 computes the cosines from the
+    frequencies, which in bfloat16 are off by up to 0.4 %: with the released shapes that is one radian at position
+    1,100, where the question after an image stands. transformers 4 had the cosines computed before the cast.
+    """
 
-    def packed_kwargs(self) -> dict[str, Any]:
-        """Return what the attention kernels need to keep packed rows apart: ours, and FlashAttention's arguments."""
-        if self.packed_lengths is None:
-            return {}
-        ends = torch.tensor([0, *self.packed_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        ends, longest = ends.to(self.inputs_embeds.device), max(self.packed_lengths)
-        flash = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-        return {"packed_lengths": self.packed_lengths, "use_cache": False} | flash
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ExactRotaryEmbedding":
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, frequencies in exact.items():
+            cast = getattr(self, name)
+            if cast.dtype != frequencies.dtype:
+                setattr(self, name, frequencies.to(cast.device))
+        return self
 
 
 class YiVLModel(LlamaModel):  # type: ignore[misc]
-    """The Llama decoder with the vision tower and the projector beside it, where the checkpoint keeps them."""
+    """The Llama decoder, vision tower and projector, under the key names of the checkpoint."""
 
     config: YiVLConfig
 
     def __init__(self, config: YiVLConfig) -> None:
         super().__init__(config)
         self.rotary_emb = ExactRotaryEmbedding(config)
-        self.vision_tower = VisionTower(config)  # checkpoint key
-        self.mm_projector = build_projector(  # checkpoint key
-            config.mm_projector_type, config.mm_hidden_size, config.hidden_size
-        )
-        # First in line, so that a device map that runs out of GPU memory moves decoder layers away, not the ViT.
+        # The names of both are checkpoint keys.
+        self.vision_tower = VisionTower(config)
+        self.mm_projector = build_projector(config.mm_projector_type, config.mm_hidden_size, config.hidden_size)
+        # Tower and projector come first: a device map that exceeds the GPU memory then offloads decoder layers.
         for name in [name for name, _ in self.named_children() if name not in ("vision_tower", "mm_projector")]:
             module = getattr(self, name)
             delattr(self, name)
@@ -101,37 +74,29 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.post_init()
 
     def get_vision_tower(self) -> VisionTower:
-        """Return the vision tower (lineage name)."""
+        """Return the vision tower. The name is that of LLaVA."""
         tower: VisionTower = self.model.vision_tower
         return tower
 
     def resize_images(self, image_size: int) -> None:
-        """Make the model read pictures of ``image_size`` pixels a side; the ViT's position table is interpolated.
+        """Set the input resolution to ``image_size`` pixels and interpolate the position embeddings of the ViT.
 
         Raises:
-            ValueError: If ``image_size`` is no whole number of patches.
+            ValueError: If ``image_size`` is not a multiple of the patch size.
         """
-        vision_config = self.config.vision_config
-        if image_size % vision_config.patch_size:
-            raise ValueError(f"image_size={image_size} is no multiple of the patch size {vision_config.patch_size}")
-        if image_size != vision_config.image_size:
-            logger.info("position table interpolated from %d to %d pixels", vision_config.image_size, image_size)
-            self.get_vision_tower().resize(image_size)
-            vision_config.image_size = image_size
+        self.get_vision_tower().resize(image_size)
+        self.config.vision_config.image_size = image_size
 
     def encode_images(self, images: Images) -> torch.Tensor:
         """Return projected features, ``(num_images, num_patches, hidden)``.
 
         Raises:
-            ValueError: If a picture has another size than the ViT expects.
+            ValueError: If the size of an image differs from the input resolution of the ViT.
         """
-        if not isinstance(images, torch.Tensor):
-            images = torch.cat([image.unsqueeze(0) if image.ndim == 3 else image for image in images])
-        images = images.unsqueeze(0) if images.ndim == 3 else images
         weight = self.model.vision_tower.vit.embeddings.class_embedding
-        # An offloaded tower has no device of its own; its hooks move the pixels.
+        # The weights of an offloaded tower are on the meta device; its hooks move the pixels.
         device = None if weight.device.type == "meta" else weight.device
-        pixel_values = images.flatten(0, -4).to(device=device, dtype=weight.dtype)
+        pixel_values = stack_images(images).to(device=device, dtype=weight.dtype)
         features: torch.Tensor = self.model.mm_projector(self.model.vision_tower(pixel_values))
         return features
 
@@ -150,12 +115,12 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
         Args:
             input_ids: ``(batch, seq)`` int64.
-            images: One picture per placeholder, in order over the whole batch.
-            attention_mask: ``(batch, seq)``; ``None`` means that nothing is padding, whatever the ids are.
+            images: One image per placeholder, in order over the whole batch.
+            attention_mask: ``(batch, seq)``, 0 at padding; ``None`` means no padding, whatever the ids are.
             labels: ``(batch, seq)`` int64.
             image_features: ``(num_images, num_patches, hidden)`` instead of ``images``, already projected.
-            row_lengths: ``(num_rows,)`` int64: the single sequence holds packed rows of that many ids each.
-            padding_side: Where the fused rows are padded.
+            row_lengths: ``(num_rows,)`` int64: ``input_ids`` is one sequence of packed rows of that many ids each.
+            padding_side: Side on which the fused rows are padded.
 
         Raises:
             ValueError: If placeholders and images differ in number.
@@ -171,30 +136,27 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if image_features is None:
             image_features = text_embeds.new_zeros(0, num_patches, text_embeds.shape[-1])
         inputs_embeds = merge_features(expanded.input_ids, text_embeds, image_features)
-        if not len(image_features) and (is_deepspeed_zero3_enabled() or (self.training and self._trains_vision())):
-            inputs_embeds = inputs_embeds + self._untouched_vision().to(inputs_embeds)
+        if not len(image_features):
+            inputs_embeds = self._dummy_vision_forward(inputs_embeds)
         if row_lengths is None:
-            position_ids = position_ids_from_mask(expanded.attention_mask)
-            return Fused(inputs_embeds, expanded.attention_mask, position_ids, expanded.labels)
-        packed = packed_layout(input_ids, row_lengths, num_patches)
-        if expanded.labels is not None:
-            expanded.labels[0, packed.starts] = IGNORE_INDEX  # the end of one row does not predict the next
-        return Fused(inputs_embeds, None, packed.position_ids, expanded.labels, packed.lengths)
+            return Fused.from_rows(inputs_embeds, expanded)
+        return Fused.from_packed(inputs_embeds, expanded, packed_layout(input_ids, row_lengths, num_patches))
 
-    def _untouched_vision(self) -> torch.Tensor:
-        """Return a zero that depends on tower and projector.
+    def _dummy_vision_forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Add a zero that depends on tower and projector where a batch without images needs one.
 
-        With several processes every one must run the same modules in the same order, embeddings first: under ZeRO-3 a
-        rank whose batch holds no picture would otherwise gather other weights than the rest, and all would hang. And
-        with one process a step without pictures must be the step that several would take: gradients of zero, which
-        move a parameter by its momentum, and not none, which leave it where it is.
+        All ranks must run the same modules in the same order: under ZeRO-3 a rank whose batch has no image would
+        otherwise gather other weights than the rest, and all ranks would hang. Trainable vision parameters must get
+        gradients of zero instead of none on one rank too, so that a step does not depend on the number of ranks: the
+        optimizer moves a parameter with a zero gradient by its momentum and skips one without a gradient.
         """
+        vision = (self.model.vision_tower, self.model.mm_projector)
+        is_trained = self.training and any(weight.requires_grad for module in vision for weight in module.parameters())
+        if not is_trained and not is_deepspeed_zero3_enabled():
+            return inputs_embeds
         size = self.config.vision_config.image_size
-        return self.encode_images(torch.zeros(1, 3, size, size)).float().sum() * 0
-
-    def _trains_vision(self) -> bool:
-        parts = (self.model.vision_tower, self.model.mm_projector)
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        zero = self.encode_images(torch.zeros(1, 3, size, size)).float().sum() * 0
+        return inputs_embeds + zero.to(inputs_embeds)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -205,10 +167,9 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         images: Images | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        skip_logits: bool | None = None,
+        skip_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         row_lengths: torch.Tensor | None = None,
         **kwargs: Any,
@@ -218,76 +179,46 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Args:
             input_ids: ``(batch, seq)`` int64 with ``-200`` at image slots.
             attention_mask: ``(batch, seq)``, 0 at padding.
-            position_ids: Rotary positions, ``(batch, fused)``; by default the count of real tokens before.
+            position_ids: Rotary positions, ``(batch, fused)``; by default the number of preceding real tokens.
             past_key_values: Key-value cache of transformers.
             inputs_embeds: ``(batch, fused, hidden)`` instead of ``input_ids``.
-            labels: ``(batch, seq)`` int64, ``IGNORE_INDEX`` where no loss is taken.
-            use_cache: Whether to return a cache.
-            images: One picture per placeholder; rows without a placeholder take none. Ignored by one-token steps with
-                a cache, as in the lineage.
-            logits_to_keep: Compute logits only for that many last positions, or for these; 0 means all.
-            skip_logits: Return no logits beside the loss; by default true while training with labels.
+            labels: ``(batch, seq)`` int64, ``IGNORE_INDEX`` where no loss is computed.
+            images: One image per placeholder. Ignored by one-token steps with a cache, as in LLaVA.
+            logits_to_keep: Number of last positions, or the positions, whose logits are computed; 0 means all.
+            skip_logits: Compute no logits beside the loss, which needs them only where a label is.
             num_items_in_batch: Supervised tokens of the optimizer step, the divisor of the loss.
             row_lengths: ``(num_rows,)`` int64: ``input_ids`` is one sequence of packed rows of that many ids each.
-            **kwargs: Flags of the transformers decoder, such as ``output_hidden_states``.
+            **kwargs: Arguments of the Llama decoder, such as ``use_cache`` and ``output_hidden_states``.
 
         Raises:
             ValueError: If placeholders and images differ in number, or images follow a filled cache.
         """
-        is_step = input_ids is not None and input_ids.shape[1] == 1 and past_key_values is not None and labels is None
-        if input_ids is not None and not is_step:
-            if past_key_values is None or not past_key_values.get_seq_length():
-                fused = self.fuse(
-                    input_ids, images, attention_mask=attention_mask, labels=labels, row_lengths=row_lengths
-                )
-                kwargs |= fused.packed_kwargs()
-                input_ids, inputs_embeds, labels = None, fused.inputs_embeds, fused.labels
-                attention_mask = fused.attention_mask
-                position_ids = fused.position_ids if position_ids is None else position_ids
-            elif images is not None:
-                raise ValueError("images cannot follow a filled cache; generate() takes the whole sequence instead")
-        kernels: AbstractContextManager[None] = nullcontext()
-        # With static shapes the mask is complete already, and the compiler does better than we.
-        if is_step and input_ids is not None and not (torch.compiler.is_compiling() or past_key_values.is_compileable):
-            num_keys = past_key_values.get_seq_length() + 1
-            attention_mask, kernels = self._prepare_step(len(input_ids), num_keys, attention_mask)
-        with kernels:
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                **{"use_cache": use_cache} | kwargs,
-            )
-            hidden_states = outputs.last_hidden_state
-            logits = None
-            if not (self.training and labels is not None if skip_logits is None else skip_logits):
-                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                logits = self.lm_head(hidden_states[:, kept])
-        loss = None if labels is None else supervised_loss(hidden_states, labels, self.lm_head, num_items_in_batch)
+        if input_ids is not None and past_key_values is not None and input_ids.shape[1] == 1 and labels is None:
+            attention_mask = cover_cache(attention_mask, past_key_values)
+        elif input_ids is not None and (past_key_values is None or not past_key_values.get_seq_length()):
+            fused = self.fuse(input_ids, images, attention_mask=attention_mask, labels=labels, row_lengths=row_lengths)
+            input_ids, inputs_embeds, labels = None, fused.inputs_embeds, fused.labels
+            attention_mask, kwargs = fused.attention_mask, kwargs | fused.packed_kwargs()
+            position_ids = fused.position_ids if position_ids is None else position_ids
+        elif input_ids is not None and images is not None:
+            raise ValueError("images cannot follow a filled cache; pass the whole sequence to generate() instead")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+            loss=None if labels is None else supervised_loss(hidden_states, labels, self.lm_head, num_items_in_batch),
+            logits=None if skip_logits else self.lm_head(hidden_states[:, kept]),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _prepare_step(
-        self, num_rows: int, num_keys: int, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, AbstractContextManager[None]]:
-        """Return mask and kernels of a one-token step whose cache will hold ``num_keys`` positions."""
-        if attention_mask is not None and attention_mask.ndim == 2:
-            # The lineage counts an image as one position here; what the cache holds beyond the mask is visible.
-            missing = max(num_keys - attention_mask.shape[1], 0)
-            attention_mask = nn.functional.pad(attention_mask, (missing, 0), value=1)
-        if self.device.type != "cpu":
-            return attention_mask, nullcontext()
-        if self.config._attn_implementation == "sdpa":
-            attention_mask = explicit_mask(attention_mask, num_rows, num_keys)
-        is_matrix_vector = num_rows == 1 and self.dtype == torch.bfloat16
-        return attention_mask, native_matrix_vector if is_matrix_vector else nullcontext()
 
     @torch.no_grad()
     def generate(
@@ -298,15 +229,15 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate after a prompt with ``-200`` at image slots; the result holds the prompt ids as they were given.
+        """Generate after a prompt with ``-200`` at image slots; the result starts with the prompt ids as given.
 
         Args:
-            inputs: ``(batch, seq)`` int64; ``input_ids`` is the same.
-            images: One picture per placeholder, in order over the whole batch.
-            attention_mask: ``(batch, seq)``; ``None`` means that nothing is padding, whatever the ids are.
+            inputs: ``(batch, seq)`` int64; may also be passed as ``input_ids``.
+            images: One image per placeholder, in order over the whole batch.
+            attention_mask: ``(batch, seq)``; ``None`` means no padding, whatever the ids are.
             image_features: ``(num_images, num_patches, hidden)`` instead of ``images``.
             **kwargs: Arguments of ``GenerationMixin.generate``. With ``past_key_values`` the prompt is the whole
-                sequence; only what the cache does not hold yet is computed.
+                sequence, of which only what the cache does not hold is computed.
 
         Raises:
             ValueError: If there are no ids, or placeholders and images differ in number.
@@ -320,11 +251,9 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         settings = kwargs.get("generation_config")
         max_length = kwargs.pop("max_length", getattr(settings, "max_length", None))
         if kwargs.get("max_new_tokens", getattr(settings, "max_new_tokens", None)) is None:
-            # A length in ids, as callers count it, or the end of the context; the library would count patches too.
+            # Callers count ids; transformers would count image patches too. The default is the rest of the context.
             room = self.config.max_position_embeddings - fused.inputs_embeds.shape[1]
             kwargs["max_new_tokens"] = room if max_length is None else max(max_length - input_ids.shape[1], 1)
-        if kwargs.get("use_cache", True) and not kwargs.keys() & {"past_key_values", "cache_implementation"}:
-            kwargs["past_key_values"] = make_cache(self.config.num_hidden_layers)
         # Logits processors index the vocabulary with the prompt ids, so -200 cannot stay in them.
         text_ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_INDEX, 0)
         output = super().generate(
@@ -336,68 +265,36 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return output
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        vit_weights: StateDict | None = None,
-        fresh_projector: bool = False,
-        **kwargs: Any,
-    ) -> "YiVLForCausalLM":
-        """Load a local checkpoint folder in the published layout; the ViT in ``vit/`` wins over the main shards.
+    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> "YiVLForCausalLM":
+        """Load a local checkpoint folder; the ViT in ``vit/`` takes precedence over the copy in the main files.
 
         Args:
             folder: A local folder.
-            vit_weights: The ViT to use instead of that in ``vit/``.
-            fresh_projector: Whether the folder may hold no projector, which then starts from random weights: the
-                folder of a plain language model, together with ``vit_weights``.
-            **kwargs: Arguments of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ...).
+            **kwargs: Of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ``config``, ...), and:
+                ``bits``: 8 or 4 quantize with bitsandbytes;
+                ``image_size``: side of the ViT input in pixels, to which the position embeddings are interpolated;
+                ``vit_weights``: a state dict that replaces the ViT in ``vit/``;
+                ``fresh_projector``: initialize the projector at random if the folder, that of a language model, has
+                none.
 
         Raises:
-            CheckpointError: If a file of the layout is missing, or keys are missing, unexpected or of a wrong shape.
+            CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
         """
-        config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
-        check_checkpoint_files(folder)
-        is_own = vit_weights is None
-        vit_weights = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
-        try:
-            model, info = super().from_pretrained(
-                os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{folder}: a .bin shard holds more than tensors; it was not read") from error
-        # The published 4,096 is the context length, which generate() takes from config.json.
-        model.generation_config.max_length = None
-        tower = "model.vision_tower."
-        may_miss = (tower, "model.mm_projector.") if fresh_projector else (tower,)
-        problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not key.startswith(may_miss)]
-        problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith(BUFFERS)]
-        problems += [
-            f"{key} is {list(found)}, expected {list(expected)}"
-            for key, found, expected in sorted(info["mismatched_keys"])
-            if not key.startswith(tower)
-        ]
-        if problems:
-            raise CheckpointError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-        num_different = copy_vit_weights(model.get_vision_tower().vit, vit_weights, source=str(folder))
-        if num_different and is_own:
-            logger.info(
-                "%d ViT tensors in %s differ from the main shards; using those of %s, as the release does",
-                num_different,
-                config.mm_vision_tower,
-                config.mm_vision_tower,
-            )
-        return model  # type: ignore[no-any-return]
+        from yivl.checkpoint.loading import load_pretrained  # the one import from a layer above
+
+        return load_pretrained(super().from_pretrained, folder, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Write the published layout atomically; see ``yivl.checkpoint.saving.save_checkpoint``.
+        """Write a checkpoint atomically; see ``yivl.checkpoint.saving.save_checkpoint``.
 
         Args:
             save_directory: Replaced if it holds a checkpoint.
-            is_main_process: Only the main process of a distributed run writes.
+            is_main_process: Only rank 0 of a distributed run writes.
             **kwargs: Of ``save_checkpoint``.
         """
+        from yivl.checkpoint.saving import save_checkpoint  # as above
+
         if is_main_process:
             save_checkpoint(self, save_directory, **kwargs)

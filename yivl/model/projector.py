@@ -1,4 +1,4 @@
-"""The bridge from ViT patch features to language-model embeddings."""
+"""The projector from ViT patch features to the embedding space of the language model."""
 
 import re
 
@@ -8,11 +8,11 @@ from yivl.errors import CheckpointError
 
 
 def build_projector(projector_type: str, vision_hidden: int, text_hidden: int) -> nn.Module:
-    """Return the projector ``mm_projector_type`` names; Yi-VL's is ``mlp2x_gelu_Norm``.
+    """Return the projector of type ``mm_projector_type``; Yi-VL uses ``mlp2x_gelu_Norm``.
 
-    Known are ``linear``, ``identity``, ``mlpNx_gelu`` (N linear layers with the exact GELU between them) and
-    ``mlpNx_gelu_Norm``, which puts a LayerNorm (eps 1e-5) after every linear layer. The positions in the sequence
-    are the checkpoint format: ``mm_projector.{0,1,3,4}`` for Yi-VL.
+    The types are ``linear``, ``identity``, ``mlpNx_gelu`` (N linear layers with exact GELU between them) and
+    ``mlpNx_gelu_Norm``, with a LayerNorm (eps 1e-5) after every linear layer. The indices of the layers are part of
+    the checkpoint format: ``mm_projector.{0,1,3,4}`` for Yi-VL.
     Source: 01-ai/Yi, VL/llava/model/multimodal_projector/builder.py.
 
     Shape: ``(num_images, num_patches, vision_hidden)`` to ``(num_images, num_patches, text_hidden)``.

@@ -1,25 +1,34 @@
 """The CLIP ViT: ``pixel_values`` to patch features."""
 
+import logging
 import math
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
 from torch import nn
 from transformers import CLIPVisionModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_config
 
 from yivl.model.configuration import YiVLConfig
-from yivl.model.zero import gathered, partitioned
+
+logger = logging.getLogger(__name__)
+
+Images = torch.Tensor | Sequence[torch.Tensor]
+"""One image per placeholder, in order: ``(num_images, 3, image_size, image_size)``, or a list whose items are
+``(3, image_size, image_size)`` or ``(n, 3, image_size, image_size)``."""
 
 
 class ViT(CLIPVisionModel):  # type: ignore[misc]
-    """``CLIPVisionModel`` under a name of its own, so that transformers renames none of its checkpoint keys."""
+    """``CLIPVisionModel`` under another class name, for which transformers has no renaming of checkpoint keys."""
 
 
 class VisionTower(nn.Module):
-    """Runs the ViT up to ``mm_vision_select_layer`` and no further.
+    """The ViT up to ``mm_vision_select_layer``.
 
-    All layers are kept because the published checkpoints hold them all; those beyond the selected one never run.
+    The published checkpoints hold all layers, so the module does too; those after the selected one never run.
     """
 
     def __init__(self, config: YiVLConfig) -> None:
@@ -35,19 +44,27 @@ class VisionTower(nn.Module):
         return cast(ViT, self.vision_tower["vision_model"])
 
     def resize(self, image_size: int) -> None:
-        """Make the ViT read pictures of ``image_size`` pixels a side: its position table is interpolated, in place."""
+        """Interpolate the position embeddings, in place, for an input resolution of ``image_size`` pixels.
+
+        Raises:
+            ValueError: If ``image_size`` is not a multiple of the patch size.
+        """
         embeddings = self.vit.embeddings
-        old = embeddings.position_embedding
-        side = image_size // embeddings.patch_size
+        old, side = embeddings.position_embedding, image_size // embeddings.patch_size
+        if image_size % embeddings.patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of the patch size {embeddings.patch_size}")
+        if image_size == embeddings.image_size:
+            return
+        logger.info("position embeddings interpolated from %d to %d pixels", embeddings.image_size, image_size)
         with gathered([old.weight]):
-            table = resize_position_table(old.weight.detach(), side)
-        with nullcontext() if table.is_meta else partitioned():  # a dry run has nothing to partition
-            new = nn.Embedding(len(table), table.shape[1], dtype=table.dtype, device=table.device)
+            weight = resize_position_embeddings(old.weight.detach(), side)
+        with nullcontext() if weight.is_meta else partitioned():  # a dry run has nothing to partition
+            new = nn.Embedding(len(weight), weight.shape[1], dtype=weight.dtype, device=weight.device)
         with gathered([new.weight]), torch.no_grad():
-            new.weight.copy_(table)
+            new.weight.copy_(weight)
         embeddings.position_embedding = new
         embeddings.image_size, embeddings.num_patches, embeddings.num_positions = image_size, side**2, side**2 + 1
-        embeddings.position_ids = torch.arange(side**2 + 1, device=table.device).expand(1, -1)
+        embeddings.position_ids = torch.arange(side**2 + 1, device=weight.device).expand(1, -1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return patch features, ``(num_images, num_patches, vision_hidden)``.
@@ -62,18 +79,45 @@ class VisionTower(nn.Module):
         return hidden_states if self.keeps_class_token else hidden_states[:, 1:]
 
 
-def resize_position_table(table: torch.Tensor, side: int) -> torch.Tensor:
-    """Return the position table of a grid of ``side`` by ``side`` patches, ``(1 + side**2, vision_hidden)``.
+def stack_images(images: Images) -> torch.Tensor:
+    """Return images in one of the forms of ``Images`` as ``(num_images, 3, image_size, image_size)``."""
+    if not isinstance(images, torch.Tensor):
+        images = torch.cat([image.unsqueeze(0) if image.ndim == 3 else image for image in images])
+    return images.unsqueeze(0) if images.ndim == 3 else images.flatten(0, -4)
 
-    Bicubic, in float32; the class token keeps its position. The sources do not say how Yi-VL went from 224 to 448
-    pixels; this is the usual way (docs/training.md).
+
+def resize_position_embeddings(weight: torch.Tensor, side: int) -> torch.Tensor:
+    """Return the position embeddings of a grid of ``side`` by ``side`` patches, ``(1 + side**2, vision_hidden)``.
+
+    Bicubic interpolation in float32; the class token keeps its embedding. How Yi-VL went from 224 to 448 pixels is not
+    published; this is the usual way (docs/training.md).
 
     Args:
-        table: ``(1 + old_side**2, vision_hidden)``.
-        side: Patches on a side of the new grid.
+        weight: ``(1 + old_side**2, vision_hidden)``.
+        side: Patches per side of the new grid.
     """
-    class_position, grid = table[:1], table[1:]
+    class_embedding, grid = weight[:1], weight[1:]
     old_side = math.isqrt(len(grid))
     grid = grid.float().T.reshape(1, -1, old_side, old_side)
     grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([class_position, grid.flatten(2)[0].T.to(table.dtype)])
+    return torch.cat([class_embedding, grid.flatten(2)[0].T.to(weight.dtype)])
+
+
+def gathered(parameters: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
+    """Gather parameters that ZeRO-3 partitions; writes of rank 0 inside the block are kept."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed  # slow to import, and only ZeRO-3 needs it
+
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+    return context
+
+
+def partitioned() -> AbstractContextManager[None]:
+    """Partition the parameters of modules built inside the block where ZeRO-3 is on."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed  # as above
+
+    context: AbstractContextManager[None] = deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
+    return context

@@ -7,15 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-logger = logging.getLogger(__name__)
+from yivl.checkpoint.format import LOG
 
-LOG: Final = "log.jsonl"
-"""Name of the log in an output folder."""
+logger = logging.getLogger(__name__)
 
 
 class RunLog(TrainerCallback):  # type: ignore[misc]

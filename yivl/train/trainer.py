@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from yivl.checkpoint.saving import write_json
+from yivl.checkpoint.atomic import replace_dir, write_json
+from yivl.checkpoint.format import ARGUMENTS, RECORD
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
@@ -24,11 +25,8 @@ from yivl.train.arguments import Arguments, YiVLTrainingArguments, Zero, as_dict
 from yivl.train.dataloaders import BatchLoader, own_words
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
 from yivl.train.resume import (
-    ARGUMENTS,
-    RECORD,
     UNFINISHED,
     load_trained,
-    move_into_place,
     publish,
     remove_old_checkpoints,
     save_trained,
@@ -203,7 +201,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             finally:
                 self._run_dir = Path(self.args.output_dir)
         if self.args.should_save:
-            move_into_place(folder / name, self._run_dir / name)
+            replace_dir(folder / name, self._run_dir / name)
             remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
             self.run_log.draw()
         self.accelerator.wait_for_everyone()

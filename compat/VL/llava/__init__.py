@@ -1,1 +1,1 @@
-"""The module paths of the release's ``VL/llava``, each name of it from ``yivl``. Source: 01-ai/Yi, VL/llava."""
+"""The module paths of the reference implementation, with names from ``yivl``. Source: 01-ai/Yi, VL/llava."""

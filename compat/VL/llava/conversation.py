@@ -8,7 +8,7 @@ __all__ = ["Conversation", "SeparatorStyle", "conv_templates", "default_conversa
 
 
 class SeparatorStyle(Enum):
-    """How turns are separated; the release has one way."""
+    """How turns are separated; the reference has one way."""
 
     SINGLE = auto()
 

@@ -1,4 +1,4 @@
-"""Loading, pictures and tokens. Source: 01-ai/Yi, VL/llava/mm_utils.py."""
+"""Loading, images and tokens. Source: 01-ai/Yi, VL/llava/mm_utils.py."""
 
 from yivl.mm_utils import (
     IMAGE_TOKEN_INDEX,

@@ -5,9 +5,10 @@ from typing import Any
 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.format import read_config, vit_folder
 from yivl.checkpoint.loading import resolve_checkpoint
 from yivl.image_processing import load_clip_processor
-from yivl.model.configuration import YiVLConfig, vit_folder
+from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.vision_tower import VisionTower
 
@@ -15,26 +16,26 @@ __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM"]
 
 
 class LlavaConfig(YiVLConfig):
-    """The configuration, read as the release's callers read it."""
+    """The configuration with the reference's ``from_pretrained``."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **_: Any) -> "LlavaConfig":
+    def from_pretrained(cls, folder: str | os.PathLike[str], **_: Any) -> YiVLConfig:
         """Return the configuration of a checkpoint folder or hub id."""
-        return cls.from_folder(resolve_checkpoint(folder))
+        return read_config(resolve_checkpoint(folder))
 
 
 class CLIPVisionTower(VisionTower):
-    """The vision tower with what callers ask it for; it is loaded with the model."""
+    """The vision tower with the attributes that callers use; its weights are loaded with the model."""
 
     is_loaded = True
     image_processor: CLIPImageProcessorPil
 
     def load_model(self) -> None:
-        """Do nothing: the weights are there."""
+        """Do nothing; the weights are loaded already."""
 
 
 class LlavaLlamaForCausalLM(YiVLForCausalLM):
-    """The model for callers that load it themselves, piece by piece."""
+    """The model for callers that load model, tokenizer and image processor separately."""
 
     _no_split_modules = [*YiVLForCausalLM._no_split_modules, "CLIPVisionTower"]  # noqa: RUF012 (as there)
 
