@@ -49,9 +49,7 @@ class Batches:
         return _stream_table(self.sources) if "weight" in self.sources[0] else _row_table(self.sources)
 
 
-def make_batches(
-    data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: BadRows
-) -> Batches:
+def make_batches(data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: BadRows) -> Batches:
     """Return the training batches of this process.
 
     Raises:

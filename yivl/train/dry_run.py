@@ -7,9 +7,10 @@ from yivl.data.rows import RowError
 from yivl.model.configuration import YiVLConfig
 from yivl.model.loss import CHUNK_SIZE
 from yivl.train.arguments import Arguments
-from yivl.train.dataloaders import BatchLoader, own_words
+from yivl.train.dataloaders import own_words
 from yivl.train.parameters import PartSize
-from yivl.train.plan import RunPlan, Zero
+from yivl.train.plan import Zero
+from yivl.train.run import Run
 from yivl.train.trainer import count_batch
 
 GIB = 2**30
@@ -87,32 +88,26 @@ def _activations(sizes: Sequence[PartSize], config: YiVLConfig, arguments: Argum
     return float(total + min(tokens, CHUNK_SIZE) * config.vocab_size * (width + 8))
 
 
-def describe_run(
-    arguments: Arguments,
-    plan: RunPlan,
-    batches: BatchLoader,
-    total_steps: int,
-    config: YiVLConfig,
-    sizes: Sequence[PartSize],
-) -> str:
+def describe_run(run: Run, config: YiVLConfig, sizes: Sequence[PartSize]) -> str:
     """Return a text on the steps, the first batch and the memory of one GPU, on this machine and on larger ones.
 
     Raises:
         RowError: If a sample of the first batch cannot be used.
     """
-    micro_batch, accumulation = arguments.training.per_device_train_batch_size, plan.gradient_accumulation_steps
+    plan, micro_batch = run.plan, run.arguments.training.per_device_train_batch_size
+    accumulation, sequence_length = plan.gradient_accumulation_steps, run.arguments.data.model_max_length
     batches_per_step = accumulation * plan.world_size
     try:
-        first = next(iter(batches))
+        first = next(iter(run.batches.loader))
     except RowError as error:
         raise own_words(error) from error
     samples, tokens = count_batch(first, config.num_patches)
     lines = [
-        f"{total_steps:,} steps, global batch size {micro_batch * batches_per_step:,} ({micro_batch} per device x "
+        f"{run.total_steps:,} steps, global batch size {micro_batch * batches_per_step:,} ({micro_batch} per device x "
         f"{accumulation} accumulation steps x {plan.world_size} processes)",
         f"first batch: {samples:,} samples, {tokens:,} tokens; about {tokens * batches_per_step:,} tokens per step",
-        f"estimated memory per GPU, sequence length {arguments.data.model_max_length:,}, ZeRO stage {plan.zero.stage}:",
+        f"estimated memory per GPU, sequence length {sequence_length:,}, ZeRO stage {plan.zero.stage}:",
     ]
     for num_gpus in sorted({plan.world_size, 1, 8, 64} if plan.zero.stage else {plan.world_size}):
-        lines.append(f"{num_gpus:>5} GPUs  {estimate_memory(sizes, config, arguments, plan.zero, num_gpus)}")
+        lines.append(f"{num_gpus:>5} GPUs  {estimate_memory(sizes, config, run.arguments, plan.zero, num_gpus)}")
     return "\n".join(lines)

@@ -130,11 +130,7 @@ def _holds_model(folder: str | os.PathLike[str]) -> bool:
 
 def is_finished(checkpoint: Path, output_dir: str | os.PathLike[str], total_steps: int) -> bool:
     """Return whether a checkpoint is of the last step and the final model is saved."""
-    step = _global_step(checkpoint)
-    if step != total_steps or not _holds_model(output_dir):
-        return False
-    logger.info("this run is finished (%d of %d steps); the model is in %s", step, total_steps, output_dir)
-    return True
+    return _global_step(checkpoint) == total_steps and _holds_model(output_dir)
 
 
 def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int) -> None:
