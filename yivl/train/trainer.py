@@ -80,9 +80,8 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             self.remove_callback(callback)
         self.arguments, self.encoder, self.eval_loader = arguments, encoder, eval_loader
         self.offloads_optimizer = offloads_optimizer
-        self.record = describe_origin(arguments.model.model_name_or_path, batches.sources)
-        self._empty_steps = 0
-        self._frozen = frozen_modules(model)
+        self.sources = batches.sources
+        self._empty_steps, self._frozen = 0, frozen_modules(model)
         self._run_dir = Path(args.output_dir)
         self._final_dtype: torch.dtype | None = None
         self._hyperparameters: list[dict[str, Any]] = []
@@ -109,8 +108,8 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             if self.offloads_optimizer and self.args.optim.startswith("adamw_torch"):
                 from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, and only offloading needs it
 
-                names = ("lr", "betas", "eps")
-                optimizer_class, settings = DeepSpeedCPUAdam, {name: settings[name] for name in names}
+                settings = {name: settings[name] for name in _HYPERPARAMETERS if name in settings}
+                optimizer_class = DeepSpeedCPUAdam
             groups = parameter_groups(model, self.arguments.training, self.get_decay_parameter_names(model))
             optimizer = self.optimizer = optimizer_class(groups, **settings)
             self._hyperparameters = [
@@ -126,11 +125,11 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         assert self.optimizer is not None
         scheduler = self.lr_scheduler
         scheduler.base_lrs = [given["lr"] for given in self._hyperparameters]
-        factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
-        scheduler._last_lr = [lr * factor for lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
-        groups = zip(self.optimizer.param_groups, self._hyperparameters, scheduler._last_lr, strict=True)
-        for group, given, lr in groups:
-            group.update(given | {"initial_lr": given["lr"], "lr": lr})
+        for group, given, schedule in zip(
+            self.optimizer.param_groups, self._hyperparameters, scheduler.lr_lambdas, strict=True
+        ):
+            group.update(given | {"initial_lr": given["lr"], "lr": given["lr"] * schedule(scheduler.last_epoch)})
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -283,7 +282,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             state_dict=state_dict,
         )
         write_json(folder / ARGUMENTS, as_dict(self.arguments, self.args))
-        write_json(folder / RECORD, self.record)
+        write_json(folder / RECORD, describe_origin(self.arguments.model.model_name_or_path, self.sources))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model if model is None else model, resume_from_checkpoint)
