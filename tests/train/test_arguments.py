@@ -71,8 +71,14 @@ def test_saved_flags_hold_gradient_checkpointing_as_given() -> None:
 
 @pytest.mark.parametrize(
     ("module", "argv"),
-    [("yivl.train.__main__", "--help"), ("yivl.train.__main__", "--learn_rate 1"), ("yivl.train.__main__", "--bits 4")]
-    + [("yivl.train.launch", "--help"), ("yivl.train.launch", "--nproc 2 --nope x.py"), ("yivl.train.merge", "--help")],
+    [
+        ("yivl.train.__main__", "--help"),
+        ("yivl.train.__main__", "--learn_rate 1"),
+        ("yivl.train.__main__", "--bits 4"),
+        ("yivl.train.launch", "--help"),
+        ("yivl.train.launch", "--nproc 2 --nope x.py"),
+        ("yivl.train.merge", "--help"),
+    ],
 )
 def test_help_and_wrong_flags_import_no_torch(module: str, argv: str) -> None:
     code = (

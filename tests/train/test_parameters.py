@@ -144,7 +144,7 @@ def test_frozen_modules_are_in_eval_mode_and_their_layers_can_be_checkpointed(lo
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_gradient_checkpointing_recomputes_the_layers_and_keeps_the_gradients(frozen: bool, loaded: LoadedModel) -> None:
+def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(frozen: bool, loaded: LoadedModel) -> None:
     images = torch.randn(1, 3, 56, 56)
     ids = torch.tensor([[294, 332, -200, 19, 748, 694]])
     counts: list[int] = []
@@ -199,7 +199,7 @@ def test_bf16_mixed_precision_saves_a_bf16_model_and_fp32_checkpoints(tmp_path: 
 # Initialization.
 
 
-def test_stage_1_is_initialized_from_a_language_model_a_vit_and_a_new_projector(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_stage_1_starts_from_a_language_model_a_vit_and_a_new_projector(loaded: LoadedModel, tmp_path: Path) -> None:
     language_model = write_language_model(tmp_path / "llm", loaded.model)
     train(
         tmp_path / "out",
@@ -224,7 +224,7 @@ def test_stage_1_is_initialized_from_a_language_model_a_vit_and_a_new_projector(
     assert (reloaded.config.num_patches, reloaded.config.mm_vision_tower) == (4, f"./vit/{VIT.name}")
 
 
-def test_stage_1_is_initialized_from_an_open_clip_vit(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_stage_1_starts_from_an_open_clip_vit(loaded: LoadedModel, tmp_path: Path) -> None:
     visual = _build_vision_tower(64, CLIPVisionCfg(**OPEN_CLIP_VISION))
     vit = tmp_path / "open_clip"
     vit.mkdir()
@@ -289,7 +289,9 @@ def test_position_embeddings_are_interpolated_as_transformers_does(loaded: Loade
         ({"resume": "nowhere"}, "nowhere: no checkpoint of a run"),
     ],
 )
-def test_errors_before_training_name_the_reason(changes: dict[str, Any], message: str, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_errors_before_training_name_the_reason(
+    changes: dict[str, Any], message: str, loaded: LoadedModel, tmp_path: Path
+) -> None:
     from yivl.errors import YiVLError
 
     if changes.get("model_name_or_path") == "LLM":

@@ -158,7 +158,9 @@ def test_a_nan_loss_stops_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "out/config.json").exists()
 
 
-def test_a_run_is_resumed_with_the_flags_that_decide_its_result(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_is_resumed_with_the_flags_that_decide_its_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = write_rows(tmp_path / "rows.json")
     out = tmp_path / "out"
     train(out, data, max_steps=6)
@@ -277,9 +279,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(
     except Crash:
         pass
     else:
-        assert (
-            writes >= 5
-        )  # optimizer, scheduler, RNG states, checkpoint, final model
+        assert writes >= 5  # optimizer, scheduler, RNG states, checkpoint, final model
     monkeypatch.undo()
     finished = [path.name for path in finished_checkpoints(tmp_path / "out")]
     assert finished == (["checkpoint-2"] if writes < 4 else ["checkpoint-2", "checkpoint-4"])
