@@ -33,7 +33,7 @@ from support.training import (
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.inference.chat import Chat
 from yivl.train.arguments import Arguments, parse_arguments
-from yivl.train.plan import RunPlan
+from yivl.train.plan import RunPlan, trainer_arguments
 from yivl.train.run_log import read_log
 
 SCRIPTS = [
@@ -92,6 +92,12 @@ def test_the_printed_command_parses_and_flags_of_the_user_win(
         monkeypatch.setenv("WORLD_SIZE", "8")
     model, data, training = parse_arguments(arguments)
     RunPlan.of(Arguments(model, data, training))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("--bf16", "--tf32", "--deepspeed"):  # without a GPU, transformers refuses them
+        if name in arguments:
+            del arguments[arguments.index(name) : arguments.index(name) + 2]
+    cpu_arguments = parse_arguments(arguments)
+    trainer_arguments(cpu_arguments, RunPlan.of(cpu_arguments))
     assert (model.model_name_or_path, data.data_path, training.output_dir) == ("M", "D", "O")
     assert training.learning_rate == 7e-3
 

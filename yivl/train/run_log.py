@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from yivl.checkpoint.atomic import write_text
 
@@ -28,9 +28,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         self.bar: tqdm[Any] | None = None
         self.started, self.first_step = time.monotonic(), 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Open the bar, and drop the log lines after the checkpoint that is resumed from."""
         if not state.is_world_process_zero:
             return
@@ -42,21 +40,14 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         if sys.stderr.isatty() and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Update the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any) -> None:
         """Write and show one line."""
-        if not state.is_world_process_zero or logs is None:
+        if not state.is_world_process_zero:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
@@ -86,9 +77,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         else:
             logger.info("%s", text)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Close the bar and plot the loss."""
         if self.bar is not None:
             self.bar.close()

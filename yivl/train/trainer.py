@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.atomic import replace_dir, write_json
@@ -89,7 +89,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         self._seen, self._since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
 
     def get_train_dataloader(self) -> BatchLoader:
-        """Return the batches of this rank; the Trainer would shard them again."""
+        """Return the batches of this rank, which must not be sharded again."""
         return self.loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -123,13 +123,11 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
             return
         assert self.optimizer is not None
-        scheduler = self.lr_scheduler
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
         scheduler.base_lrs = [given["lr"] for given in self._hyperparameters]
-        for group, given, schedule in zip(
-            self.optimizer.param_groups, self._hyperparameters, scheduler.lr_lambdas, strict=True
-        ):
+        for group, given, schedule in zip(groups, self._hyperparameters, scheduler.lr_lambdas, strict=True):
             group.update(given | {"initial_lr": given["lr"], "lr": given["lr"] * schedule(scheduler.last_epoch)})
-        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        scheduler._last_lr = [group["lr"] for group in groups]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -160,17 +158,11 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
                 f"no target token in {self._empty_steps} steps: all samples were left out; see bad_rows.jsonl"
             )
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss without logits, which need 64,000 values per token."""
         if model.training:
             freeze_modes(self._frozen)
-        return super().compute_loss(model, inputs | {"skip_logits": True}, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return and log the mean loss over the target tokens of the evaluation data, on all ranks.
@@ -294,9 +286,7 @@ class _EpochOrder(TrainerCallback):  # type: ignore[misc]
     def __init__(self, loader: BatchLoader) -> None:
         self.loader = loader
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Set the epoch, which decides the order."""
         self.loader.set_epoch(int(state.epoch or 0))
 
