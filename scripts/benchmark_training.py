@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measure_variants(arguments: argparse.Namespace, image_size: int) -> dict[str, dict[str, float]]:
-    """Return the results of one run of each variant, each in a process of its own."""
+    """Return the results of one run of each variant, each in a separate process."""
     results = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, "--variant", variant, "--image-size", str(image_size)]

@@ -469,7 +469,7 @@ def test_commands_of_the_documentation_run_as_written(name: str, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_row_in_a_data_loading_worker_is_one_line(processes: int, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")] * processes)
     result = subprocess.run(
         ["scripts/finetune.sh", *flags(CHECKPOINT, rows, tmp_path / "out"), "--dataloader_num_workers", "1"],

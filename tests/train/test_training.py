@@ -318,7 +318,7 @@ def test_a_killed_run_resumes_from_its_newest_checkpoint(tmp_path: Path) -> None
 
 
 def test_bad_rows_stop_a_run_or_are_reported_at_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     good = [conversation(None, f"q {index}", f"answer {index}") for index in range(6)]
     bad = [conversation(None, "q", "a", role="wizard"), conversation(str(tmp_path / "bad.png"), "q", "a")]
     data = write_rows(tmp_path / "rows.json", [*good, *bad])
