@@ -15,7 +15,7 @@ WORKER = """
 import sys
 import deepspeed, torch
 from transformers import TrainingArguments
-from yivl.model.configuration import YiVLConfig
+from yivl.checkpoint.format import read_config
 from yivl.model.modeling import YiVLForCausalLM
 
 adam = {"type": "Adam", "params": {"lr": 1e-4, "torch_adam": True}}
@@ -24,7 +24,7 @@ config = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 2, "zero_opti
 arguments = TrainingArguments(output_dir=sys.argv[2], use_cpu=True, deepspeed=config, per_device_train_batch_size=1)
 deepspeed.init_distributed(dist_backend="gloo")
 with deepspeed.zero.Init(config_dict_or_path=config):
-    model = YiVLForCausalLM(YiVLConfig.from_folder(sys.argv[1]))
+    model = YiVLForCausalLM(read_config(sys.argv[1]))
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 rank = torch.distributed.get_rank()
 for step in range(3):

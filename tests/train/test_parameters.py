@@ -274,12 +274,12 @@ def test_position_embeddings_are_interpolated_as_transformers_does(loaded: Loade
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 50}, "--image_size 50 is no multiple of the patch size 14"),
+        ({"image_size": 50}, "image_size 50 is not a multiple of the patch size 14"),
         ({"model_name_or_path": "nowhere"}, "nowhere: no such folder"),
-        ({"model_name_or_path": "LLM"}, "a language model alone; name the ViT"),
+        ({"model_name_or_path": "LLM"}, "a language model without a ViT"),
         ({"image_folder": "nowhere"}, r"none of its first 4 pictures exists, such as nowhere/photo_rgb.jpg; give the"),
         ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, "no parameter is trainable"),
-        ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer is for a fresh start"),
+        ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer is for initialization from a language model"),
         ({"lora_enable": True, "bits": 4}, "4 bits on a CPU need layer widths"),
         ({"optim": "apollo_adamw"}, "--optim"),
         ({"eval_data_path": "EMPTY", "eval_strategy": "steps"}, "no row to evaluate on"),

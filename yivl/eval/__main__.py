@@ -181,7 +181,7 @@ def ask(
 
 def adapter_base(model_path: str) -> str | None:
     """Return the model that an adapter folder names as its base."""
-    from yivl.model.configuration import read_json
+    from yivl.checkpoint.format import read_json
 
     path = Path(model_path).expanduser() / "adapter_config.json"
     return read_json(path).get("base_model_name_or_path") if path.is_file() else None

@@ -40,12 +40,10 @@ def main() -> None:
     arguments = parse_args()
     command_line.log_to_stderr()
 
-    from yivl.checkpoint.loading import load_adapter, load_model
+    from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, LOG, RECORD, read_json
+    from yivl.checkpoint.loading import load_model
     from yivl.checkpoint.saving import check_replaceable, checkpoint_dir, write_checkpoint
     from yivl.errors import CheckpointError
-    from yivl.model.configuration import read_json
-    from yivl.train.resume import ARGUMENTS, RECORD
-    from yivl.train.run_log import LOG
 
     base, adapter, target = (
         os.path.expanduser(path) for path in (arguments.model_path, arguments.lora_path, arguments.save_model_path)
@@ -53,15 +51,15 @@ def main() -> None:
     if os.path.realpath(target) in (os.path.realpath(base), os.path.realpath(adapter)):
         raise CheckpointError(f"{target}: is an input of the merge; give another --save-model-path")
     check_replaceable(target)  # before minutes of loading
-    if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
-        raise CheckpointError(f"{adapter}: adapter_config.json is missing; give the folder of a LoRA adapter")
-    trained_on = str(read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path"))
-    if os.path.realpath(trained_on) != os.path.realpath(base) and trained_on != base:
+    if not os.path.isfile(os.path.join(adapter, ADAPTER_CONFIG)):
+        raise CheckpointError(f"{adapter}: {ADAPTER_CONFIG} is missing; give the folder of a LoRA adapter")
+    trained_on = read_json(Path(adapter) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if trained_on != base and os.path.realpath(str(trained_on)) != os.path.realpath(base):
         logger.warning("the adapter was trained on %s, and is merged into %s", trained_on, base)
-    loaded = load_model(base, device=arguments.device, dtype=arguments.dtype)
-    model = load_adapter(loaded.model, adapter, merge=True)
+    loaded = load_model(adapter, model_base=base, device=arguments.device, dtype=arguments.dtype, merge_adapter=True)
     with checkpoint_dir(target) as new:
-        write_checkpoint(model, new, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
+        clip_processor = loaded.image_processor.clip_processor
+        write_checkpoint(loaded.model, new, tokenizer=loaded.tokenizer, image_processor=clip_processor)
         for name in (ARGUMENTS, RECORD, LOG):  # for the model card
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, new / name)

@@ -12,21 +12,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from yivl.checkpoint.format import ADAPTER, published_name
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.train.arguments import ModelArguments, YiVLTrainingArguments
 
 Part = Literal["vision_tower", "mm_projector", "language_model"]
 
-ADAPTER: Final = ".lora_"
-"""Part of the name of every adapter tensor of peft."""
-_PEFT_PREFIX: Final = "base_model.model."
 _DECODER_LINEARS: Final = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 _VIT_LINEARS: Final = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
-
-
-def published_name(name: str) -> str:
-    """Return the checkpoint key of a parameter, whether or not peft wraps the model."""
-    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def part_of(name: str) -> Part:

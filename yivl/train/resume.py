@@ -13,32 +13,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch import nn
 
 import yivl
+from yivl.checkpoint.adapters import restore_adapter, save_adapter
 from yivl.checkpoint.atomic import move_entries
-from yivl.checkpoint.format import StateDict, check_checkpoint_files, read_weights
-from yivl.checkpoint.loading import NON_LORA_TRAINABLES
-from yivl.checkpoint.saving import METADATA, write_checkpoint
+from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, StateDict, check_keys, read_json, read_main_weights
+from yivl.checkpoint.saving import write_checkpoint
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
-from yivl.model.configuration import read_json
 from yivl.tokenization import YiTokenizer
 from yivl.train.arguments import ModelArguments
-from yivl.train.parameters import ADAPTER, published_name
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED: Final = ".unfinished"
 """Folder in which a checkpoint or the final model is written before it is moved."""
 _STATE: Final = "trainer_state.json"
-ARGUMENTS: Final = "training_arguments.json"
-RECORD: Final = "training_run.json"
-"""Beside the arguments: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
 ROWS_OF_A_STEP: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 """Flags whose product is the global batch size."""
 # Paths may have changed, and kernels differ between machines.
@@ -200,60 +193,37 @@ def save_trained(
     image_processor: ImageProcessor,
     state_dict: StateDict | None = None,
 ) -> None:
-    """Write what a run trained: a checkpoint in the published layout, or an adapter and all that trained beside it.
+    """Write the trained parameters: a checkpoint, or an adapter folder if ``model`` is wrapped by peft.
 
     Args:
         model: A ``YiVLForCausalLM``, or peft around one.
         folder: Empty or new.
-        tokenizer: Saved beside a whole model.
-        image_processor: Saved beside a whole model.
-        state_dict: The weights, where they were gathered from several processes.
+        tokenizer: Saved with a checkpoint.
+        image_processor: Saved with a checkpoint; an adapter folder records its settings.
+        state_dict: Weights gathered from all ranks (ZeRO-3).
     """
-    if not isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        save_adapter(model, Path(folder), image_processor=image_processor, state_dict=state_dict)
+    else:
+        clip_processor = image_processor.clip_processor
         write_checkpoint(
-            model,
-            Path(folder),
-            tokenizer=tokenizer,
-            image_processor=image_processor.clip_processor,
-            state_dict=state_dict,
+            model, Path(folder), tokenizer=tokenizer, image_processor=clip_processor, state_dict=state_dict
         )
-        return
-    model.save_pretrained(os.fspath(folder), state_dict=state_dict, save_embedding_layers=False)
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # an empty form of peft's
-    beside = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ADAPTER not in name]
-    if beside:
-        weights = model.state_dict() if state_dict is None else state_dict
-        tensors = {published_name(name): weights[name].detach().cpu().contiguous() for name in beside}
-        save_file(tensors, Path(folder) / NON_LORA_TRAINABLES, metadata=METADATA)
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first mismatch: a model of another shape has hundreds."""
-    return " ".join(str(error).strip().splitlines()[:2])
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Read the weights that ``save_trained`` wrote back into the same model, in place.
+    """Load the parameters that ``save_trained`` wrote into the same model, in place.
 
     Raises:
         CheckpointError: If they are missing or do not fit.
     """
-    try:
-        if not isinstance(model, PeftModel):
-            if (Path(folder) / "adapter_model.safetensors").is_file():
-                raise CheckpointError(f"{folder}: a checkpoint of adapters, and this run trains the model itself")
-            weights = {
-                key: value for path in check_checkpoint_files(folder) for key, value in read_weights(path).items()
-            }
-            model.load_state_dict(weights)
-            return
-        if not (Path(folder) / "adapter_model.safetensors").is_file():
-            raise CheckpointError(f"{folder}: a checkpoint of a whole model, and this run trains adapters")
-        set_peft_model_state_dict(model, read_weights(Path(folder) / "adapter_model.safetensors"))
-        own = {published_name(name): parameter for name, parameter in model.named_parameters()}
-        if (Path(folder) / NON_LORA_TRAINABLES).is_file():
-            with torch.no_grad():
-                for name, value in read_weights(Path(folder) / NON_LORA_TRAINABLES).items():
-                    own[name].copy_(value)
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: these weights are not of this run ({_first_line(error)})") from error
+    is_adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
+    if is_adapter != isinstance(model, PeftModel):
+        kinds = ("an adapter", "the full model") if is_adapter else ("the full model", "an adapter")
+        raise CheckpointError(f"{folder}: a checkpoint of {kinds[0]}, and this run trains {kinds[1]}")
+    if is_adapter:
+        restore_adapter(model, Path(folder))
+    else:
+        weights = read_main_weights(folder)
+        check_keys(folder, model.state_dict(), weights, fit="the model of this run")
+        model.load_state_dict(weights)

@@ -7,17 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from yivl.checkpoint.atomic import write_text
+from yivl.checkpoint.format import LOG
 
 logger = logging.getLogger(__name__)
-
-LOG: Final = "log.jsonl"
-"""Name of the log in an output folder."""
 
 
 class RunLog(TrainerCallback):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.atomic import replace_dir, write_json
+from yivl.checkpoint.format import ARGUMENTS, RECORD
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
@@ -25,8 +26,6 @@ from yivl.train.dataloaders import Batches, BatchLoader, own_words
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
 from yivl.train.plan import as_dict
 from yivl.train.resume import (
-    ARGUMENTS,
-    RECORD,
     UNFINISHED,
     describe_origin,
     load_trained,
