@@ -347,6 +347,19 @@ def test_truncated_answers_are_an_error_and_never_a_loss_of_zero(tmp_path: Path)
     assert losses(read_log(tmp_path / "skip/log.jsonl")) == []
 
 
+def test_a_log_line_has_the_loss_of_its_steps_if_only_the_last_is_empty(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    # Row 0 is that of step 2.
+    rows = [conversation(str(tmp_path / "bad.png"), "q", "a"), *(conversation(None, "q", f"{i}") for i in range(3))]
+    changes: dict[str, Any] = {"logging_steps": 0.5, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    with caplog.at_level("WARNING"):
+        log = train(tmp_path / "out", write_rows(tmp_path / "rows.json", rows), **changes, on_bad_row="skip")
+    assert "step 2: no target token, all of its samples were left out" in caplog.messages
+    assert [line["step"] for line in log if "loss" in line] == [2, 4]
+
+
 def test_a_tokenizer_with_another_stop_token_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(CHECKPOINT, model)

@@ -6,7 +6,6 @@ The scripts of ``scripts/`` call this with the flags of each case; docs/training
 """
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -42,19 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.warning("%s", report)
 
 
-def _leave() -> None:
-    """End a rank at once, after the last of them is done.
+def _shut_down() -> None:
+    """Destroy the process group, after the last rank is done.
 
-    The threads that DeepSpeed and gloo leave behind can abort a finished process on its way out ("terminate called
-    without an active exception"), and a run that wrote its model would count as failed.
+    Threads of gloo that outlive it can abort a finished process ("terminate called without an active exception").
     """
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -63,4 +59,4 @@ if __name__ == "__main__":
         less_memory="--dry_run estimates what is needed; try a smaller --per_device_train_batch_size, "
         "--gradient_checkpointing True, --vision_gradient_checkpointing True, LoRA, or --deepspeed scripts/zero3.json",
     )
-    _leave()
+    _shut_down()
