@@ -1,4 +1,4 @@
-"""Several processes under DeepSpeed: every rank must run the same modules in the same order."""
+"""DeepSpeed on several ranks, which must all run the same modules in the same order."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.golden import CHECKPOINT
 
-# Ranks differ in whether their batch has a picture and in how many chunks of logits it takes (1 and 3).
+# Ranks differ in whether their batch has an image and in their number of logit chunks (1 and 3).
 WORKER = """
 import sys
 import deepspeed, torch
@@ -46,7 +46,7 @@ for step in range(3):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU operators with g++")
-def test_zero3_ranks_with_and_without_pictures_train_and_evaluate_together(tmp_path: Path) -> None:
+def test_zero3_ranks_with_and_without_images_train_and_evaluate_together(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     result = subprocess.run(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import TrainingArguments
 
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Collator, Encoder
@@ -19,7 +20,7 @@ from yivl.data.sampler import BatchSampler, RowDataset, modality_of
 from yivl.data.sources import Source, load_rows, read_sources, weigh_rows
 from yivl.data.streaming import StreamDataset, StreamSampler
 from yivl.errors import YiVLError
-from yivl.train.arguments import DataArguments, YiVLTrainingArguments
+from yivl.train.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,7 @@ class Batches:
         return _stream_table(self.sources) if "weight" in self.sources[0] else _row_table(self.sources)
 
 
-def make_batches(
-    data: DataArguments, training: YiVLTrainingArguments, encoder: Encoder, on_bad_row: BadRows
-) -> Batches:
+def make_batches(data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: BadRows) -> Batches:
     """Return the training batches of this process.
 
     Raises:
@@ -127,7 +126,7 @@ def _check_image_folder(source: Source, rows: Sequence[Row]) -> None:
 
 
 def make_eval_loader(
-    data: DataArguments, training: YiVLTrainingArguments, encoder: Encoder, on_bad_row: BadRows
+    data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: BadRows
 ) -> BatchLoader | None:
     """Return the batches of this process whose loss is measured, if any.
 
@@ -146,7 +145,7 @@ def make_eval_loader(
     return _loader(RowDataset(rows, encoder, on_bad_row), sampler, collator, training)
 
 
-def _loader(dataset: Any, sampler: Any, collator: Collator, training: YiVLTrainingArguments) -> BatchLoader:
+def _loader(dataset: Any, sampler: Any, collator: Collator, training: TrainingArguments) -> BatchLoader:
     has_workers = training.dataloader_num_workers > 0
     return BatchLoader(
         dataset,
