@@ -280,10 +280,16 @@ class Chat:
 
         Once there is an answer, this turn takes the place of the old one and of all that came after it.
         """
+        return self._start(self.begin_edit(index, question, stop_event=stop_event, **sampling))
+
+    def begin_edit(
+        self, index: int, question: str, *, stop_event: threading.Event | None = None, **sampling: Any
+    ) -> GenerationState:
+        """Return the state of an answer to another question about the images of turn ``index``, as ``begin`` does."""
         self._close_stream()
         settings, images = Sampling(**sampling), self._images[index]
         turn = Turn(question, num_images=len(images))
-        return self._start(self._reply(turn, images, settings, stop_event, time.perf_counter(), history=index))
+        return self._reply(turn, images, settings, stop_event, time.perf_counter(), history=index)
 
     def restore(self, turns: Sequence[Turn], images: Sequence[Sequence[ImageInput]]) -> None:
         """Take over a conversation that was held elsewhere, in place of this one.
