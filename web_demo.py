@@ -47,10 +47,10 @@ def main() -> None:
     limits = Limits.from_flags(arguments)
     loaded = command_line.load(arguments)
 
-    from yivl.serve.web import build_page, launch
+    from yivl.serve.scheduler import Scheduler
+    from yivl.serve.web_layout import build_page, launch
 
-    blocks = build_page(loaded, limits, EXAMPLES)
-    logging.getLogger(__name__).info("http://%s:%d", arguments.server_name, arguments.server_port)
+    blocks = build_page(Scheduler(loaded, limits), limits, EXAMPLES)
     launch(
         blocks,
         limits,
@@ -59,6 +59,8 @@ def main() -> None:
         share=arguments.share,
         inbrowser=arguments.inbrowser,
     )
+    logging.getLogger(__name__).info("http://%s:%d", arguments.server_name, arguments.server_port)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

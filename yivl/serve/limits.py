@@ -26,7 +26,7 @@ class Limits:
     max_images: int = _limit(8, "pictures of a request", "api")
     max_body_bytes: int = _limit(64 * 2**20, "bytes of a request", "api")
     max_choices: int = _limit(4, "answers to a request (n)", "api")
-    max_batch: int = _limit(8, "answers that are generated at once", "api")
+    max_batch: int = _limit(8, "answers generated in one batch", "api", "web")
     max_seconds: float = _limit(600, "seconds a request may take, waiting included", "api")
     max_encoded_images: int = _limit(16, "encoded pictures that are kept for requests that show them again", "api")
     shutdown_seconds: int = _limit(20, "seconds that running answers have to finish when the server is stopped", "api")
