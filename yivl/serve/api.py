@@ -31,9 +31,7 @@ def main() -> None:
 
     loaded = command_line.load(arguments)
     if api_key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning(
-            "%s:%d is open to everyone who can reach it; set YIVL_API_KEY", arguments.host, arguments.port
-        )
+        logger.warning("%s:%d is open to everyone who can reach it; set YIVL_API_KEY", arguments.host, arguments.port)
     app = build_app(
         Scheduler(loaded, limits), limits, api_key=api_key, remote_hosts=tuple(arguments.allow_remote_images)
     )

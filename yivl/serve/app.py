@@ -99,9 +99,7 @@ def build_app(
         deadline = asyncio.get_running_loop().time() + limits.max_seconds
         exchange = Exchange(body, limits, scheduler, deadline, metrics)
         async with asyncio.timeout_at(deadline):
-            conversation = await anyio.to_thread.run_sync(
-                read, body.messages, limiter=readers, abandon_on_cancel=True
-            )
+            conversation = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
         exchange.submit(conversation, encoded)
         return await (exchange.stream(request) if body.stream else exchange.complete(request))
 

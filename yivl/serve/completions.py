@@ -56,7 +56,11 @@ class Exchange:
         self._deadline = deadline
         self._metrics = metrics
         self._sampling = [_sampling(body, limits, index) for index in range(body.n)]
-        self._header = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        self._header: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model,
+        }
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, serving.Event]] = asyncio.Queue()
         self._cancelled = threading.Event()

@@ -40,11 +40,11 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches pictures from a list of hosts.
+    """Fetches images from a list of hosts.
 
     Args:
         hosts: Names that may be asked, each with ``:port`` if it is not that of its scheme; an empty list allows none.
-        max_bytes: Of a picture.
+        max_bytes: Of an image.
         max_seconds: In all.
         is_allowed: Whether an IP address may be connected to.
     """
@@ -66,29 +66,29 @@ class Fetcher:
             try:
                 status, location, data = self._get(parts, deadline)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                raise ImageError("the picture at this address cannot be fetched") from error
+                raise ImageError("the image at this address cannot be fetched") from error
             if status == 200:
                 return data
             if status not in _REDIRECTS or not location:
                 break
             address = urljoin(address, location)
-        raise ImageError("the picture at this address cannot be fetched")
+        raise ImageError("the image at this address cannot be fetched")
 
     def _checked(self, address: str) -> SplitResult:
         """Return the parts of an address whose scheme and host are allowed."""
         # What parsers disagree about is refused before any of them looks.
         if not address.isascii() or not address.isprintable() or set(address) & set(" \\"):
-            raise ImageError("the address of a picture may hold only ASCII, and no spaces or backslashes")
+            raise ImageError("the address of an image may hold only ASCII, and no spaces or backslashes")
         try:
             parts = urlsplit(address)
             port = parts.port
         except ValueError as error:
             raise ImageError("this is not an address") from error
         if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
-            raise ImageError("the address of a picture must begin with http:// or https:// and name a host, no user")
+            raise ImageError("the address of an image must begin with http:// or https:// and name a host, no user")
         name = parts.hostname if port in (None, _PORTS[parts.scheme]) else f"{parts.hostname}:{port}"
         if name not in {allowed.lower() for allowed in self.hosts}:
-            raise ImageError("pictures may not be fetched from this host")
+            raise ImageError("images may not be fetched from this host")
         return parts
 
     def _get(self, parts: SplitResult, deadline: float) -> tuple[int, str | None, bytes]:

@@ -18,7 +18,7 @@ from gradio.utils import get_upload_folder
 from yivl.command_line import is_out_of_memory
 from yivl.errors import YiVLError
 from yivl.image_processing import load_image
-from yivl.inference.chat import Answer, Chat, GenerationState
+from yivl.inference.chat import Answer, Chat
 from yivl.serve import scheduler as serving
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Overloaded, Scheduler

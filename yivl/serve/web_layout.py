@@ -154,10 +154,11 @@ class _Layout:
             ).then(lambda: busy(False), None, controls, **quick)
 
     def _translate(self, language: Language) -> dict[Any, Any]:
-        return {
-            component: gr.update(**{name: TEXTS[language][key] for name, key in texts.items()})
-            for component, texts in self.translated.items()
-        }
+        updates: dict[Any, Any] = {}
+        for component, texts in self.translated.items():
+            properties: dict[str, Any] = {name: TEXTS[language][key] for name, key in texts.items()}
+            updates[component] = gr.update(**properties)
+        return updates
 
 
 def build_page(scheduler: Scheduler, limits: Limits, examples: Sequence[tuple[Path, str]]) -> gr.Blocks:
