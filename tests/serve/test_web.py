@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from gradio.utils import get_upload_folder
-from playwright.sync_api import Browser, Download, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Download, Locator, Page, Request, expect, sync_playwright
 from support.golden import CHECKPOINT, GOLDEN, ROOT
 from support.serving import free_port, wait_until
 
@@ -36,7 +37,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ROOT / "out/screenshots"))
 
 browser_test = pytest.mark.browser
-TIMEOUT = 120_000  # milliseconds: ends a test that would never reach its state
+TIMEOUT = 30_000  # milliseconds: ends a test that would never reach its state
 expect.set_options(timeout=TIMEOUT)
 
 
@@ -104,6 +105,10 @@ class Visitor:
         self.page.set_default_timeout(TIMEOUT)
         self.requests: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
+        # gradio streams the results of an event, and ends the stream when none is left.
+        self.num_events = 0
+        self.page.on("requestfinished", self._count_event)
+        self.page.on("requestfailed", self._count_event)
         self.page.goto(address)
         expect(self.page.locator("#send")).to_be_enabled()
         expect(self.parameter("Temperature")).to_be_hidden()
@@ -130,9 +135,19 @@ class Visitor:
         with self.server_event():
             self.page.set_input_files("#image input[type=file]", image)
 
-    def server_event(self) -> Any:
+    @contextmanager
+    def server_event(self) -> Iterator[None]:
         """Inside the block the page makes an event; at its end the server has answered it."""
-        return self.page.expect_event("requestfinished", lambda request: "queue/data" in request.url)
+        before = self.num_events
+        yield
+        for _ in range(TIMEOUT // 20):
+            if self.num_events > before:
+                return
+            self.page.wait_for_timeout(20)
+        raise AssertionError("the server has not answered")
+
+    def _count_event(self, request: Request) -> None:
+        self.num_events += "queue/data" in request.url
 
     def greedy(self, max_tokens: int) -> None:
         self.page.get_by_text("Parameters").click()
