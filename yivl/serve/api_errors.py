@@ -35,18 +35,19 @@ class APIError(Exception):
 
 def as_api_error(error: Exception) -> APIError:
     """Return the response to an exception of any kind."""
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, ContextLengthError):
-        return APIError(400, str(error), code="context_length_exceeded", param="messages")
-    if isinstance(error, ImageError):
-        return APIError(400, str(error), code="invalid_image", param="messages")
-    if isinstance(error, YiVLError):
-        return APIError(400, str(error))
-    if isinstance(error, Overloaded):
-        return APIError(429, "too many requests are waiting; try again in a while", code="overloaded")
-    if isinstance(error, TimeoutError):
-        return APIError(504, "the answer took too long; ask for fewer tokens", code="timeout")
+    match error:
+        case APIError():
+            return error
+        case ContextLengthError():
+            return APIError(400, str(error), code="context_length_exceeded", param="messages")
+        case ImageError():
+            return APIError(400, str(error), code="invalid_image", param="messages")
+        case YiVLError():
+            return APIError(400, str(error))
+        case Overloaded():
+            return APIError(429, "too many requests are waiting; try again in a while", code="overloaded")
+        case TimeoutError():
+            return APIError(504, "the answer took too long; ask for fewer tokens", code="timeout")
     if is_out_of_memory(error):
         return APIError(503, "not enough memory for this request; try again, or ask with less", code="out_of_memory")
     return APIError(500, "the server failed to answer")

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import anyio
@@ -12,11 +12,12 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from yivl.inference.chat import Chat
 from yivl.serve.api_errors import APIError, add_error_handlers
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
 from yivl.serve.limits import Limits
-from yivl.serve.messages import EncodedImages, read_messages
+from yivl.serve.messages import read_messages
 from yivl.serve.metrics import Metrics
 from yivl.serve.remote import Fetcher
 from yivl.serve.scheduler import Overloaded, Scheduler
@@ -62,7 +63,8 @@ def build_app(
     metrics, name, started = Metrics(scheduler), scheduler.loaded.name, int(time.time())
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     add_error_handlers(app)
-    encoded = EncodedImages(limits.max_encoded_images)
+    chat = Chat(scheduler.loaded)
+    encode = lru_cache(limits.max_encoded_images)(lambda image: chat.encode(image.pixel_values))
     read = partial(
         read_messages,
         limits=limits,
@@ -100,7 +102,7 @@ def build_app(
         exchange = Exchange(body, limits, scheduler, deadline, metrics)
         async with asyncio.timeout_at(deadline):
             conversation = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
-        exchange.submit(conversation, encoded)
+        exchange.submit(conversation, encode)
         return await (exchange.stream(request) if body.stream else exchange.complete(request))
 
     return app

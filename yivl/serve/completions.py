@@ -5,18 +5,18 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
-from yivl.inference.chat import GenerationState
+from yivl.inference.chat import EncodedImage, GenerationState
 from yivl.serve import scheduler as serving
 from yivl.serve.api_errors import APIError, as_api_error
 from yivl.serve.limits import Limits
-from yivl.serve.messages import Conversation, EncodedImages
+from yivl.serve.messages import Conversation, SentImage
 from yivl.serve.metrics import Metrics, log
 from yivl.serve.scheduler import Scheduler
 from yivl.serve.schema import (
@@ -24,10 +24,7 @@ from yivl.serve.schema import (
     AnswerMessage,
     ChatRequest,
     Choice,
-    Chunk,
-    ChunkChoice,
     Completion,
-    Delta,
     ErrorResponse,
     Usage,
 )
@@ -56,16 +53,13 @@ class Exchange:
         self._deadline = deadline
         self._metrics = metrics
         self._sampling = [_sampling(body, limits, index) for index in range(body.n)]
-        self._header: dict[str, Any] = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": body.model,
-        }
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, serving.Event]] = asyncio.Queue()
         self._cancelled = threading.Event()
 
-    def submit(self, conversation: Conversation, encoded: EncodedImages) -> None:
+    def submit(self, conversation: Conversation, encode: Callable[[SentImage], EncodedImage]) -> None:
         """Queue the request ``n`` times.
 
         Raises:
@@ -73,7 +67,7 @@ class Exchange:
         """
         stops = [self._body.stop] if isinstance(self._body.stop, str) else self._body.stop or []
         begin = partial(
-            conversation.begin, self._scheduler.loaded, encoded, [stop for stop in stops if stop], self._cancelled
+            conversation.begin, self._scheduler.loaded, encode, [stop for stop in stops if stop], self._cancelled
         )
         self._scheduler.submit(
             [
@@ -97,7 +91,8 @@ class Exchange:
             )
             for index, state in sorted(states.items())
         ]
-        return Completion(**self._header, choices=choices, usage=self._usage(list(states.values())))
+        usage = self._usage(list(states.values()))
+        return Completion(id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage)
 
     async def stream(self, request: Request) -> Response:
         """Return the stream; it begins with the first event, so that an error before it has a status of its own."""
@@ -108,42 +103,43 @@ class Exchange:
         return EventSourceResponse(self._chunks(first, answers), headers={"Cache-Control": "no-cache"})
 
     async def _chunks(
-        self, event: tuple[int, str | GenerationState], answers: AsyncIterator[tuple[int, str | GenerationState]]
+        self, event: tuple[int, str | GenerationState] | None, answers: AsyncIterator[tuple[int, str | GenerationState]]
     ) -> AsyncIterator[bytes]:
         states: list[GenerationState] = []
         options = self._body.stream_options
-        with_usage = options is not None and options.include_usage
+        # With include_usage every chunk has the field, and only an additional last one a value.
+        usage: dict[str, Any] = {"usage": None} if options is not None and options.include_usage else {}
 
-        def chunk(index: int, delta: Delta, state: GenerationState | None = None) -> bytes:
+        def chunk(index: int, delta: dict[str, str], state: GenerationState | None = None) -> bytes:
             reason = FINISH_REASONS[state.finish_reason or "length"] if state else None
-            choices = [ChunkChoice(index=index, delta=delta, finish_reason=reason)]
-            # A delta leaves out what it does not set; of a chunk, clients expect every field.
-            fields = Chunk(**self._header, choices=choices).model_dump(exclude=None if with_usage else {"usage"})
-            fields["choices"][0]["delta"] = delta.model_dump(exclude_none=True)
-            return _event(fields)
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+            return _event(self._chunk | {"choices": [choice]} | usage)
 
         try:
             for index in range(self._body.n):
-                yield chunk(index, Delta(role="assistant", content=""))
-            while True:
+                yield chunk(index, {"role": "assistant", "content": ""})
+            while event is not None:
                 index, piece = event
                 if isinstance(piece, GenerationState):
                     states.append(piece)
-                    yield chunk(index, Delta(), piece)
+                    yield chunk(index, {}, piece)
                 else:
-                    yield chunk(index, Delta(content=piece))
-                try:
-                    event = await anext(answers)
-                except StopAsyncIteration:
-                    break
-            usage = self._usage(states)
-            if with_usage:
-                yield _event(Chunk(**self._header, choices=[], usage=usage).model_dump())
+                    yield chunk(index, {"content": piece})
+                event = await anext(answers, None)
+            counts = self._usage(states)
+            if usage:
+                yield _event(self._chunk | {"choices": [], "usage": counts.model_dump()})
             yield format_sse_event(data_str="[DONE]")
         except APIError as error:
             yield _event(ErrorResponse(error=error.body).model_dump())
         finally:
             self._cancelled.set()
+
+    @property
+    def _chunk(self) -> dict[str, Any]:
+        """The fields that all chunks of a stream share."""
+        object_ = "chat.completion.chunk"
+        return {"id": self._id, "object": object_, "created": self._created, "model": self._body.model}
 
     def _put(self, index: int, event: serving.Event) -> None:
         try:

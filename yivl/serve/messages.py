@@ -5,9 +5,8 @@ import binascii
 import hashlib
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -25,34 +24,14 @@ from yivl.serve.schema import ImagePart, Message, SystemMessage, TextPart
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SentImage:
     """An image of a request, preprocessed: queued requests stay small, however large the file was."""
 
-    pixel_values: torch.Tensor
+    pixel_values: torch.Tensor = field(compare=False)
     """``(3, image_size, image_size)``."""
     digest: bytes
-    """SHA-256 of the file, the key of ``EncodedImages``."""
-
-
-class EncodedImages:
-    """The vision features of recently sent images, least recently used first.
-
-    Args:
-        max_images: How many are kept.
-    """
-
-    def __init__(self, max_images: int) -> None:
-        self._max_images = max_images
-        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
-
-    def encode(self, chat: Chat, sent: SentImage) -> EncodedImage:
-        """Return the features of an image, computed by ``chat`` unless they are kept."""
-        encoded = self._images.pop(sent.digest, None) or chat.encode(sent.pixel_values)
-        self._images[sent.digest] = encoded
-        while len(self._images) > self._max_images:
-            self._images.popitem(last=False)
-        return encoded
+    """SHA-256 of the file, by which images are equal."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +48,14 @@ class Conversation:
     def begin(
         self,
         loaded: LoadedModel,
-        encoded: EncodedImages,
+        encode: Callable[[SentImage], EncodedImage],
         stops: Sequence[str],
         stop_event: threading.Event,
         sampling: dict[str, Any],
     ) -> GenerationState:
         """Return the state of a new answer; arguments and errors are those of ``Chat.begin``."""
         chat = Chat(loaded, system=self.system)
-        *earlier, last = [[encoded.encode(chat, image) for image in group] for group in self.images]
+        *earlier, last = [list(map(encode, group)) for group in self.images]
         chat.restore(self.turns, earlier)
         return chat.begin(self.question, last, stop_event=stop_event, stops=stops, **sampling)
 

@@ -148,33 +148,6 @@ class Completion(BaseModel):
     usage: Usage
 
 
-class Delta(BaseModel):
-    """The part of an answer that a chunk adds."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    """A delta of one of ``n`` answers."""
-
-    index: int
-    delta: Delta
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class Chunk(BaseModel):
-    """An event of a stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
 class ModelCard(BaseModel):
     """The model of the server."""
 

@@ -102,7 +102,8 @@ class _Layout:
         with gr.Row():
             self.send = self._button("send", variant="primary")
             self.stop = self._button("stop", variant="stop", interactive=False)
-            self.regenerate, self.undo, self.clear = map(self._button, ("regenerate", "undo", "clear"))
+            self.regenerate = self._button("regenerate", min_width=130)
+            self.undo, self.clear = self._button("undo"), self._button("clear")
         with gr.Row():
             self.exports = {form: self._button(f"save_{form}", size="sm") for form in ("json", "md")}
 
