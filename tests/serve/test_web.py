@@ -328,7 +328,7 @@ def test_a_file_that_is_no_image_is_refused_with_its_name(visitor: Visitor, tmp_
 def test_the_interface_speaks_both_languages(visitor: Visitor) -> None:
     english, chinese = TEXTS["English"], TEXTS["中文"]
     visitor.page.get_by_label("中文").check()
-    for key in ("about", "send", "stop", "regenerate", "undo", "parameters"):
+    for key in ("about", "send", "stop", "regenerate", "undo", "parameters", "image", "question"):
         expect(visitor.page.get_by_text(chinese[key], exact=True).first).to_be_visible()
     visitor.page.click("#send")
     expect(visitor.page.get_by_text(chinese["no_question"])).to_be_visible()
@@ -417,6 +417,8 @@ def test_no_request_leaves_the_machine_and_the_page_fits_the_screen(
     hosts = {urlsplit(url).netloc for url in visitor.requests if url.startswith(("http", "ws"))}
     assert hosts == {urlsplit(address).netloc}
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= options["viewport"]["width"]
+    buttons = "[...document.querySelectorAll('button[id]')].filter((one) => one.scrollWidth > one.clientWidth).length"
+    assert visitor.page.evaluate(buttons) == 0
     visitor.context.close()
 
 

@@ -48,8 +48,8 @@ class _Layout:
             with gr.Column(scale=3, min_width=300):
                 self._add_conversation()
         rows = [[str(path), text] for path, text in examples]
-        shown = gr.Examples(rows, [self.image, self.question], label=TEXTS["English"]["examples"])
-        self.translated[shown.dataset] = {"label": "examples"}
+        self.examples = gr.Examples(rows, [self.image, self.question], label=TEXTS["English"]["examples"]).dataset
+        self.translated[self.examples] = {"label": "examples"}
 
     def _add(self, component: Callable[..., Any], options: dict[str, Any] | None = None, **texts: str) -> Any:
         """Add a component; ``texts`` are the keys of its translated properties."""
@@ -159,6 +159,7 @@ class _Layout:
         for component, texts in self.translated.items():
             properties: dict[str, Any] = {name: TEXTS[language][key] for name, key in texts.items()}
             updates[component] = gr.update(**properties)
+        updates[self.examples] |= {"headers": [TEXTS[language]["image"], TEXTS[language]["question"]]}
         return updates
 
 
