@@ -142,11 +142,11 @@ assert not {{"torch", "transformers", "PIL", "numpy", "gradio", "fastapi", "uvic
 
 
 WRONG_INPUTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "no picture": (("--image-file", "nothing.jpg"), "error: nothing.jpg: no such file"),
-    "not a picture": (("--image-file", "setup.py"), "error: setup.py: not a picture"),
+    "no image": (("--image-file", "nothing.jpg"), "error: nothing.jpg: no such file"),
+    "not an image": (("--image-file", "setup.py"), "error: setup.py: not a .+; use JPEG"),
     "an address": (
         ("--image-file", "http://127.0.0.1:9/x.jpg"),
-        "error: http://127.0.0.1:9/x.jpg: remote pictures are off",
+        "error: http://127.0.0.1:9/x.jpg: remote .+; download the file or pass --allow-remote",
     ),
     "no model": (("--model-path", "no/such"), "error: no/such: no such folder"),
     "no layout": (("--model-path", "tests"), "error: tests/config.json: no such file"),

@@ -41,13 +41,13 @@ EXTRAS: Final = {
         "safetensors",
         "sentencepiece",
         "torch",
-        "torchvision",
+        "tqdm",
         "transformers",
     ),
-    "train": ("datasets", "deepspeed", "matplotlib", "open_clip", "peft", "tensorboard", "tqdm", "yaml"),
+    "train": ("datasets", "deepspeed", "matplotlib", "open_clip", "peft", "tensorboard", "torchvision", "yaml"),
     "quantization": ("bitsandbytes",),
     "serve": ("fastapi", "gradio", "prometheus_client", "uvicorn"),
-    "export": ("gguf",),
+    "export": ("gguf", "jinja2"),
 }
 """The modules that each extra of setup.py installs; "" is the installation without extras."""
 
