@@ -459,6 +459,20 @@ def test_visitors_are_decoded_in_one_batch(scheduler: Scheduler, loaded: LoadedM
         assert chat.last_answer.text == Chat(loaded).ask(question, temperature=0, max_new_tokens=length)
 
 
+def test_the_next_turn_of_a_visitor_reuses_the_cache(scheduler: Scheduler, loaded: LoadedModel) -> None:
+    page, visitor, expected = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor"), Chat(loaded)
+    messages: list[web.Bubble] = []
+    for question in ("hello", "And now?"):
+        _, pending, _ = page.send(question, messages, "English", visitor)
+        *_, (messages, _) = page.answer(pending, 0, 1.0, 12, None, "English", visitor)
+        expected.ask(question, temperature=0, max_new_tokens=12)
+    chat = page.sessions.get("visitor").chat
+    assert chat.last_answer is not None
+    assert expected.last_answer is not None
+    assert chat.last_answer.cached_tokens == expected.last_answer.cached_tokens > 0
+    assert chat.num_cache_bytes > 0
+
+
 def test_a_visitor_who_leaves_frees_the_chat_only_after_its_last_step(scheduler: Scheduler) -> None:
     page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
     _, pending, _ = page.send("hello", [], "English", visitor)
