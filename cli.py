@@ -1,4 +1,4 @@
-"""Talk with Yi-VL about pictures in the terminal; /help lists the commands.
+"""Chat with Yi-VL about images in the terminal; /help lists the commands.
 
 python cli.py --image-file images/cats.jpg
 """
@@ -9,16 +9,16 @@ from yivl import command_line
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; model path, picture, temperature and length are those of the release."""
+    """Return the flags; model path, image, temperature and length have the defaults of the reference."""
     parser = command_line.make_parser(__doc__)
-    command_line.add_picture_flags(parser, "picture of the first question; /image shows more")
-    # top-p 0.8: the release's cli.py passes none, so its generation_config.json decides.
+    command_line.add_image_flags(parser, "image of the first question; /image adds more")
+    # top-p 0.8: the reference cli.py passes none, so generation_config.json decides.
     command_line.add_sampling_flags(parser, top_p=0.8, max_new_tokens=512)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Load, then talk."""
+    """Load the model, then chat."""
     arguments = parse_args()
     sampling, image = command_line.check_inputs(arguments)
     chat = command_line.load_chat(arguments)

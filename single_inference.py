@@ -1,4 +1,4 @@
-"""Ask one question about a picture.
+"""Ask one question about an image.
 
 python single_inference.py --image-file images/cats.jpg --question "What is in this image?"
 """
@@ -11,9 +11,9 @@ from yivl import command_line
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; those of the release keep their names and defaults."""
+    """Return the flags; those of the reference keep their names and defaults."""
     parser = command_line.make_parser(__doc__)
-    command_line.add_picture_flags(parser, "path (or address, see --allow-remote); none asks without one")
+    command_line.add_image_flags(parser, "path (or address, see --allow-remote); without it the question has no image")
     parser.add_argument("--question", default="Describe the picture in detail.", help="(default: %(default)s)")
     parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Load, ask, print in the release's format."""
+    """Load the model, ask, and print in the format of the reference."""
     arguments = parse_args()
     sampling, image = command_line.check_inputs(arguments)
     chat = command_line.load_chat(arguments)

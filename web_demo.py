@@ -1,4 +1,4 @@
-"""Talk with Yi-VL about pictures on a web page.
+"""Chat with Yi-VL about images on a web page.
 
 python web_demo.py --server-port 8111
 """
@@ -21,14 +21,14 @@ EXAMPLES = (
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; those of the release keep their names and defaults."""
+    """Return the flags; those of the reference keep their names and defaults."""
     from yivl.serve.limits import Limits
 
     parser = command_line.make_parser(__doc__)
     group = parser.add_argument_group("page")
-    group.add_argument("--server-name", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    group.add_argument("--server-name", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     group.add_argument("--server-port", type=int, default=8111, help="(default: %(default)s)")
-    group.add_argument("--share", action="store_true", help="make a public address, through gradio's server")
+    group.add_argument("--share", action="store_true", help="create a public link through gradio's server")
     group.add_argument("--inbrowser", action="store_true", help="open the page in a browser")
     group.add_argument("--cpu-only", action="store_true", help="the same as --device cpu")
     Limits.add_flags(parser, "web")
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Load, then serve the page until Ctrl-C."""
+    """Load the model, then serve the page until Ctrl-C."""
     arguments = parse_args()
 
     from yivl.serve.limits import Limits
@@ -47,10 +47,10 @@ def main() -> None:
     limits = Limits.from_flags(arguments)
     loaded = command_line.load(arguments)
 
-    from yivl.serve.web import build_page, launch
+    from yivl.serve.scheduler import Scheduler
+    from yivl.serve.web_layout import build_page, launch
 
-    blocks = build_page(loaded, limits, EXAMPLES)
-    logging.getLogger(__name__).info("http://%s:%d", arguments.server_name, arguments.server_port)
+    blocks = build_page(Scheduler(loaded, limits), limits, EXAMPLES)
     launch(
         blocks,
         limits,
@@ -59,6 +59,8 @@ def main() -> None:
         share=arguments.share,
         inbrowser=arguments.inbrowser,
     )
+    logging.getLogger(__name__).info("http://%s:%d", arguments.server_name, arguments.server_port)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measure how many tokens a second the API gives 1 client and 8 clients at once, of a randomly initialised Yi-VL.
+"""Measure the tokens per second of the API with 1 client and with 8 clients, for a randomly initialized Yi-VL.
 
 python scripts/benchmark_serving.py --shape medium --dtype bfloat16
 
-Both are measured in one run, in turns, over real HTTP; the ratio is what to compare. Every answer has --new-tokens
-tokens, for the weights are changed so that nothing ends an answer early.
+Both are measured alternately in one run over HTTP; compare the ratio. Every answer has --new-tokens tokens: the
+weights are changed so that no answer stops early.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     import uvicorn
 
     from yivl.checkpoint.loading import load_model
-    from yivl.serve.api import build_app
+    from yivl.serve.app import build_app
     from yivl.serve.limits import Limits
     from yivl.serve.scheduler import Scheduler
 
@@ -69,40 +69,38 @@ def main() -> None:
             "dtype": arguments.dtype,
             "new_tokens": arguments.new_tokens,
             "clients": arguments.clients,
-            "text": measure(url, arguments, with_picture=False),
-            "picture": measure(url, arguments, with_picture=True),
+            "text": measure(url, arguments, with_image=False),
+            "image": measure(url, arguments, with_image=True),
         }
     print(json.dumps(rounded(results), indent=2))
 
 
-def measure(url: str, arguments: argparse.Namespace, *, with_picture: bool) -> dict[str, float]:
+def measure(url: str, arguments: argparse.Namespace, *, with_image: bool) -> dict[str, float]:
     """Return tokens per second of one client and of several, medians, and their ratio."""
-    ask(url, "warm up", 4, with_picture)
+    ask(url, "warm up", 4, with_image)
     alone, together = [], []
     for _ in range(arguments.repeats):
-        alone.append(tokens_per_second(url, 1, arguments.new_tokens, with_picture))
-        together.append(tokens_per_second(url, arguments.clients, arguments.new_tokens, with_picture))
+        alone.append(tokens_per_second(url, 1, arguments.new_tokens, with_image))
+        together.append(tokens_per_second(url, arguments.clients, arguments.new_tokens, with_image))
     one, several = statistics.median(alone), statistics.median(together)
     return {"one_client": one, "several_clients": several, "ratio": several / one}
 
 
-def tokens_per_second(url: str, clients: int, new_tokens: int, with_picture: bool) -> float:
-    """Return the rate at which so many clients together get their answers, from the first request to the last byte."""
+def tokens_per_second(url: str, clients: int, new_tokens: int, with_image: bool) -> float:
+    """Return the rate of all clients together, from the first request to the last byte."""
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        tokens = list(
-            pool.map(lambda number: ask(url, f"Question {number}?", new_tokens, with_picture), range(clients))
-        )
+        tokens = list(pool.map(lambda number: ask(url, f"Question {number}?", new_tokens, with_image), range(clients)))
     return sum(tokens) / (time.perf_counter() - start)
 
 
-def ask(url: str, question: str, new_tokens: int, with_picture: bool) -> int:
-    """Ask and return how many tokens came."""
+def ask(url: str, question: str, new_tokens: int, with_image: bool) -> int:
+    """Ask and return the number of generated tokens."""
     import httpx
 
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if with_picture:
-        # Bytes behind the end of a JPEG change nothing but what the server knows the picture by: each is encoded anew.
+    if with_image:
+        # Bytes after the end of a JPEG only change its digest, so that the server encodes every image.
         photo = (GOLDEN / "images/photo_rgb.jpg").read_bytes() + secrets.token_bytes(8)
         data = base64.b64encode(photo).decode()
         content.append({"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}})

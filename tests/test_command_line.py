@@ -1,5 +1,6 @@
-"""The entry scripts as a person runs them: output, exit codes, one line for every mistake."""
+"""The entry scripts as a user runs them: output, exit codes, one line for every user-facing error."""
 
+import errno
 import io
 import json
 import logging
@@ -7,11 +8,11 @@ import os
 import pty
 import re
 import runpy
-import select
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def expected(loaded: LoadedModel) -> str:
 
 
 @pytest.mark.parametrize("extra", [(), ("--stream",)])
-def test_single_inference_prints_in_the_format_of_the_release(extra: tuple[str, ...], expected: str) -> None:
+def test_single_inference_prints_in_the_format_of_the_reference(extra: tuple[str, ...], expected: str) -> None:
     flags = ("--image-file", str(PHOTO), "--question", QUESTION, "--conv-mode", "mm_default", "--num_beams", "1")
     result = run("single_inference.py", *MODEL, *flags, "--top_p", "1.0", *ANSWER, *extra)
     assert result.returncode == 0, result.stderr
@@ -120,28 +121,32 @@ def test_eight_bits_answer_quietly() -> None:
     assert re.search(r"^outputs: .+$", result.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("script", ["single_inference.py", "cli.py", "scripts/convert.py"])
-def test_help_is_instant_because_nothing_heavy_is_imported(script: str) -> None:
+@pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
+@pytest.mark.parametrize(
+    "program", ["single_inference.py", "cli.py", "web_demo.py", "scripts/convert.py", "yivl.serve.api"]
+)
+def test_flags_are_parsed_before_anything_heavy_is_imported(program: str, flag: str) -> None:
+    run = "run_path" if program.endswith(".py") else "run_module"
     code = f"""
 import runpy, sys
-sys.argv = ["{script}", "--help"]
+sys.argv = ["program", "{flag}"]
 try:
-    runpy.run_path("{script}", run_name="__main__")
+    runpy.{run}("{program}", run_name="__main__")
 except SystemExit as leave:
-    assert leave.code == 0
-assert not {{"torch", "transformers", "PIL"}} & set(sys.modules)
+    assert leave.code == (0 if "{flag}" == "--help" else 2)
+assert not {{"torch", "transformers", "PIL", "numpy", "gradio", "fastapi", "uvicorn"}} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "usage:" in result.stdout
+    assert "usage:" in result.stdout + result.stderr
 
 
-MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "no picture": (("--image-file", "nothing.jpg"), "error: nothing.jpg: no such file"),
-    "not a picture": (("--image-file", "setup.py"), "error: setup.py: not a picture"),
+WRONG_INPUTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "no image": (("--image-file", "nothing.jpg"), "error: nothing.jpg: no such file"),
+    "not an image": (("--image-file", "setup.py"), "error: setup.py: not a .+; use JPEG"),
     "an address": (
         ("--image-file", "http://127.0.0.1:9/x.jpg"),
-        "error: http://127.0.0.1:9/x.jpg: remote pictures are off",
+        "error: http://127.0.0.1:9/x.jpg: remote .+; download the file or pass --allow-remote",
     ),
     "no model": (("--model-path", "no/such"), "error: no/such: no such folder"),
     "no layout": (("--model-path", "tests"), "error: tests/config.json: no such file"),
@@ -168,18 +173,18 @@ def run_inside(
     return int(str(caught.value.code)), captured.out, captured.err
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_clear_line_and_exit_code_2(
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_input_is_one_line_and_exit_code_2(
     case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    arguments, message = MISTAKES[case]
+    arguments, message = WRONG_INPUTS[case]
     code, out, err = run_inside(monkeypatch, capsys, *MODEL, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.match(message, err)
 
 
-def test_a_mistake_looks_the_same_from_outside() -> None:
+def test_wrong_input_is_one_line_on_stderr_of_the_process() -> None:
     result = run("single_inference.py", *MODEL, "--image-file", "nothing.jpg")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: nothing.jpg: no such file\n"
@@ -196,20 +201,94 @@ def test_wrong_usage_is_exit_code_2(
     assert "usage:" in err
 
 
-def test_a_lack_of_memory_is_one_clear_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def raising(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "not enough memory; ",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "output: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), "out/a: No space left on device"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "output: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/out"), "/root/out: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/mnt/out"), "/mnt/out: Read-only file system"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "setup.py/a"), "setup.py/a: Not a directory"),
+        (ModuleNotFoundError("No module named 'gguf'", name="gguf"), "gguf is not installed for "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_user_facing_error_is_one_line(
+    error: BaseException, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from yivl import command_line
-
-    def fail() -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(sys, "argv", ["program", "--output_dir=setup.py/a/b", "x"])
     with pytest.raises(SystemExit) as caught:
-        command_line.run(fail)
+        command_line.run(raising(error))
     assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith("error: not enough memory")
-    with pytest.raises(RuntimeError, match="another bug"):
-        command_line.run(lambda: (_ for _ in ()).throw(RuntimeError("another bug")))
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {line}")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a bug"),
+        OSError("a bug"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/usr/lib/library/table.json"),
+        IsADirectoryError(errno.EISDIR, "Is a directory", "/usr/lib/library"),
+        ConnectionError("a bug"),
+        OSError(errno.EBADF, "Bad file descriptor"),
+        ModuleNotFoundError("No module named 'yivl.nothing'", name="yivl.nothing"),
+        ModuleNotFoundError("No module named 'library'", name="library"),
+        ModuleNotFoundError("No module named 'torch.nothing'", name="torch.nothing"),
+    ],
+    ids=str,
+)
+def test_a_bug_keeps_its_traceback(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "--output_dir=out/a"])
+    with pytest.raises(type(error)) as caught:
+        command_line.run(raising(error))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("module", "fix"),
+    [
+        ("bitsandbytes", "pip install 'yivl[quantization]'"),
+        ("deepspeed", "pip install 'yivl[train]'"),
+        ("gradio", "pip install 'yivl[serve]'"),
+        ("gguf", "pip install 'yivl[export]'"),
+        ("torch", "run ./scripts/setup.sh"),
+    ],
+)
+def test_a_missing_dependency_names_the_extra_that_installs_it(
+    module: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command_line.require(module)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(YiVLError, match=re.escape(fix)):
+        command_line.require(module)
+
+
+def test_the_extras_are_the_requirements() -> None:
+    required = {
+        re.split("[<>=]", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    }
+    distributions = metadata.packages_distributions()
+    modules = [module for modules in command_line.EXTRAS.values() for module in modules]
+    provided = {name.lower().replace("_", "-") for module in modules for name in distributions[module]}
+    assert required <= provided
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
@@ -240,7 +319,7 @@ def test_text_in_another_encoding_is_no_traceback() -> None:
     assert result.stdout.count(b"Assistant:") == 2
 
 
-def test_a_full_disk_is_one_clear_line() -> None:
+def test_a_full_disk_is_one_line() -> None:
     command = f"{sys.executable} single_inference.py --model-path {CHECKPOINT} --stream --max-new-tokens 5 > /dev/full"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
@@ -287,7 +366,7 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
         f"saved 2 turns to {saved}",
         "temperature=1.5 top_p=0.8 top_k=3 num_beams=1 repetition_penalty=1.0 max_new_tokens=12 seed=7\n",
         "max_new_tokens=12 seed=None\n",
-        "a new conversation, without pictures",
+        "a new conversation, without images",
         "error: unknown parameter colour",
         "error: top_k=many: expected a number",
         "error: top_p=9.0; expected above 0 and at most 1",
@@ -326,15 +405,23 @@ class PseudoTerminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
-        """Read until the text appears after what was waited for before."""
-        deadline = time.monotonic() + timeout
+    def wait_for(self, text: str) -> None:
+        """Read until the text appears after what was waited for before; at its end the program closes the terminal."""
         while text not in self.screen:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.screen!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
-                raw = os.read(self.master, 65536).decode(errors="replace")
-                self.screen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw)
+            self._read()
         self.screen = self.screen.split(text, 1)[1]
+
+    def wait_for_more(self) -> None:
+        """Read until anything is printed after what was waited for before."""
+        while not self.screen:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            raw = os.read(self.master, 65536).decode(errors="replace")
+        except OSError as error:  # Linux reports the end of a terminal as an input error
+            raise AssertionError(f"the program has ended: {self.screen!r}") from error
+        self.screen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw)
 
 
 @pytest.fixture
@@ -358,7 +445,7 @@ def test_cli_in_a_terminal_stops_an_answer_with_ctrl_c_and_leaves_with_ctrl_d(ta
         terminal.wait_for("Human:")
         terminal.type("你好\r")
         terminal.wait_for("Assistant: ")
-        time.sleep(0.3)
+        terminal.wait_for_more()
         terminal.type("\x03")
         terminal.wait_for("[stopped]")
         terminal.wait_for("Human:")
@@ -373,13 +460,13 @@ def test_cli_in_a_terminal_stops_an_answer_with_ctrl_c_and_leaves_with_ctrl_d(ta
         terminal.wait_for("Human:")
         terminal.type("\x04")
         terminal.wait_for("exit...")
-        assert terminal.process.wait(timeout=30) == 0
+        assert terminal.process.wait() == 0
     finally:
         if terminal.process.poll() is None:
             terminal.process.send_signal(signal.SIGKILL)
 
 
-def test_ctrl_c_while_a_picture_is_read_does_not_leave(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_an_image_is_encoded_does_not_exit(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     lines, output = iter(["hello", "/exit now"]), io.StringIO()
     chat = Chat(loaded)
 

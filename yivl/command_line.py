@@ -1,10 +1,12 @@
-"""What the entry scripts share: flags, loading, and one clear line for every mistake of the user.
+"""Flags, model loading and error handling shared by all programs.
 
-Only the standard library is imported at the top, so that ``--help`` answers at once.
+Only the standard library is imported at module level: ``--help`` and wrong flags must not wait for PyTorch.
 """
 
 import argparse
 import dataclasses
+import errno
+import importlib.util
 import io
 import logging
 import os
@@ -12,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,14 +25,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RELEASED_MODEL = "01-ai/Yi-VL-6B"
-"""Source: 01-ai/Yi, VL/single_inference.py, whose default it is."""
+"""Hub id. Source: 01-ai/Yi, VL/single_inference.py, the default of ``--model-path``."""
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "assets" / "yi-vl-tiny")
-"""The small model in the package, which knows a small world of drawn pictures (docs/tiny.md)."""
+"""The small model in the package, trained on drawn images (docs/tiny.md)."""
+
+EXTRAS: Final = {
+    "": (
+        "PIL",
+        "accelerate",
+        "google",
+        "huggingface_hub",
+        "numpy",
+        "prompt_toolkit",
+        "safetensors",
+        "sentencepiece",
+        "torch",
+        "tqdm",
+        "transformers",
+    ),
+    "train": ("datasets", "deepspeed", "matplotlib", "open_clip", "peft", "tensorboard", "torchvision", "yaml"),
+    "quantization": ("bitsandbytes",),
+    "serve": ("fastapi", "gradio", "prometheus_client", "uvicorn"),
+    "export": ("gguf", "jinja2"),
+}
+"""The modules that each extra of setup.py installs; "" is the installation without extras."""
+
+# Errors of the system that a message alone explains. The others may come from a bug and keep their traceback.
+_NO_PERMISSION: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+_WRONG_PATH: Final = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the model flags; abbreviations are off, so every spelling means one thing."""
+    """Return a parser with the model flags and without abbreviations of flags."""
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,16 +66,16 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> None:
-    """Add the flags that ``load`` reads; the model is the small one of the package where it need not be named."""
+    """Add the flags that ``load`` reads; without ``must_name_model`` the default is the small model."""
     group = parser.add_argument_group("model")
-    kinds = "checkpoint folder in the published layout, LoRA adapter folder, or hub id"
+    kinds = "checkpoint folder in the Yi-VL format, LoRA adapter folder, or hub id"
     group.add_argument(
         "--model-path",
         default=None if must_name_model else EMBEDDED_MODEL,
         required=must_name_model,
         help=kinds if must_name_model else f"{kinds} (default: the small model in the package)",
     )
-    group.add_argument("--model-base", help="checkpoint a LoRA adapter in --model-path goes on")
+    group.add_argument("--model-base", help="checkpoint that the LoRA adapter in --model-path was trained from")
     group.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N (default: all GPUs, MPS or CPU)")
     group.add_argument(
         "--dtype",
@@ -67,14 +94,14 @@ def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = 
     )
 
 
-def add_picture_flags(parser: argparse.ArgumentParser, about: str) -> None:
-    """Add the flags for a picture of the first question, with ``about`` as the help of ``--image-file``."""
+def add_image_flags(parser: argparse.ArgumentParser, about: str) -> None:
+    """Add the flags for the image of the first question; ``about`` is the help of ``--image-file``."""
     parser.add_argument("--image-file", "--image", help=about)
-    parser.add_argument("--allow-remote", action="store_true", help="accept http(s) addresses as pictures")
+    parser.add_argument("--allow-remote", action="store_true", help="accept http(s) addresses as images")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, top_p: float, max_new_tokens: int) -> None:
-    """Add the sampling flags; the defaults that differ between the release's scripts are given."""
+    """Add the sampling flags, with the defaults that differ between the reference scripts."""
     group = parser.add_argument_group("answer")
     group.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
     group.add_argument(
@@ -90,10 +117,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, top_p: float, max_new
 
 
 def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image | None"]:
-    """Return the fields of ``Sampling`` and the picture, so that a mistake in them costs no model load.
+    """Return the fields of ``Sampling`` and the image; call it before ``load``, which takes longer to fail.
 
     Raises:
-        YiVLError: If a value is out of range or the picture cannot be used.
+        YiVLError: If a value is out of range or the image cannot be used.
     """
     from yivl.image_processing import load_image
     from yivl.inference.sampling import Sampling
@@ -106,12 +133,18 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image 
 
 
 def load(arguments: argparse.Namespace) -> "LoadedModel":
-    """Load the model that the flags describe."""
+    """Return the model of the flags.
+
+    Raises:
+        YiVLError: If it cannot be loaded.
+    """
+    if arguments.load_4bit or arguments.load_8bit:
+        require("bitsandbytes")
     log_to_stderr()
     if arguments.model_path == EMBEDDED_MODEL:
         logger.info(
-            "this is the small model of the package, which knows only drawn pictures like images/cats.jpg; "
-            "the released one: --model-path %s",
+            "this is the small model of the package, which knows only drawn images like images/cats.jpg; "
+            "for the released model: --model-path %s",
             RELEASED_MODEL,
         )
 
@@ -129,7 +162,7 @@ def load(arguments: argparse.Namespace) -> "LoadedModel":
 
 
 def load_chat(arguments: argparse.Namespace) -> "Chat":
-    """Load the model that the flags describe and start a conversation with it."""
+    """Return a new conversation with the model of the flags."""
     loaded = load(arguments)
 
     from yivl.inference.chat import Chat
@@ -138,7 +171,7 @@ def load_chat(arguments: argparse.Namespace) -> "Chat":
 
 
 def log_to_stderr() -> None:
-    """Show our own log lines, and of the libraries only errors; progress bars only in a terminal."""
+    """Log to stderr: of libraries only errors, and progress bars only in a terminal."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -164,11 +197,11 @@ def log_to_stderr() -> None:
 def run(
     main: Callable[[], None], *, less_memory: str = "try --load-4bit, a smaller checkpoint, or --device cpu"
 ) -> None:
-    """Run an entry point: a mistake of the user is one line on stderr and exit code 2, no memory or disk is 1.
+    """Run a program: a user-facing error is one line on stderr; exit code 2 for wrong input, 1 for lack of resources.
 
     Args:
         main: The program.
-        less_memory: What to do where the memory is too small.
+        less_memory: What to do if memory runs out.
     """
     from yivl.errors import YiVLError
 
@@ -182,23 +215,67 @@ def run(
         _fail(str(error), 2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has left; there is nobody to tell.
+    except BrokenPipeError:  # the reader of our output has left: Python must not write to it again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a full disk, a folder that may not be written
-        _fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
-    except ModuleNotFoundError as error:
-        _fail(f"{error}; run ./scripts/setup.sh and then .venv/bin/python instead of {sys.executable}", 1)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        message = _explain(error)
+        if is_out_of_memory(error):
+            message = f"not enough memory; {less_memory}"
+        if message is None:
             raise
-        _fail(f"not enough memory; {less_memory}", 1)
+        _fail(message, 1)
+
+
+def require(module: str) -> None:
+    """Check that an optional module is installed.
+
+    Raises:
+        YiVLError: If it is not; names the extra that installs it.
+    """
+    from yivl.errors import YiVLError
+
+    if message := _missing(module):
+        raise YiVLError(message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell a lack of memory from other errors; PyTorch's CPU allocator has no exception type of its own."""
+    """Return whether memory ran out; PyTorch's CPU allocator has no exception type for it."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _explain(error: Exception) -> str | None:
+    """Return one line about an error that is not a bug: a full disk, a path of the user, a missing extra."""
+    if isinstance(error, ModuleNotFoundError):
+        return _missing(str(error.name))
+    filename = getattr(error, "filename", None)
+    if "No space left on device" in str(error):  # safetensors has an exception of its own
+        return f"{filename or 'output'}: No space left on device"
+    if not isinstance(error, OSError) or not isinstance(filename, str | os.PathLike):
+        return None
+    if error.errno in _NO_PERMISSION or (error.errno in _WRONG_PATH and _is_argument(Path(filename))):
+        return f"{filename}: {error.strerror}"
+    return None
+
+
+def _is_argument(file: Path) -> bool:
+    """Return whether the command line names a file, a folder it is in, or a file below it."""
+    values = [value for argument in sys.argv[1:] for value in (argument, argument.partition("=")[2]) if value]
+    paths = [Path(os.path.abspath(os.path.expanduser(value))) for value in values]
+    file = Path(os.path.abspath(file))
+    return any(file.is_relative_to(path) or path.is_relative_to(file) for path in paths)
+
+
+def _missing(module: str) -> str | None:
+    """Return how to install a dependency of ours, or ``None`` if it is installed or not ours."""
+    package = module.partition(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if package in modules), None)
+    if extra is None or importlib.util.find_spec(package) is not None:
+        return None
+    fix = f"pip install 'yivl[{extra}]'" if extra else "run ./scripts/setup.sh, then use .venv/bin/python"
+    return f"{package} is not installed for {sys.executable}; {fix}"
 
 
 def _fail(message: str, code: int) -> None:

@@ -5,13 +5,15 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
-from support.golden import CHECKPOINT, GOLDEN
-from support.serving import data_url, user
+from support.golden import CHECKPOINT, GOLDEN, ROOT
+from support.serving import data_url, free_port, user, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.checkpoint.saving import save_checkpoint
 from yivl.inference.chat import Chat, GenerationState
-from yivl.serve.api import build_app
+from yivl.serve.app import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Overloaded, Request, Scheduler
 
@@ -61,13 +64,8 @@ class Server:
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60, **options)
 
-    def idle(self) -> bool:
-        """Wait until nothing is being generated."""
-        for _ in range(200):
-            if not self.scheduler.num_running + self.scheduler.num_waiting:
-                return True
-            time.sleep(0.05)
-        return False
+    def wait_until_idle(self) -> None:
+        wait_until(lambda: not self.scheduler.num_running + self.scheduler.num_waiting)
 
 
 @contextmanager
@@ -83,8 +81,7 @@ def serving(loaded: LoadedModel, limits: Limits = LIMITS, key: str = "secret") -
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started or not thread.is_alive())
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield Server(f"http://127.0.0.1:{port}", key, scheduler, server)
@@ -233,7 +230,7 @@ def test_everything_but_health_needs_the_key(api: Server, path: str, header: str
         ({"messages": [user("a"), {"role": "system", "content": "b"}, user("c")]}, 400, None, "alternate"),
         ({"messages": [{"role": "system", "content": "b"}]}, 400, None, "alternate"),
         ({"messages": [user("word " * 5000)]}, 400, "messages", "the context has 4096"),
-        ({"messages": [user("a", *["data:image/png;base64,AAAA"] * 4)]}, 400, None, "at most 3 pictures"),
+        ({"messages": [user("a", *["data:image/png;base64,AAAA"] * 4)]}, 400, None, "at most 3 images"),
     ],
 )
 def test_what_is_not_supported_is_said(
@@ -257,21 +254,33 @@ def test_what_is_not_supported_is_said(
         ("https://example.org/a.png", "must be a data: URL"),
         ("data:text/plain;base64,AAAA", "must be a data: URL"),
         ("data:image/png,AAAA", "must be a data: URL"),
-        ("data:image/png;base64,??", "no valid base64"),
-        (data_url(b"nonsense"), "not a picture that can be read"),
-        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a picture that can be read"),
-        (data_url(b""), "not a picture that can be read"),
+        ("data:image/png;base64,??", "not valid base64"),
+        (data_url(b"nonsense"), "; use JPEG, PNG, WebP, BMP or TIFF"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "; use JPEG, PNG, WebP, BMP or TIFF"),
+        (data_url(b""), "; use JPEG, PNG, WebP, BMP or TIFF"),
         (data_url(PHOTO.read_bytes()[:2_000]), "damaged or truncated"),
         (data_url(png(40_000, 30_000)), "pixels"),
         (data_url(png(3_000, 10)), "more than 1,000 pixels on a side"),
         (data_url(b"x" * 300_000), "at most 200,000 bytes"),
     ],
 )
-def test_bad_pictures_are_refused_without_a_word_about_the_server(api: Server, url: str, message: str) -> None:
+def test_bad_images_are_refused_with_an_error_that_reveals_nothing_of_the_server(
+    api: Server, url: str, message: str
+) -> None:
     response = api.post({"model": "checkpoint", "messages": [user("hi", url)], **GREEDY})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
     assert "0x" not in response.text
+
+
+def test_the_scheme_of_the_key_is_case_insensitive(api: Server) -> None:
+    """RFC 9110, section 11.1."""
+    assert httpx.get(f"{api.url}/v1/models", headers={"Authorization": f"bearer {api.key}"}).status_code == 200
+
+
+def test_the_key_is_checked_before_the_body_is_read(api: Server) -> None:
+    response = httpx.post(f"{api.url}/v1/chat/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert response.status_code == 401
 
 
 def test_requests_that_are_no_requests(api: Server) -> None:
@@ -299,10 +308,10 @@ def test_a_client_that_leaves_stops_its_answer(talkative: LoadedModel) -> None:
         url, headers = f"{server.url}/v1/chat/completions", {"Authorization": f"Bearer {server.key}"}
         with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60) as stream:
             next(stream.iter_lines())
-        assert server.idle()
+        server.wait_until_idle()
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body | {"n": 4}, headers=headers, timeout=0.5)
-        assert server.idle()
+        server.wait_until_idle()
         assert server.post(body | {"max_tokens": 2}).status_code == 200
         assert "yivl_completion_tokens_total 2.0" in metrics(server)  # only that of the last one was finished
 
@@ -318,15 +327,17 @@ def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(talkative: Lo
     ended = threading.Event()
 
     def request(max_new_tokens: int) -> Request:
+        cancelled = threading.Event()
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
         return Request(
-            (), [[]], "hello", sampling, lambda event: ended.set() if isinstance(event, GenerationState) else None
+            begin=partial(Chat(talkative).begin, "hello", stop_event=cancelled, **sampling),
+            on_event=lambda event: ended.set() if isinstance(event, GenerationState) else None,
+            cancelled=cancelled,
         )
 
     running = request(2000)
     scheduler.submit([running])
-    while not scheduler.num_running:
-        time.sleep(0.01)
+    wait_until(lambda: scheduler.num_running)
     left = [request(5), request(5)]
     scheduler.submit(left)
     assert scheduler.is_full
@@ -344,11 +355,9 @@ def test_a_full_queue_and_a_slow_answer_are_said(talkative: LoadedModel) -> None
     body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 2000}
     with serving(talkative, Limits(max_queue=1, max_batch=1)) as server, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(server.post, body | {"max_tokens": 1000})]
-        while not server.scheduler.num_running:
-            time.sleep(0.01)
+        wait_until(lambda: server.scheduler.num_running)
         answers.append(pool.submit(server.post, body | {"max_tokens": 2}))
-        while not server.scheduler.num_waiting:
-            time.sleep(0.01)
+        wait_until(lambda: server.scheduler.num_waiting)
         full = server.post(body)
         assert full.status_code == 429
         assert int(full.headers["retry-after"]) > 0
@@ -360,7 +369,7 @@ def test_a_full_queue_and_a_slow_answer_are_said(talkative: LoadedModel) -> None
         streamed = server.post({**body, "n": 4, "stream": True})
         assert streamed.status_code in (200, 504)
         assert "took too long" in streamed.text
-        assert server.idle()
+        server.wait_until_idle()
 
 
 def test_a_stopped_server_finishes_its_streams(api_model: LoadedModel) -> None:
@@ -376,6 +385,31 @@ def test_a_stopped_server_finishes_its_streams(api_model: LoadedModel) -> None:
             rest = list(lines)
     assert "data: [DONE]" in rest
     assert server.scheduler.num_running == 0
+
+
+@pytest.mark.slow
+def test_a_terminated_server_finishes_its_streams(talkative: LoadedModel, tmp_path: Path) -> None:
+    folder, port = tmp_path / "checkpoint", free_port()
+    processor = talkative.image_processor.clip_processor
+    save_checkpoint(talkative.model, folder, tokenizer=talkative.tokenizer, image_processor=processor)
+    command = [sys.executable, "-m", "yivl.serve.api", "--model-path", str(folder), "--port", str(port)]
+    body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 1000, "stream": True}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: process.poll() is not None or answers_health(port))
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.terminate()
+            rest = list(lines)
+    assert "data: [DONE]" in rest
+
+
+def answers_health(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def test_a_lack_of_memory_is_said_and_the_server_goes_on(
@@ -400,18 +434,18 @@ def test_a_lack_of_memory_is_said_and_the_server_goes_on(
 
 def test_many_clients_get_their_own_answers(api: Server, loaded: LoadedModel) -> None:
     """Good and bad requests at once: nothing hangs, leaks or is mixed up."""
-    pictures = [None, PHOTO, WIDE]
-    cases = [(question, picture) for question in QUESTIONS for picture in pictures]
+    images = [None, PHOTO, WIDE]
+    cases = [(question, image) for question in QUESTIONS for image in images]
     expected = {
         case: Chat(loaded).ask(case[0], case[1], temperature=0, max_new_tokens=3 + number)
         for number, case in enumerate(cases)
     }
-    urls = {picture: data_url(picture.read_bytes()) for picture in (PHOTO, WIDE)}
+    urls = {image: data_url(image.read_bytes()) for image in (PHOTO, WIDE)}
 
     def ask(number: int) -> None:
         index = number % len(cases)
-        question, picture = cases[index]
-        message = user(question, *([urls[picture]] if picture else []))
+        question, image = cases[index]
+        message = user(question, *([urls[image]] if image else []))
         body = {"model": "checkpoint", "messages": [message], "temperature": 0, "max_tokens": 3 + index}
         if number % 5 == 0:
             bad: list[dict[str, Any]] = [
@@ -431,14 +465,14 @@ def test_many_clients_get_their_own_answers(api: Server, loaded: LoadedModel) ->
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(ask, range(200)))
-    assert api.idle()
+    api.wait_until_idle()
 
 
 def test_the_log_holds_nothing_that_clients_wrote(api: Server, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         api.post({"model": "checkpoint", "messages": [user("my private question")], **GREEDY})
         api.post({"model": "private", "messages": [user("my private question")], "private": 1})
-    lines = [record.getMessage() for record in caplog.records if record.name == "yivl.serve.api"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "yivl.serve.metrics"]
     assert any(json.loads(line)["event"] == "answer" for line in lines)
     assert "private" not in caplog.text
 

@@ -1,4 +1,4 @@
-"""Addresses of pictures: what a client may make the server reach for."""
+"""Addresses of images: what a client may make the server reach for."""
 
 import http.server
 import socket
@@ -17,7 +17,7 @@ MEGABYTE = 2**20
 
 
 class _Host(http.server.BaseHTTPRequestHandler):
-    """A host with a picture, and with ways to go wrong."""
+    """A host with an image, and with ways to go wrong."""
 
     asked: list[str] = []  # noqa: RUF012 (of one test; the fixture empties it)
 
@@ -39,7 +39,7 @@ class _Host(http.server.BaseHTTPRequestHandler):
             for _ in range(100):
                 time.sleep(0.1)
                 self.wfile.write(b"x")
-        elif name == "picture":
+        elif name == "image":
             self.send_response(200)
             self.send_header("Content-Length", "5")
             self.end_headers()
@@ -78,10 +78,10 @@ def _no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", resolve_ipv4)
 
 
-def test_a_picture_of_a_listed_host_is_fetched(host: str) -> None:
-    assert local(host).fetch(f"http://{host}/picture") == b"bytes"
-    assert local(host).fetch(f"HTTP://LOCALHOST:{host.split(':')[1]}/to?/picture") == b"bytes"
-    assert _Host.asked[0] == f"{host}/picture"
+def test_an_image_of_a_listed_host_is_fetched(host: str) -> None:
+    assert local(host).fetch(f"http://{host}/image") == b"bytes"
+    assert local(host).fetch(f"HTTP://LOCALHOST:{host.split(':')[1]}/to?/image") == b"bytes"
+    assert _Host.asked[0] == f"{host}/image"
 
 
 @pytest.mark.parametrize(
@@ -106,22 +106,22 @@ def test_addresses_that_are(address: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "http://other.example/picture",
-        "http://{host}.other.example/picture",
-        "http://localhost/picture",  # another port
-        "ftp://{host}/picture",
+        "http://other.example/image",
+        "http://{host}.other.example/image",
+        "http://localhost/image",  # another port
+        "ftp://{host}/image",
         "file:///etc/passwd",
-        "http:///picture",
-        "http://user@{host}/picture",
-        "http://other.example@{host}/picture",
-        "http://{host}\\@other.example/picture",
-        "http://other.example\\@{host}/picture",
+        "http:///image",
+        "http://user@{host}/image",
+        "http://other.example@{host}/image",
+        "http://{host}\\@other.example/image",
+        "http://other.example\\@{host}/image",
         "http://{host}/a b",
         "http://{host}/a\nb",
         "http://{host}/a\tb",
-        "http://ⓛocalhost/picture",
-        "http://localhost:99999/picture",
-        "http://[::1/picture",
+        "http://ⓛocalhost/image",
+        "http://localhost:99999/image",
+        "http://[::1/image",
     ],
 )
 def test_other_addresses_are_refused_before_anything_is_asked(url: str, host: str) -> None:
@@ -132,7 +132,7 @@ def test_other_addresses_are_refused_before_anything_is_asked(url: str, host: st
 
 def test_a_listed_name_that_points_inside_is_refused(host: str) -> None:
     with pytest.raises(ImageError, match="cannot be fetched"):
-        Fetcher([host], MEGABYTE).fetch(f"http://{host}/picture")
+        Fetcher([host], MEGABYTE).fetch(f"http://{host}/image")
     assert _Host.asked == []
 
 
@@ -141,7 +141,7 @@ def test_a_name_of_which_one_address_points_inside_is_refused(host: str, monkeyp
         socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("8.8.8.8", 80)), (0, 0, 0, "", ("127.0.0.1", 80))]
     )
     with pytest.raises(ImageError, match="cannot be fetched"):
-        Fetcher(["somewhere.example"], MEGABYTE).fetch("http://somewhere.example/picture")
+        Fetcher(["somewhere.example"], MEGABYTE).fetch("http://somewhere.example/image")
 
 
 def test_a_name_is_resolved_once_and_that_address_is_used(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +160,10 @@ def test_a_name_is_resolved_once_and_that_address_is_used(host: str, monkeypatch
         lambda where, **options: connected.append(where) or _connect(where, options["timeout"]),
     )
     fetcher = Fetcher([f"name.example:{port}"], MEGABYTE, is_allowed=lambda _: True)
-    assert fetcher.fetch(f"http://name.example:{port}/picture") == b"bytes"
+    assert fetcher.fetch(f"http://name.example:{port}/image") == b"bytes"
     assert asked == ["name.example"]
     assert connected == [("127.0.0.1", port)]
-    assert _Host.asked == [f"name.example:{port}/picture"]
+    assert _Host.asked == [f"name.example:{port}/image"]
 
 
 def _connect(where: tuple[str, int], timeout: float) -> socket.socket:
@@ -174,7 +174,7 @@ def _connect(where: tuple[str, int], timeout: float) -> socket.socket:
 
 
 @pytest.mark.parametrize(
-    "target", ["http://other.example/picture", "file:///etc/passwd", "//other.example/", "/to?/to?/to?/to?/picture"]
+    "target", ["http://other.example/image", "file:///etc/passwd", "//other.example/", "/to?/to?/to?/to?/image"]
 )
 def test_redirects_are_looked_at_anew_and_counted(target: str, host: str) -> None:
     with pytest.raises(ImageError):
@@ -190,7 +190,7 @@ def test_size_and_time_have_limits_and_errors_say_nothing(host: str) -> None:
             local(host, max_seconds=1.0).fetch(f"http://{host}/{name}")
         assert time.monotonic() - begun < 5
         said.add(str(caught.value))
-    assert said == {"the picture at this address cannot be fetched"}
+    assert said == {"the image at this address cannot be fetched"}
 
 
 def test_https_asks_for_a_certificate_of_the_name(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,5 +201,5 @@ def test_https_asks_for_a_certificate_of_the_name(host: str, monkeypatch: pytest
         return stream
 
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap)
-    assert local(host).fetch(f"https://{host}/picture") == b"bytes"
+    assert local(host).fetch(f"https://{host}/image") == b"bytes"
     assert names == [("localhost", True, ssl.CERT_REQUIRED)]

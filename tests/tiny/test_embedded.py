@@ -19,9 +19,9 @@ from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.command_line import EMBEDDED_MODEL
 from yivl.inference.chat import Chat
 from yivl.inference.engine import answer_batch
-from yivl.serve.api import build_app
+from yivl.serve.app import build_app
 from yivl.serve.limits import Limits
-from yivl.serve.scheduler import Engine
+from yivl.serve.scheduler import Scheduler
 from yivl.serve.web import Page
 from yivl.tiny.world.drawing import draw
 from yivl.tiny.world.exam import EXAM_KINDS, examine
@@ -81,16 +81,17 @@ def test_all_ways_to_ask_give_the_same_answer(small: LoadedModel) -> None:
     talk = [sys.executable, "cli.py", *flags]
     talked = subprocess.run(talk, cwd=ROOT, input=f"{PUBLISHED}\n", capture_output=True, text=True, check=True)
     assert f"Assistant: {expected}\n" in talked.stdout
-    page, request = Page(small, Limits()), SimpleNamespace(session_hash="visitor")
+    scheduler = Scheduler(small, Limits())
+    page, request = Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
     upload = Path(get_upload_folder()) / "cats.jpg"
     upload.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(CATS, upload)
-    page.show_picture({"path": str(upload)}, request)
-    _, question, _ = page.take(PUBLISHED, [], "English", request)
+    page.show_image({"path": str(upload)}, request)
+    _, question, _ = page.send(PUBLISHED, [], "English", request)
     *_, (messages, _) = page.answer(question, 0, 1.0, 512, None, "English", request)
     assert messages[-1]["content"] == expected
     body = {"model": small.name, "messages": [user(PUBLISHED, data_url(CATS.read_bytes()))], "temperature": 0}
-    with TestClient(build_app(Engine(small, Limits()), Limits())) as client:
+    with TestClient(build_app(scheduler, Limits())) as client:
         answered = client.post("/v1/chat/completions", json=body).json()
     assert answered["choices"][0]["message"]["content"] == expected
 

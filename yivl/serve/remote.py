@@ -1,7 +1,7 @@
-"""Pictures from addresses, fetched so that a client cannot make the server reach for what is not meant for it.
+"""Images from http(s) addresses, fetched without exposing the server's network to clients (SSRF).
 
-A host must be on the list, all its addresses must be public, the connection goes to the address that was checked, and
-every redirect is looked at anew.
+The host must be listed, all its addresses must be public, the connection uses the address that was checked, and every
+redirect is checked again.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from yivl.errors import ImageError
 
 _MAX_REDIRECTS: Final = 3
 _PORTS: Final = {"http": 80, "https": 443}
-_LOCAL: Final = ("::/96", "64:ff9b:1::/48")  # IPv4 addresses in old dress, and NAT64 of local use
+_LOCAL: Final = ("::/96", "64:ff9b:1::/48")  # IPv4-compatible addresses, and local-use NAT64
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the public internet, also behind the notations that embed another."""
+    """Return whether an IP address is public, including addresses that embed an IPv4 address."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
@@ -40,12 +40,12 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches pictures from a list of hosts.
+    """Fetches images from a list of hosts.
 
     Args:
-        hosts: Names that may be asked, each with ``:port`` if it is not that of its scheme; an empty list allows none.
-        max_bytes: Of a picture.
-        max_seconds: In all.
+        hosts: Allowed names, with ``:port`` unless it is the default of the scheme; an empty list allows none.
+        max_bytes: Of an image.
+        max_seconds: Of a fetch, redirects included.
         is_allowed: Whether an IP address may be connected to.
     """
 
@@ -58,7 +58,7 @@ class Fetcher:
         """Return the bytes at an http(s) address.
 
         Raises:
-            ImageError: If it is not allowed or cannot be fetched; with the same words whatever lies there.
+            ImageError: If it is not allowed or cannot be fetched; the message does not reveal what the address serves.
         """
         deadline = time.monotonic() + self.max_seconds
         for _ in range(_MAX_REDIRECTS + 1):
@@ -66,33 +66,33 @@ class Fetcher:
             try:
                 status, location, data = self._get(parts, deadline)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                raise ImageError("the picture at this address cannot be fetched") from error
+                raise ImageError("the image at this address cannot be fetched") from error
             if status == 200:
                 return data
             if status not in _REDIRECTS or not location:
                 break
             address = urljoin(address, location)
-        raise ImageError("the picture at this address cannot be fetched")
+        raise ImageError("the image at this address cannot be fetched")
 
     def _checked(self, address: str) -> SplitResult:
         """Return the parts of an address whose scheme and host are allowed."""
-        # What parsers disagree about is refused before any of them looks.
+        # Characters that URL parsers treat differently are refused before parsing.
         if not address.isascii() or not address.isprintable() or set(address) & set(" \\"):
-            raise ImageError("the address of a picture may hold only ASCII, and no spaces or backslashes")
+            raise ImageError("the address of an image may hold only ASCII, and no spaces or backslashes")
         try:
             parts = urlsplit(address)
             port = parts.port
         except ValueError as error:
-            raise ImageError("this is not an address") from error
+            raise ImageError("the address of an image is not valid") from error
         if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
-            raise ImageError("the address of a picture must begin with http:// or https:// and name a host, no user")
+            raise ImageError("the address of an image must begin with http:// or https:// and name a host, no user")
         name = parts.hostname if port in (None, _PORTS[parts.scheme]) else f"{parts.hostname}:{port}"
         if name not in {allowed.lower() for allowed in self.hosts}:
-            raise ImageError("pictures may not be fetched from this host")
+            raise ImageError("images may not be fetched from this host")
         return parts
 
     def _get(self, parts: SplitResult, deadline: float) -> tuple[int, str | None, bytes]:
-        """Return status, where a redirect leads, and the body, from a connection to a checked address."""
+        """Return status, redirect location and body, over a connection to a checked address."""
         assert parts.hostname
         port = parts.port or _PORTS[parts.scheme]
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
@@ -101,7 +101,7 @@ class Fetcher:
             raise ValueError("not a public address")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, port)
-        # A host that drips header bytes would start every timeout of the socket anew.
+        # A host that sends its headers byte by byte would restart the timeout of the socket each time.
         timer = threading.Timer(_left(deadline), lambda: _shut(connection.sock))
         timer.start()
         try:
@@ -125,17 +125,17 @@ class Fetcher:
 
 
 def _shut(stream: socket.socket | None) -> None:
-    """End a connection from another thread: whoever reads from it gets an error or the end."""
+    """End a connection from another thread; a blocked read returns."""
     if stream is not None:
         with contextlib.suppress(OSError):
             stream.shutdown(socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:
-    """Return the seconds that are left.
+    """Return the remaining seconds.
 
     Raises:
-        TimeoutError: If there are none.
+        TimeoutError: If none remain.
     """
     seconds = deadline - time.monotonic()
     if seconds <= 0:

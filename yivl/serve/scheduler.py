@@ -1,76 +1,60 @@
-"""One thread that answers the requests of all clients together.
-
-Requests wait in order. Between two steps of the batch those that fit join it; answers go back through callbacks.
-"""
+"""The one thread that owns an ``Engine``: the API and the page queue requests here and are answered in one batch."""
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.command_line import is_out_of_memory
-from yivl.constants import SYSTEM_PROMPT
-from yivl.conversation import Turn
 from yivl.errors import YiVLError
-from yivl.inference.chat import Chat, EncodedImage, GenerationState
+from yivl.inference.chat import GenerationState
 from yivl.inference.engine import Engine
 from yivl.serve.limits import Limits
 
 logger = logging.getLogger(__name__)
 
+Event = str | GenerationState | Exception
+"""A piece of text; or, as the last event of a request, the finished state or an error."""
 
-class Overloaded(Exception):  # noqa: N818 (no mistake of anybody)
+
+class Overloaded(Exception):  # noqa: N818 (a state of the server, not a fault)
     """The queue is full, or the server is shutting down."""
 
 
-@dataclass(frozen=True, eq=False)
-class SentImage:
-    """A picture of a request."""
-
-    pixel_values: torch.Tensor
-    """``(3, image_size, image_size)``: what waits is small, however large the picture was."""
-    digest: bytes
-    """Of the bytes it came as: the same picture is encoded once."""
+class Cancelled(Exception):  # noqa: N818 (what the client asked for)
+    """The request was cancelled while it was queued."""
 
 
 @dataclass(eq=False)
 class Request:
-    """A conversation that waits for its next answer."""
+    """A question to be answered. All callables run in the scheduler's thread."""
 
-    turns: Sequence[Turn]
-    """Answered turns, oldest first."""
-    images: Sequence[Sequence[SentImage]]
-    """Of each of these turns, and of the question."""
-    question: str
-    sampling: dict[str, Any]
-    tell: Callable[[str | GenerationState | Exception], None]
-    """Gets pieces of text, then the finished reply or an error. Called in the scheduler's thread; must not block."""
-    system: str = SYSTEM_PROMPT
-    stops: Sequence[str] = ()
+    begin: Callable[[], GenerationState]
+    """Encodes the images and returns the state, from ``Chat.begin`` or ``Chat.begin_edit``."""
+    on_event: Callable[[Event], None]
+    """Receives the events; must not block."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set it when nobody wants the answer any more."""
+    """Set it to end the answer; pass the same event to ``Chat.begin``."""
+    finish: Callable[[GenerationState], None] | None = None
+    """``Chat.finish`` of a chat that continues: called with the finished state before the state is delivered."""
 
 
 class Scheduler:
-    """Answers requests with one model, several at once.
+    """Answers requests with one model, several in one batch.
 
     Args:
-        loaded: The model, which no other thread may use.
-        limits: How many requests are answered at once, and how many may wait.
+        loaded: The model; no other thread may use it.
+        limits: The batch size and the length of the queue.
     """
 
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self.loaded = loaded
         self._limits = limits
-        self._waiting: deque[Request] = deque()
+        self._queue: deque[Request] = deque()
         self._running: list[tuple[Request, GenerationState]] = []
-        self._batch = Engine(loaded)
-        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
+        self._engine = Engine(loaded)
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -78,36 +62,33 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that no step has answered yet."""
-        return len(self._waiting)
+        """Queued requests, without the cancelled ones."""
+        return sum(not request.cancelled.is_set() for request in list(self._queue))
 
     @property
     def num_running(self) -> int:
-        """Answers that are being generated."""
+        """Requests in the batch."""
         return len(self._running)
 
     @property
     def is_full(self) -> bool:
         """Whether a request would be refused now."""
-        return (
-            self._is_closed or sum(not one.cancelled.is_set() for one in list(self._waiting)) >= self._limits.max_queue
-        )
+        return self._is_closed or self.num_waiting >= self._limits.max_queue
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests, all or none.
+        """Queue all requests or none.
 
         Raises:
             Overloaded: If they do not fit, or the scheduler is closed.
         """
         with self._changed:
-            self._waiting = deque(request for request in self._waiting if not request.cancelled.is_set())
-            if self._is_closed or len(self._waiting) + len(requests) > self._limits.max_queue:
+            if self._is_closed or self.num_waiting + len(requests) > self._limits.max_queue:
                 raise Overloaded
-            self._waiting += requests
+            self._queue += requests
             self._changed.notify()
 
     def close(self) -> None:
-        """End all answers, refuse all requests, and wait for the thread."""
+        """Fail all requests with ``Overloaded`` and wait for the thread."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -116,66 +97,57 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or self._waiting or self._running)
+                self._changed.wait_for(lambda: self._is_closed or self._queue or self._running)
                 if self._is_closed:
                     break
+                cancelled = [request for request in self._queue if request.cancelled.is_set()]
+                self._queue = deque(request for request in self._queue if request not in cancelled)
                 free = self._limits.max_batch - len(self._running)
-                joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+                joining = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+            for request in cancelled:
+                self._fail(request, Cancelled())
             for request in joining:
                 self._join(request)
             try:
-                self._deliver(self._batch.step())
+                self._deliver(self._engine.step())
             except Exception as error:
-                self._fail_all(error)
-        self._fail_all(Overloaded())
-        for request in self._waiting:
-            request.tell(Overloaded())
-        self._waiting.clear()
+                self._fail_batch(error)
+        self._fail_batch(Overloaded())
+        for request in self._queue:
+            request.on_event(Overloaded())
+        self._queue.clear()
 
     def _join(self, request: Request) -> None:
-        """Compute the prompt of a request; what is wrong with it concerns nobody else."""
-        if request.cancelled.is_set():
-            return
+        """Prefill the prompt of one request; an error here does not affect the others."""
         try:
-            reply = self._begin(request)
-            self._running.append((request, reply))
-            self._deliver(self._batch.add([reply]))
+            if request.cancelled.is_set():
+                raise Cancelled
+            state = request.begin()
+            self._running.append((request, state))
+            self._deliver(self._engine.add([state]))
         except Exception as error:
             self._running = [pair for pair in self._running if pair[0] is not request]
-            self._report(request, error)
-
-    def _begin(self, request: Request) -> GenerationState:
-        chat = Chat(self.loaded, system=request.system)
-        *earlier, shown = [[self._encode(chat, image) for image in group] for group in request.images]
-        chat.restore(request.turns, earlier)
-        return chat.begin(
-            request.question, shown, stop_event=request.cancelled, stops=request.stops, **request.sampling
-        )
-
-    def _encode(self, chat: Chat, sent: SentImage) -> EncodedImage:
-        encoded = self._images.pop(sent.digest, None) or chat.encode(sent.pixel_values)
-        self._images[sent.digest] = encoded
-        while len(self._images) > self._limits.max_encoded_images:
-            self._images.popitem(last=False)
-        return encoded
+            self._fail(request, error)
 
     def _deliver(self, pieces: Sequence[tuple[GenerationState, str]]) -> None:
-        texts = {id(reply): text for reply, text in pieces}
-        for request, reply in list(self._running):
-            if text := texts.get(id(reply)):
-                request.tell(text)
-            if reply.finish_reason:
-                self._running.remove((request, reply))
-                request.tell(reply)
+        texts = {id(state): text for state, text in pieces}
+        for request, state in list(self._running):
+            if text := texts.get(id(state)):
+                request.on_event(text)
+            if state.finish_reason:
+                self._running.remove((request, state))
+                if request.finish is not None:
+                    request.finish(state)
+                request.on_event(state)
 
-    def _fail_all(self, error: Exception) -> None:
-        self._batch.clear()
+    def _fail_batch(self, error: Exception) -> None:
+        self._engine.clear()
         failed, self._running = self._running, []
         for request, _ in failed:
-            self._report(request, error)
+            self._fail(request, error)
 
-    def _report(self, request: Request, error: Exception) -> None:
-        if not isinstance(error, YiVLError | Overloaded):
-            # The traceback holds no text of the request; a lack of memory is expected to happen.
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not isinstance(error, YiVLError | Overloaded | Cancelled):
+            # The traceback holds no text of the request; out of memory is expected under load.
             logger.error("an answer failed", exc_info=None if is_out_of_memory(error) else error)
-        request.tell(error)
+        request.on_event(error)

@@ -1,4 +1,4 @@
-"""Requests and responses of the OpenAI-style API, as far as it goes; whatever else a request holds is an error."""
+"""Requests and responses of the OpenAI-compatible API; unknown fields of a request are errors."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from yivl.inference.chat import FinishReason
 
-# OpenAI has no word for an answer that was cut off because nobody waits for it.
+# OpenAI has no finish reason for a cancelled answer.
 FINISH_REASONS: dict[FinishReason, Literal["stop", "length"]] = {
     "stop": "stop",
     "length": "length",
@@ -19,21 +19,21 @@ class _Strict(BaseModel):
 
 
 class TextPart(_Strict):
-    """A piece of text."""
+    """A text part."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageURL(_Strict):
-    """Where a picture is."""
+    """The address of an image."""
 
-    url: str = Field(description="data:image/...;base64,..., or an address where the server allows its host")
-    detail: Literal["auto", "low", "high"] = Field("auto", description="without effect: Yi-VL has one resolution")
+    url: str = Field(description="data:image/...;base64,..., or an address whose host the server allows")
+    detail: Literal["auto", "low", "high"] = Field("auto", description="no effect: Yi-VL has one resolution")
 
 
 class ImagePart(_Strict):
-    """A picture."""
+    """An image part."""
 
     type: Literal["image_url"]
     image_url: ImageURL
@@ -44,19 +44,19 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class SystemMessage(_Strict):
-    """Replaces the system message of the release; only the first message can be one."""
+    """The first message, in place of the default system message."""
 
     role: Literal["system", "developer"]
     content: str | list[TextPart]
-    name: str | None = Field(None, description="without effect")
+    name: str | None = Field(None, description="no effect")
 
 
 class UserMessage(_Strict):
-    """A question; its pictures are shown before its text, in their order."""
+    """A question; its images come before its text in the prompt."""
 
     role: Literal["user"]
     content: str | list[Part]
-    name: str | None = Field(None, description="without effect")
+    name: str | None = Field(None, description="no effect")
 
 
 class AssistantMessage(_Strict):
@@ -64,7 +64,7 @@ class AssistantMessage(_Strict):
 
     role: Literal["assistant"]
     content: str | list[TextPart]
-    name: str | None = Field(None, description="without effect")
+    name: str | None = Field(None, description="no effect")
     refusal: None = None
 
 
@@ -72,13 +72,13 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 
 
 class StreamOptions(_Strict):
-    """What a stream holds beside the answer."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class ResponseFormat(_Strict):
-    """Only plain text."""
+    """The only format: plain text."""
 
     type: Literal["text"]
 
@@ -101,12 +101,12 @@ class ChatRequest(_Strict):
     frequency_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = Field(None, description="without effect")
+    user: str | None = Field(None, description="no effect")
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_the_default(cls, fields: Any) -> Any:
-        """Some clients send ``null`` for what they do not set."""
+        """Drop fields that are ``null``: some clients send it for what they do not set."""
         return (
             {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
         )
@@ -130,7 +130,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """What a request took. Patches of pictures count as tokens, for they take a position each."""
+    """Token counts; each image patch counts as a prompt token."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -138,7 +138,7 @@ class Usage(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole answer."""
+    """The body of a response without streaming."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -148,35 +148,8 @@ class Completion(BaseModel):
     usage: Usage
 
 
-class Delta(BaseModel):
-    """What a piece of a stream adds to an answer."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    """The same for one of ``n`` answers."""
-
-    index: int
-    delta: Delta
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class Chunk(BaseModel):
-    """A piece of a stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
 class ModelCard(BaseModel):
-    """A model that can be asked."""
+    """The model of the server."""
 
     id: str
     object: Literal["model"] = "model"
@@ -185,20 +158,20 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them: one."""
+    """The list of that model."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
-    """That the server is there."""
+    """The body of ``/health``."""
 
     status: Literal["ok"] = "ok"
 
 
 class ErrorBody(BaseModel):
-    """What went wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -207,6 +180,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """OpenAI's form of an error."""
+    """The body of an error response."""
 
     error: ErrorBody

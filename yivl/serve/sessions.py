@@ -1,4 +1,4 @@
-"""The conversations of a page's visitors: one each, as many as there is room for."""
+"""The conversations of the page's visitors, bounded in number and in memory."""
 
 import threading
 from collections import OrderedDict
@@ -11,36 +11,36 @@ from yivl.serve.limits import Limits
 
 @dataclass
 class Session:
-    """One visitor."""
+    """The conversation of one visitor."""
 
     chat: Chat
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held by whoever uses the chat."""
-    stop: threading.Event = field(default_factory=threading.Event)
-    """Ends the answer that is being generated or waits."""
-    picture: ImageInput | None = None
-    """For the next question."""
+    """Held while the chat is in use, also by the scheduler on behalf of a callback."""
+    stop_event: threading.Event = field(default_factory=threading.Event)
+    """Ends the answer that is generated or queued."""
+    image: ImageInput | None = None
+    """Of the next question."""
 
-    def begin(self) -> threading.Event:
-        """Return a fresh event that ends the next answer, after ending the one before."""
-        self.stop.set()
-        self.stop = threading.Event()
-        return self.stop
+    def restart_stop_event(self) -> threading.Event:
+        """End the current answer and return the event of the next one."""
+        self.stop_event.set()
+        self.stop_event = threading.Event()
+        return self.stop_event
 
-    def start_anew(self, picture: ImageInput | None) -> None:
-        """Forget the conversation; the next one is about ``picture``."""
-        self.stop.set()
+    def restart(self, image: ImageInput | None) -> None:
+        """Start a new conversation, whose first question is about ``image``."""
+        self.stop_event.set()
         with self.lock:
             self.chat.reset()
-            self.picture = picture
+            self.image = image
 
 
 class Sessions:
-    """Conversations by the key of their visitor; those that were not used for longest go first.
+    """Sessions by the key of their visitor; the least recently used are dropped first.
 
     Args:
-        loaded: The model of all of them.
-        limits: Of their number, and of the memory of their caches.
+        loaded: The model, shared by all.
+        limits: The number of sessions and the bytes of their KV caches.
     """
 
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
@@ -53,17 +53,17 @@ class Sessions:
         return len(self._sessions)
 
     def get(self, key: str) -> Session:
-        """Return the visitor's conversation, an empty one if there is none (any more)."""
+        """Return the visitor's session, an empty one if there is none."""
         with self._lock:
             session = self._sessions.pop(key, None) or Session(Chat(self._loaded))
             self._sessions[key] = session
             while len(self._sessions) > self._limits.max_sessions:
                 _, oldest = self._sessions.popitem(last=False)
-                oldest.stop.set()
+                oldest.stop_event.set()
             return session
 
     def trim(self) -> None:
-        """Free caches until what is left fits; conversations stay, and compute anew what they need."""
+        """Free KV caches until the rest fits; the conversations stay, and their next turn re-computes the cache."""
         with self._lock:
             sessions = list(self._sessions.values())
         total = sum(session.chat.num_cache_bytes for session in sessions)
@@ -80,4 +80,4 @@ class Sessions:
         with self._lock:
             session = self._sessions.pop(key, None)
         if session is not None:
-            session.stop.set()
+            session.stop_event.set()

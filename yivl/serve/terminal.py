@@ -1,4 +1,4 @@
-"""The terminal chat: lines of text and a ``Chat`` in, a printed dialogue out."""
+"""The chat in a terminal or a pipe: it reads lines and prints the dialogue."""
 
 import os
 import sys
@@ -17,26 +17,26 @@ from yivl.inference.sampling import Sampling
 from yivl.serve.transcript import as_json
 
 HELP = """\
-/image PATH   show a picture with the next question
-/clear        forget the conversation and its pictures
+/image PATH   add an image to the next question
+/clear        start a new conversation without images
 /retry        answer the last question again
 /save FILE    write the conversation as JSON
-/system TEXT  set the system message and start anew; without TEXT, print it
-/params       print the sampling parameters; /params temperature=0.7 top_p=0.9 sets some, seed=none frees it
-/help         this text
-/exit         leave (so does Ctrl-D)
-A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, not the program."""
+/system TEXT  start a new conversation with this system message; without TEXT, print it
+/params       print the sampling parameters; /params temperature=0.7 seed=1 sets some, seed=none unsets the seed
+/help         print this text
+/exit         exit (as Ctrl-D does)
+A line that ends with \\ continues in the next one. Ctrl-C stops an answer, not the program."""
 
 
 class Terminal:
-    """One person at a terminal or a pipe.
+    """The loop of questions, commands and answers.
 
     Args:
         chat: The conversation.
-        sampling: Fields of ``Sampling`` to start with.
-        image: ImageInput of the first question.
+        sampling: The initial fields of ``Sampling``.
+        image: The image of the first question.
         read_line: Returns the next line for a prompt; raises ``EOFError`` at the end.
-        output: Where the dialogue goes.
+        output: Receives the dialogue.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Terminal:
         self.output = output or sys.stdout
 
     def run(self) -> None:
-        """Talk until ``/exit`` or the end of the input."""
+        """Answer questions until ``/exit`` or the end of the input."""
         while True:
             try:
                 line = self._read()
@@ -65,7 +65,7 @@ class Terminal:
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._ask(line)
-            except KeyboardInterrupt:  # at the prompt, or while a picture is being read
+            except KeyboardInterrupt:  # at the prompt, or while an image is encoded
                 self._print()
             except EOFError:
                 break
@@ -83,7 +83,7 @@ class Terminal:
 
     def _ask(self, question: str) -> None:
         pieces = self.chat.stream(question, self.pending_images, **self.sampling)
-        self.pending_images = []  # not before: a question that fails keeps its picture
+        self.pending_images = []  # not before: a question that fails keeps its images
         self._show(pieces)
 
     def _show(self, pieces: Generator[str, None, None]) -> None:
@@ -122,7 +122,7 @@ class Terminal:
     def _clear(self, _: str) -> None:
         self.chat.reset()
         self.pending_images = []
-        self._print("a new conversation, without pictures")
+        self._print("a new conversation, without images")
 
     def _retry(self, _: str) -> None:
         self._show(self.chat.retry(**self.sampling))
@@ -163,7 +163,7 @@ class Terminal:
 
 
 def make_reader() -> Callable[[str], str]:
-    """Return a line editor with history in a terminal, and a plain reader that echoes the questions in a pipe."""
+    """Return a line editor with history in a terminal, or in a pipe a reader that echoes the questions."""
     if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import InMemoryHistory
@@ -174,7 +174,7 @@ def make_reader() -> Callable[[str], str]:
     def read(prompt: str) -> str:
         if sys.stdin is None:
             raise EOFError
-        if sys.stdin.isatty():  # only the output is redirected: the person still needs a prompt
+        if sys.stdin.isatty():  # only the output is redirected: the user still needs a prompt
             sys.stderr.write(prompt)
             sys.stderr.flush()
         line = sys.stdin.readline()

@@ -1,4 +1,4 @@
-"""A conversation as a file."""
+"""A conversation as the text of a file."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from yivl.inference.chat import Chat
 
 
 def as_json(chat: Chat, sampling: Mapping[str, Any]) -> str:
-    """Return model, system message, sampling parameters and turns."""
+    """Return model, system message, sampling parameters and turns as JSON."""
     conversation = {
         "model": chat.loaded.name,
         "system": chat.system,
@@ -21,10 +21,10 @@ def as_json(chat: Chat, sampling: Mapping[str, Any]) -> str:
 
 
 def as_markdown(chat: Chat, sampling: Mapping[str, Any]) -> str:
-    """Return the same for people to read; what was said is quoted line by line, so that none of it is markup."""
+    """Return model, sampling parameters and turns as Markdown, the texts indented so that nothing in them is markup."""
     lines = [f"# {chat.loaded.name}", "", ", ".join(f"{name} {value}" for name, value in sampling.items()), ""]
     for turn in chat.turns:
-        pictures = f" ({turn.num_images} pictures)" if turn.num_images else ""
-        for role, text in ((f"{HUMAN}{pictures}", turn.question), (ASSISTANT, turn.answer or "")):
+        images = f" ({turn.num_images} images)" if turn.num_images else ""
+        for role, text in ((f"{HUMAN}{images}", turn.question), (ASSISTANT, turn.answer or "")):
             lines += [f"**{role}**", "", *(f"    {line}" for line in text.split("\n")), ""]
     return "\n".join(lines)

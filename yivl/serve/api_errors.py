@@ -1,0 +1,83 @@
+"""Exceptions to OpenAI's form of an error; a message reveals nothing about the inside of the server."""
+
+from typing import Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from yivl.command_line import is_out_of_memory
+from yivl.errors import ContextLengthError, ImageError, YiVLError
+from yivl.serve.scheduler import Overloaded
+from yivl.serve.schema import ErrorBody, ErrorResponse
+
+_INVALID: Final = "invalid_request_error"
+_TYPES: Final = dict.fromkeys((400, 404, 405, 413, 415), _INVALID) | {
+    401: "authentication_error",
+    429: "rate_limit_error",
+}
+_HEADERS: Final = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}}
+
+
+class APIError(Exception):
+    """An error response."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorBody(message=message, type=_TYPES.get(status, "server_error"), param=param, code=code)
+
+    def response(self) -> Response:
+        """Return the HTTP response."""
+        return JSONResponse(ErrorResponse(error=self.body).model_dump(), self.status, headers=_HEADERS.get(self.status))
+
+
+def as_api_error(error: Exception) -> APIError:
+    """Return the response to an exception of any kind."""
+    match error:
+        case APIError():
+            return error
+        case ContextLengthError():
+            return APIError(400, str(error), code="context_length_exceeded", param="messages")
+        case ImageError():
+            return APIError(400, str(error), code="invalid_image", param="messages")
+        case YiVLError():
+            return APIError(400, str(error))
+        case Overloaded():
+            return APIError(429, "too many requests are waiting; try again in a while", code="overloaded")
+        case TimeoutError():
+            return APIError(504, "the answer took too long; ask for fewer tokens", code="timeout")
+    if is_out_of_memory(error):
+        return APIError(503, "not enough memory for this request; try again, or ask with less", code="out_of_memory")
+    return APIError(500, "the server failed to answer")
+
+
+def http_error(status: int) -> APIError:
+    """Return the error of a status that no handler of ours explains."""
+    texts = {404: "there is nothing here", 405: "not with this method", 413: "the request is too large"}
+    return APIError(status, texts.get(status, "the request cannot be read"))
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception in OpenAI's form."""
+
+    async def respond(_: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, str) or part.isidentifier())
+        unknown = first["type"] == "extra_forbidden"
+        message = "this parameter is not supported" if unknown else str(first["msg"])
+        return APIError(400, f"{place}: {message}" if place else message, param=place or None).response()
+
+    async def respond_to_status(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return http_error(error.status_code).response()
+
+    for kind in (APIError, YiVLError, Overloaded, TimeoutError, Exception):
+        app.add_exception_handler(kind, respond)
+    app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(HTTPException, respond_to_status)

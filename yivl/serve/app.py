@@ -1,0 +1,108 @@
+"""The FastAPI application of the API: its paths, in OpenAI's form."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import lru_cache, partial
+from typing import Any, Final
+
+import anyio
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from yivl.inference.chat import Chat
+from yivl.serve.api_errors import APIError, add_error_handlers
+from yivl.serve.completions import Exchange
+from yivl.serve.guard import Guard
+from yivl.serve.limits import Limits
+from yivl.serve.messages import read_messages
+from yivl.serve.metrics import Metrics
+from yivl.serve.remote import Fetcher
+from yivl.serve.scheduler import Overloaded, Scheduler
+from yivl.serve.schema import ChatRequest, Completion, ErrorResponse, Health, ModelCard, ModelList
+
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+}
+_UNAUTHORIZED: Final[dict[int | str, dict[str, Any]]] = {401: _ERRORS[401]}
+_STREAM: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The answer; with `stream`, its pieces as server-sent events",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
+def build_app(
+    scheduler: Scheduler, limits: Limits, *, api_key: str | None = None, remote_hosts: tuple[str, ...] = ()
+) -> FastAPI:
+    """Return the API of a running scheduler; closing the application closes the scheduler.
+
+    Args:
+        scheduler: Generates the answers.
+        limits: Of requests.
+        api_key: The bearer token that clients must send, or ``None``.
+        remote_hosts: Hosts that images may be fetched from.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(scheduler.close)
+
+    app = FastAPI(
+        title="yivl",
+        description="Chat completions with images, in OpenAI's form.",
+        lifespan=lifespan,
+        openapi_url="/openapi.json",
+        docs_url=None,  # these pages would load scripts from other hosts
+        redoc_url=None,
+    )
+    metrics, name, started = Metrics(scheduler), scheduler.loaded.name, int(time.time())
+    app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
+    add_error_handlers(app)
+    chat = Chat(scheduler.loaded)
+    encode = lru_cache(limits.max_encoded_images)(lambda image: chat.encode(image.pixel_values))
+    read = partial(
+        read_messages,
+        limits=limits,
+        fetcher=Fetcher(remote_hosts, limits.max_image_bytes),
+        image_processor=scheduler.loaded.image_processor,
+    )
+    readers = anyio.CapacityLimiter(limits.max_batch)
+
+    @app.get("/health")
+    async def health() -> Health:
+        """Report that the server is up."""
+        return Health()
+
+    @app.get("/metrics", responses=_UNAUTHORIZED)
+    async def show_metrics() -> Response:
+        """Return metrics in Prometheus' text format."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", responses=_UNAUTHORIZED)
+    async def models() -> ModelList:
+        """List the one model."""
+        return ModelList(data=[ModelCard(id=name, created=started, owned_by="yivl")])
+
+    @app.post("/v1/chat/completions", response_model=Completion, responses=_ERRORS | _STREAM)
+    async def complete(body: ChatRequest, request: Request) -> Any:
+        """Answer the last message of a conversation."""
+        if body.model != name:
+            message = f"there is no such model; this server has {name}"
+            raise APIError(404, message, code="model_not_found", param="model")
+        if body.n > limits.max_choices:
+            raise APIError(400, f"n is at most {limits.max_choices}", param="n")
+        if scheduler.is_full:
+            raise Overloaded
+        deadline = asyncio.get_running_loop().time() + limits.max_seconds
+        exchange = Exchange(body, limits, scheduler, deadline, metrics)
+        async with asyncio.timeout_at(deadline):
+            conversation = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
+        exchange.submit(conversation, encode)
+        return await (exchange.stream(request) if body.stream else exchange.complete(request))
+
+    return app

@@ -1,0 +1,221 @@
+"""The answers to one API request, from the scheduler's thread to a JSON body or a stream of server-sent events."""
+
+import asyncio
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from fastapi import Request, Response
+from fastapi.sse import EventSourceResponse, format_sse_event
+
+from yivl.inference.chat import EncodedImage, GenerationState
+from yivl.serve import scheduler as serving
+from yivl.serve.api_errors import APIError, as_api_error
+from yivl.serve.limits import Limits
+from yivl.serve.messages import Conversation, SentImage
+from yivl.serve.metrics import Metrics, log
+from yivl.serve.scheduler import Scheduler
+from yivl.serve.schema import (
+    FINISH_REASONS,
+    AnswerMessage,
+    ChatRequest,
+    Choice,
+    Completion,
+    ErrorResponse,
+    Usage,
+)
+
+T = TypeVar("T")
+
+_DEFAULT_TOKENS: Final = 1024  # of an answer. Source: 01-ai/Yi, VL/single_inference.py
+
+
+class Exchange:
+    """One request and its ``n`` answers.
+
+    Args:
+        body: The request.
+        limits: Of the request.
+        scheduler: Generates the answers.
+        deadline: When the request times out, on the clock of the event loop.
+        metrics: Counts the finished answers.
+    """
+
+    def __init__(
+        self, body: ChatRequest, limits: Limits, scheduler: Scheduler, deadline: float, metrics: Metrics
+    ) -> None:
+        self._body = body
+        self._scheduler = scheduler
+        self._deadline = deadline
+        self._metrics = metrics
+        self._sampling = [_sampling(body, limits, index) for index in range(body.n)]
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, serving.Event]] = asyncio.Queue()
+        self._cancelled = threading.Event()
+
+    def submit(self, conversation: Conversation, encode: Callable[[SentImage], EncodedImage]) -> None:
+        """Queue the request ``n`` times.
+
+        Raises:
+            Overloaded: If the queue is full.
+        """
+        stops = [self._body.stop] if isinstance(self._body.stop, str) else self._body.stop or []
+        begin = partial(
+            conversation.begin, self._scheduler.loaded, encode, [stop for stop in stops if stop], self._cancelled
+        )
+        self._scheduler.submit(
+            [
+                serving.Request(partial(begin, sampling), partial(self._put, index), self._cancelled)
+                for index, sampling in enumerate(self._sampling)
+            ]
+        )
+
+    async def complete(self, request: Request) -> Completion:
+        """Return all answers once they are finished."""
+
+        async def collect() -> dict[int, GenerationState]:
+            return {index: event async for index, event in self._answers() if isinstance(event, GenerationState)}
+
+        states = await self._unless_disconnected(collect(), request)
+        choices = [
+            Choice(
+                index=index,
+                message=AnswerMessage(content=state.text),
+                finish_reason=FINISH_REASONS[state.finish_reason or "length"],
+            )
+            for index, state in sorted(states.items())
+        ]
+        usage = self._usage(list(states.values()))
+        return Completion(id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage)
+
+    async def stream(self, request: Request) -> Response:
+        """Return the stream; it begins with the first event, so that an error before it has a status of its own."""
+        answers = self._answers()
+        first = await self._unless_disconnected(anext(answers), request)
+        # FastAPI's response, not sse-starlette's: that one cuts off running streams on SIGTERM, and importing it
+        # patches uvicorn.
+        return EventSourceResponse(self._chunks(first, answers), headers={"Cache-Control": "no-cache"})
+
+    async def _chunks(
+        self, event: tuple[int, str | GenerationState] | None, answers: AsyncIterator[tuple[int, str | GenerationState]]
+    ) -> AsyncIterator[bytes]:
+        states: list[GenerationState] = []
+        options = self._body.stream_options
+        # With include_usage every chunk has the field, and only an additional last one a value.
+        usage: dict[str, Any] = {"usage": None} if options is not None and options.include_usage else {}
+
+        def chunk(index: int, delta: dict[str, str], state: GenerationState | None = None) -> bytes:
+            reason = FINISH_REASONS[state.finish_reason or "length"] if state else None
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+            return _event(self._chunk | {"choices": [choice]} | usage)
+
+        try:
+            for index in range(self._body.n):
+                yield chunk(index, {"role": "assistant", "content": ""})
+            while event is not None:
+                index, piece = event
+                if isinstance(piece, GenerationState):
+                    states.append(piece)
+                    yield chunk(index, {}, piece)
+                else:
+                    yield chunk(index, {"content": piece})
+                event = await anext(answers, None)
+            counts = self._usage(states)
+            if usage:
+                yield _event(self._chunk | {"choices": [], "usage": counts.model_dump()})
+            yield format_sse_event(data_str="[DONE]")
+        except APIError as error:
+            yield _event(ErrorResponse(error=error.body).model_dump())
+        finally:
+            self._cancelled.set()
+
+    @property
+    def _chunk(self) -> dict[str, Any]:
+        """The fields that all chunks of a stream share."""
+        object_ = "chat.completion.chunk"
+        return {"id": self._id, "object": object_, "created": self._created, "model": self._body.model}
+
+    def _put(self, index: int, event: serving.Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        except RuntimeError:  # the event loop is closed
+            self._cancelled.set()
+
+    async def _answers(self) -> AsyncIterator[tuple[int, str | GenerationState]]:
+        """Yield pieces of text and finished states, each with the number of its answer.
+
+        Raises:
+            APIError: If an answer fails or takes too long.
+        """
+        unfinished = self._body.n
+        while unfinished:
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    index, event = await self._events.get()
+            except TimeoutError as error:
+                raise as_api_error(error) from error
+            if isinstance(event, Exception):
+                raise as_api_error(event) from event
+            unfinished -= isinstance(event, GenerationState)
+            yield index, event
+
+    async def _unless_disconnected(self, work: Awaitable[T], request: Request) -> T:
+        """Return the result of ``work``; if it fails or the client disconnects, the answers are cancelled."""
+
+        async def disconnect() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+        try:
+            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise APIError(499, "the client has left")
+            return working.result()
+        except BaseException:
+            self._cancelled.set()
+            raise
+        finally:
+            working.cancel()
+            leaving.cancel()
+
+    def _usage(self, states: list[GenerationState]) -> Usage:
+        """Return the token counts of the finished answers, and record them."""
+        for state in states:
+            self._metrics.count(state)
+        prompt_tokens, completion_tokens = len(states[0].keys), sum(len(state.new_ids) for state in states)
+        log(
+            "answer",
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            finish_reasons=[state.finish_reason for state in states],
+        )
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+        )
+
+
+def _sampling(body: ChatRequest, limits: Limits, index: int) -> dict[str, Any]:
+    """Return the fields of ``Sampling`` for one of the ``n`` answers, each with a seed of its own."""
+    wanted = body.max_completion_tokens or body.max_tokens
+    if wanted and wanted > limits.max_tokens:
+        raise APIError(400, f"an answer may have at most {limits.max_tokens} tokens", param="max_tokens")
+    return {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": 0,  # OpenAI's API has none
+        "max_new_tokens": wanted or min(_DEFAULT_TOKENS, limits.max_tokens),
+        "seed": None if body.seed is None else (body.seed + index) % 2**63,
+    }
+
+
+def _event(fields: dict[str, Any]) -> bytes:
+    return format_sse_event(data_str=json.dumps(fields, ensure_ascii=False))

@@ -1,0 +1,71 @@
+"""The middleware of the API: it checks the key, limits the size of bodies, and records every response."""
+
+import hmac
+import time
+
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from yivl.serve.api_errors import APIError, http_error
+from yivl.serve.metrics import Metrics, log
+
+
+class Guard:
+    """Lets a request through to the application, or answers it with an error.
+
+    Args:
+        app: The application.
+        api_key: The bearer token that every path but ``/health`` needs, or ``None``.
+        max_body_bytes: Of a request.
+        metrics: Counts the responses.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, metrics: Metrics) -> None:
+        self.app = app
+        self._api_key = api_key
+        # Not a dependency of the routes: it would leave unknown paths open and run after the body has been read.
+        self._bearer = HTTPBearer(auto_error=False)
+        self._max_body_bytes = max_body_bytes
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an ASGI request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status, received = time.perf_counter(), 500, 0  # 500: nothing is sent if the application fails
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise HTTPException(413)
+            return message
+
+        async def recorded_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        request = Request(scope)
+        try:
+            if not await self._is_allowed(request):
+                await APIError(401, "a valid API key is needed").response()(scope, receive, recorded_send)
+            elif int(request.headers.get("content-length", "0")) > self._max_body_bytes:
+                await http_error(413).response()(scope, receive, recorded_send)
+            else:
+                await self.app(scope, limited_receive, recorded_send)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.responses.labels(path, status).inc()
+            log("response", path=path, status=status, seconds=round(time.perf_counter() - start, 3))
+
+    async def _is_allowed(self, request: Request) -> bool:
+        if self._api_key is None or request.url.path == "/health":
+            return True
+        given = await self._bearer(request)
+        return given is not None and hmac.compare_digest(self._api_key.encode(), given.credentials.encode())

@@ -1,0 +1,199 @@
+"""What the page looks like: its components, and the callback of each event."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import gradio as gr
+
+from yivl.errors import YiVLError
+from yivl.serve.limits import Limits
+from yivl.serve.scheduler import Scheduler
+from yivl.serve.web import Page
+from yivl.serve.web_texts import TEXTS, Language
+
+_UPLOAD_CLEANUP: Final = (600, 3600)  # seconds between two clean-ups, and the age of the uploads they remove
+_CSS: Final = """
+.gradio-container {width: 100%; max-width: 1200px !important; margin: auto}
+#header {align-items: center; justify-content: space-between}
+#header > * {flex-grow: 0; min-width: fit-content !important}
+#status {min-height: 1.6em; opacity: .75; font-size: .9em}
+"""
+_DOWNLOAD: Final = """(text, name) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], {type: "text/plain;charset=utf-8"}));
+    link.download = name;
+    link.click();
+    URL.revokeObjectURL(link.href);
+}"""
+_CLOSE: Final = '() => ({__type__: "update", open: false})'
+_SYSTEM_FONTS: Final = ("system-ui", "sans-serif")  # the theme's own would be fetched from another host
+_SYSTEM_MONO_FONTS: Final = ("ui-monospace", "monospace")
+
+
+class _Layout:
+    """The components of the page; build it inside ``gr.Blocks``."""
+
+    def __init__(self, page: Page, examples: Sequence[tuple[Path, str]]) -> None:
+        self.page = page
+        self.translated: dict[Any, dict[str, str]] = {}
+        """The properties of each component that are in the visitor's language, and their keys in ``TEXTS``."""
+        with gr.Row(elem_id="header"):
+            gr.Markdown("# Yi-VL")
+            self._add(gr.Markdown, value="about")
+            self.language = gr.Radio(list(TEXTS), value="English", show_label=False, container=False, min_width=160)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                self._add_inputs()
+            with gr.Column(scale=3, min_width=300):
+                self._add_conversation()
+        rows = [[str(path), text] for path, text in examples]
+        self.examples = gr.Examples(rows, [self.image, self.question], label=TEXTS["English"]["examples"]).dataset
+        self.translated[self.examples] = {"label": "examples"}
+
+    def _add(self, component: Callable[..., Any], options: dict[str, Any] | None = None, **texts: str) -> Any:
+        """Add a component; ``texts`` are the keys of its translated properties."""
+        initial = {name: TEXTS["English"][key] for name, key in texts.items()}
+        added = component(**initial, **(options or {}))
+        self.translated[added] = texts
+        return added
+
+    def _add_inputs(self) -> None:
+        self.image = self._add(
+            gr.Image,
+            {"sources": ["upload", "webcam", "clipboard"], "height": 320, "elem_id": "image"},
+            label="image",
+        )
+        limits, context = self.page.limits, self.page.loaded.model.config.max_position_embeddings
+        most = min(limits.max_tokens, context)
+        # Open until the page has loaded: gradio mounts the fields of a closed accordion when it is opened, and what is
+        # typed before that has finished is overwritten by the defaults.
+        self.parameters = self._add(gr.Accordion, {"open": True}, label="parameters")
+        with self.parameters:
+            self.settings = [
+                self._add(
+                    gr.Slider,
+                    {"minimum": 0, "maximum": 2, "value": 0.2, "step": 0.05},
+                    label="temperature",
+                    info="temperature_hint",
+                ),
+                self._add(gr.Slider, {"minimum": 0.05, "maximum": 1, "value": 1.0, "step": 0.05}, label="top_p"),
+                self._add(
+                    gr.Slider, {"minimum": 1, "maximum": most, "value": min(512, most), "step": 1}, label="max_tokens"
+                ),
+                self._add(gr.Number, {"value": None, "precision": 0, "minimum": 0}, label="seed", info="seed_hint"),
+            ]
+
+    def _add_conversation(self) -> None:
+        options = {
+            "show_label": False,  # it would cover the messages
+            "height": 440,
+            "editable": "user",
+            "render_markdown": False,
+            "buttons": ["copy", "copy_all"],
+            "feedback_options": None,
+            "elem_id": "conversation",
+        }
+        self.chatbot = self._add(gr.Chatbot, options, label="conversation", placeholder="empty")
+        self.status = gr.Markdown(self.page.status(), elem_id="status")
+        with gr.Row():
+            box = {"elem_id": "question", "scale": 5, "lines": 1, "max_lines": 6, "autofocus": True}
+            self.question = self._add(gr.Textbox, box, label="question", placeholder="question_hint")
+        with gr.Row():
+            self.send = self._button("send", variant="primary")
+            self.stop = self._button("stop", variant="stop", interactive=False)
+            self.regenerate = self._button("regenerate", min_width=130)
+            self.undo, self.clear = self._button("undo"), self._button("clear")
+        with gr.Row():
+            self.exports = {form: self._button(f"save_{form}", size="sm") for form in ("json", "md")}
+
+    def _button(self, key: str, **options: Any) -> Any:
+        return self._add(gr.Button, {"min_width": 90, "elem_id": key, **options}, value=key)
+
+    def connect(self, blocks: gr.Blocks) -> None:
+        """Give every event its callback."""
+        page = self.page
+        # Without a place in the queue there would be no way for warnings to reach the page.
+        quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+        raw = {**quick, "preprocess": False}  # uploads are opened by us, with error messages of our own
+        blocks.load(None, None, self.parameters, js=_CLOSE)
+        blocks.unload(page.leave)
+        self.language.change(self._translate, self.language, list(self.translated), **quick)
+        self.image.change(page.show_image, self.image, [self.image, self.chatbot, self.status], **raw)
+        gr.on([self.clear.click, self.chatbot.clear], page.clear, self.image, [self.chatbot, self.status], **raw)
+        self.stop.click(page.stop, **quick)
+        shown = [self.chatbot, self.language]
+        self.undo.click(page.undo, shown, [self.question, self.chatbot, self.status], **quick)
+        self._connect_questions(quick)
+        exported, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        for form, button in self.exports.items():
+            button.click(page.export, [gr.State(form), *self.settings], [exported, file_name], **quick).then(
+                None, [exported, file_name], None, js=_DOWNLOAD, **quick
+            )
+
+    def _connect_questions(self, quick: dict[str, Any]) -> None:
+        page, pending, shown = self.page, gr.State(), [self.chatbot, self.language]
+        controls = [self.send, self.stop, self.regenerate, self.undo, self.clear, self.question]
+
+        def busy(is_busy: bool) -> list[Any]:
+            return [gr.update(interactive=is_busy == (control is self.stop)) for control in controls]
+
+        sending = [self.send.click, self.question.submit]
+        for queued in (
+            gr.on(sending, page.send, [self.question, *shown], [self.question, pending, self.chatbot], **quick),
+            self.regenerate.click(page.regenerate, shown, [pending, self.chatbot], **quick),
+            self.chatbot.edit(page.edit, shown, [pending, self.chatbot], **quick),
+        ):
+            queued.success(lambda: busy(True), None, controls, **quick).success(
+                page.answer,
+                [pending, *self.settings, self.language],
+                [self.chatbot, self.status],
+                concurrency_limit=page.limits.max_batch,
+                concurrency_id="answers",  # one queue: a visitor who waits sees a position in it
+                show_progress="minimal",
+                api_visibility="private",
+            ).then(lambda: busy(False), None, controls, **quick)
+
+    def _translate(self, language: Language) -> dict[Any, Any]:
+        updates: dict[Any, Any] = {}
+        for component, texts in self.translated.items():
+            properties: dict[str, Any] = {name: TEXTS[language][key] for name, key in texts.items()}
+            updates[component] = gr.update(**properties)
+        updates[self.examples] |= {"headers": [TEXTS[language]["image"], TEXTS[language]["question"]]}
+        return updates
+
+
+def build_page(scheduler: Scheduler, limits: Limits, examples: Sequence[tuple[Path, str]]) -> gr.Blocks:
+    """Return the page of a running scheduler.
+
+    Args:
+        scheduler: Generates the answers.
+        limits: Of uploads, sessions and the queue.
+        examples: Images and questions to start with.
+    """
+    with gr.Blocks(title=scheduler.loaded.name, analytics_enabled=False, delete_cache=_UPLOAD_CLEANUP) as blocks:
+        _Layout(Page(scheduler, limits), examples).connect(blocks)
+    blocks.queue(max_size=limits.max_queue, default_concurrency_limit=1)
+    return blocks  # type: ignore[no-any-return]
+
+
+def launch(blocks: gr.Blocks, limits: Limits, **where: Any) -> None:
+    """Start serving the page and return; ``where`` goes to ``gradio.Blocks.launch``.
+
+    Raises:
+        YiVLError: If the port cannot be listened on.
+    """
+    try:
+        blocks.launch(
+            theme=gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONO_FONTS),
+            css=_CSS,
+            footer_links=[],
+            run_history=False,
+            max_file_size=limits.max_image_bytes,
+            state_session_capacity=limits.max_sessions,
+            prevent_thread_lock=True,
+            quiet=True,
+            **where,
+        )
+    except OSError as error:  # gradio's way to say that the port is taken
+        raise YiVLError(f"--server-port {where.get('server_port')}: cannot be listened on; choose another") from error
