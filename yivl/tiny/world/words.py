@@ -30,72 +30,33 @@ class Kind(Word):
 
 
 def _kinds(table: str) -> tuple[Kind, ...]:
-    rows = (line.split() for line in table.strip().splitlines())
+    rows = (row.split() for row in table.split(","))
     return tuple(Kind(en, zh, plural, measure, emoji) for emoji, en, plural, zh, measure in rows)
 
 
 ANIMALS: Final = _kinds(
     """
-    🐈 cat cats 猫 只
-    🐕 dog dogs 狗 只
-    🐄 cow cows 奶牛 头
-    🐖 pig pigs 猪 头
-    🐎 horse horses 马 匹
-    🐑 sheep sheep 绵羊 只
-    🐇 rabbit rabbits 兔子 只
-    🐦 bird birds 鸟 只
-    🐘 elephant elephants 大象 头
-    🐒 monkey monkeys 猴子 只
-    🦊 fox foxes 狐狸 只
-    🐻 bear bears 熊 只
-    🐼 panda pandas 熊猫 只
-    🐅 tiger tigers 老虎 只
-    🦁 lion lions 狮子 只
-    🦆 duck ducks 鸭子 只
-    🦉 owl owls 猫头鹰 只
-    🐧 penguin penguins 企鹅 只
-    🐢 turtle turtles 乌龟 只
-    🐸 frog frogs 青蛙 只
+    🐈 cat cats 猫 只, 🐕 dog dogs 狗 只, 🐄 cow cows 奶牛 头, 🐖 pig pigs 猪 头,
+    🐎 horse horses 马 匹, 🐑 sheep sheep 绵羊 只, 🐇 rabbit rabbits 兔子 只, 🐦 bird birds 鸟 只,
+    🐘 elephant elephants 大象 头, 🐒 monkey monkeys 猴子 只, 🦊 fox foxes 狐狸 只, 🐻 bear bears 熊 只,
+    🐼 panda pandas 熊猫 只, 🐅 tiger tigers 老虎 只, 🦁 lion lions 狮子 只, 🦆 duck ducks 鸭子 只,
+    🦉 owl owls 猫头鹰 只, 🐧 penguin penguins 企鹅 只, 🐢 turtle turtles 乌龟 只, 🐸 frog frogs 青蛙 只
     """
 )
 FOODS: Final = _kinds(
     """
-    🐟 fish fish 鱼 条
-    🍎 apple apples 苹果 个
-    🍌 banana bananas 香蕉 根
-    🍓 strawberry strawberries 草莓 颗
-    🥕 carrot carrots 胡萝卜 根
-    🍰 cake cakes 蛋糕 块
-    🍕 pizza pizzas 披萨 块
-    🥚 egg eggs 鸡蛋 个
+    🐟 fish fish 鱼 条, 🍎 apple apples 苹果 个, 🍌 banana bananas 香蕉 根, 🍓 strawberry strawberries 草莓 颗,
+    🥕 carrot carrots 胡萝卜 根, 🍰 cake cakes 蛋糕 块, 🍕 pizza pizzas 披萨 块, 🥚 egg eggs 鸡蛋 个
     """
 )
 OTHERS: Final = _kinds(
     """
-    🚗 car cars 汽车 辆
-    🚌 bus buses 公交车 辆
-    🚂 train trains 火车 列
-    🚲 bicycle bicycles 自行车 辆
-    ⛵ boat boats 帆船 艘
-    ✈ plane planes 飞机 架
-    🚜 tractor tractors 拖拉机 辆
-    🪑 chair chairs 椅子 把
-    🛏 bed beds 床 张
-    🛋 sofa sofas 沙发 张
-    🌳 tree trees 树 棵
-    🌻 sunflower sunflowers 向日葵 朵
-    🌵 cactus cacti 仙人掌 棵
-    🍄 mushroom mushrooms 蘑菇 朵
-    🔨 hammer hammers 锤子 把
-    🔑 key keys 钥匙 把
-    🪓 axe axes 斧头 把
-    ⚽ ball balls 球 个
-    📖 book books 书 本
-    🥣 bowl bowls 碗 个
-    ☂ umbrella umbrellas 雨伞 把
-    🎩 hat hats 帽子 顶
-    ⏰ clock clocks 闹钟 个
-    🎸 guitar guitars 吉他 把
+    🚗 car cars 汽车 辆, 🚌 bus buses 公交车 辆, 🚂 train trains 火车 列, 🚲 bicycle bicycles 自行车 辆,
+    ⛵ boat boats 帆船 艘, ✈ plane planes 飞机 架, 🚜 tractor tractors 拖拉机 辆, 🪑 chair chairs 椅子 把,
+    🛏 bed beds 床 张, 🛋 sofa sofas 沙发 张, 🌳 tree trees 树 棵, 🌻 sunflower sunflowers 向日葵 朵,
+    🌵 cactus cacti 仙人掌 棵, 🍄 mushroom mushrooms 蘑菇 朵, 🔨 hammer hammers 锤子 把, 🔑 key keys 钥匙 把,
+    🪓 axe axes 斧头 把, ⚽ ball balls 球 个, 📖 book books 书 本, 🥣 bowl bowls 碗 个,
+    ☂ umbrella umbrellas 雨伞 把, 🎩 hat hats 帽子 顶, ⏰ clock clocks 闹钟 个, 🎸 guitar guitars 吉他 把
     """
 )
 KINDS: Final = ANIMALS + FOODS + OTHERS

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from tqdm import tqdm
 
@@ -23,9 +23,6 @@ from yivl.tiny.world.words import LANGUAGES, Language
 
 _SHARD_SIZE: Final = 1000  # samples per tar file
 _NUM_QUESTIONS: Final = 8  # per dialogue
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def write_captions(folder: Path, numbers: range, side: int) -> None:
@@ -108,7 +105,7 @@ def _jpeg(scene: Scene, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _map(function: Callable[[Item], Result], items: Iterable[Item], unit: str) -> list[Result]:
+def _map(function: Callable[[Any], Any], items: Iterable[Any], unit: str) -> list[Any]:
     """Return the results in order; one process per core, with a progress bar."""
     items = list(items)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
