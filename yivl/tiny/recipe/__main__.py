@@ -12,6 +12,7 @@ import json
 import logging
 from importlib import import_module
 from pathlib import Path
+from typing import Final
 
 from yivl import command_line
 from yivl.errors import YiVLError
@@ -19,7 +20,7 @@ from yivl.errors import YiVLError
 logger = logging.getLogger(__name__)
 
 # Optimizer steps of a full run, and the folders that a phase reads.
-PHASES = {
+PHASES: Final[dict[str, tuple[int, tuple[str, ...]]]] = {
     "language_model": (8000, ()),
     "clip": (300, ("language_model",)),
     "naming": (8000, ("language_model", "vision_tower")),
@@ -32,9 +33,9 @@ def main() -> None:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subparsers = parser.add_subparsers(dest="phase", required=True)
-    for phase, (steps, inputs) in PHASES.items():
+    for phase, (steps, names) in PHASES.items():
         flags = subparsers.add_parser(phase, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for name in inputs:
+        for name in names:
             flags.add_argument(f"--{name}", type=Path, required=True, help="output folder of an earlier phase")
         flags.add_argument("--output_dir", type=Path, required=True, help="folder to write")
         flags.add_argument("--steps", type=int, default=steps, help="optimizer steps")

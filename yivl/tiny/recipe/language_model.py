@@ -221,7 +221,7 @@ def held_out_scores(model: LlamaForCausalLM, scenes: SymbolicScenes, questions: 
                 batch = examples[start : start + 32]
                 logits, targets = answer_logits(model, Collator(pad_token_id=0)(batch), scenes.vocabulary, 0.0)
                 lengths = [int((example.labels != IGNORE_INDEX).sum()) for example in batch]
-                correct += [bool(answer.all()) for answer in (logits.argmax(-1) == targets).split(lengths)]
+                correct += [bool(answer.all()) for answer in torch.split(logits.argmax(-1) == targets, lengths)]
         score = 100 * sum(correct) / len(correct)
         scores.append(HeldOutScore(f"symbolic images: {kind}", score, _TARGETS.get(kind)))
     return scores

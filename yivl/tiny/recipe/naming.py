@@ -74,7 +74,8 @@ def interpolate_positions(tower: VisionTower) -> RemovableHandle:
     def add_flag(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "interpolate_pos_encoding": True}
 
-    return tower.vit.embeddings.register_forward_pre_hook(add_flag, with_kwargs=True)
+    handle: RemovableHandle = tower.vit.embeddings.register_forward_pre_hook(add_flag, with_kwargs=True)
+    return handle
 
 
 def naming_loss(

@@ -20,7 +20,7 @@ def _scene(name: str, wall: str, floor: str, style: str, *things: Thing, sign: S
     return Scene(name, _COLOR[wall], _COLOR[floor], style, 0.36, things, sign)
 
 
-_EATING: Final = {"activity": EATING, "food": KIND["fish"]}
+_EATING: Final[dict[str, Any]] = {"activity": EATING, "food": KIND["fish"]}
 _SCENES: Final = (
     _scene(
         *("cats", "blue", "grey", "stones"),

@@ -10,20 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from yivl.tiny.world import words
 from yivl.tiny.world.scenes import Scene, Sign, Thing
-from yivl.tiny.world.words import (
-    ANIMALS,
-    EATING,
-    KINDS,
-    NUMBERS,
-    PLACES,
-    PLAYING,
-    READING,
-    SLEEPING,
-    Kind,
-    Language,
-    Word,
-)
+from yivl.tiny.world.words import Kind, Language, Word
 
 QuestionKind = Literal[
     "presence", "count", "kind", "kinds", "activity", "food", "colour", "place", "places", "sign", "caption", "detail"
@@ -84,20 +73,20 @@ _QUESTIONS: Final[dict[QuestionKind, dict[Language, tuple[str, ...]]]] = {
     },
 }
 _LOCATIONS: Final = dict(
-    zip(PLACES, ("at the top", "on the left", "in the middle", "on the right", "at the bottom"), strict=True)
+    zip(words.PLACES, ("at the top", "on the left", "in the middle", "on the right", "at the bottom"), strict=True)
 )
 _DOING: Final = {
-    EATING: Word("eating", "吃东西"),
-    PLAYING: Word("playing", "玩球"),
-    SLEEPING: Word("sleeping", "睡觉"),
-    READING: Word("reading", "看书"),
+    words.EATING: Word("eating", "吃东西"),
+    words.PLAYING: Word("playing", "玩球"),
+    words.SLEEPING: Word("sleeping", "睡觉"),
+    words.READING: Word("reading", "看书"),
 }
 # With the prop, for one object and for several; {} is the food.
 _DOING_WITH: Final = {
-    EATING: (Word("eating {} from a bowl", "吃碗里的{}"), Word("eating {} from bowls", "吃碗里的{}")),
-    PLAYING: (Word("playing with a ball", "玩球"), Word("playing with balls", "玩球")),
-    SLEEPING: (Word("sleeping on a bed", "在床上睡觉"), Word("sleeping on beds", "在床上睡觉")),
-    READING: (Word("reading a book", "看书"), Word("reading books", "看书")),
+    words.EATING: (Word("eating {} from a bowl", "吃碗里的{}"), Word("eating {} from bowls", "吃碗里的{}")),
+    words.PLAYING: (Word("playing with a ball", "玩球"), Word("playing with balls", "玩球")),
+    words.SLEEPING: (Word("sleeping on a bed", "在床上睡觉"), Word("sleeping on beds", "在床上睡觉")),
+    words.READING: (Word("reading a book", "看书"), Word("reading books", "看书")),
 }
 
 
@@ -145,7 +134,7 @@ def _phrase(kind: QuestionKind, language: Language, rng: random.Random, /, **fie
 
 def _ask_presence(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
     absent = rng.random() < 0.5
-    kinds = [kind for kind in KINDS if (kind in scene.shown) != absent]
+    kinds = [kind for kind in words.KINDS if (kind in scene.shown) != absent]
     if not kinds:
         return None
     kind = rng.choice(kinds)
@@ -157,15 +146,15 @@ def _ask_presence(scene: Scene, language: Language, rng: random.Random) -> Scene
 
 def _ask_count(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
     if rng.random() < 0.2:
-        kind = rng.choice([kind for kind in KINDS if kind not in scene.shown])
+        kind = rng.choice([kind for kind in words.KINDS if kind not in scene.shown])
     elif scene.kinds:  # props are not counted
         # Single objects are most frequent; these weights make all counts about equally likely.
         kind = rng.choices(scene.kinds, [len(scene.of_kind(kind)) ** 3 for kind in scene.kinds])[0]
     else:
         return None
     text = _phrase("count", language, rng, kind=kind)
-    number = NUMBERS[len(scene.of_kind(kind))]
-    if number is NUMBERS[0]:
+    number = words.NUMBERS[len(scene.of_kind(kind))]
+    if number is words.NUMBERS[0]:
         return SceneQuestion("count", text, _pick(language, "None.", "没有。"), "none", kind)
     answer = _pick(language, f"{number.en.capitalize()}.", f"{number.zh}{kind.measure}。")
     return SceneQuestion("count", text, answer, number.en, kind)
@@ -181,16 +170,16 @@ def _ask_kinds(scene: Scene, language: Language, rng: random.Random) -> SceneQue
 
 
 def _ask_activity(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
-    groups = [group for group in _groups(scene) if group[0].kind in ANIMALS]
+    groups = [group for group in _groups(scene) if group[0].kind in words.ANIMALS]
     acting = [group for group in groups if group[0].activity]
     if not groups or (not acting and rng.random() < 0.6):
         return None  # most animals have no activity; they are asked about less often
     group = rng.choice(acting if acting and rng.random() < 0.8 else groups)
-    kind, activity, be = group[0].kind, group[0].activity, _be(group)
-    who = _it(group, language)
+    kind, activity, be, who = group[0].kind, group[0].activity, _be(group), _it(group, language)
     # A pronoun in the question only where it is unambiguous.
     named = len(groups) > 1 or rng.random() < 0.5
-    text = _phrase("activity", language, rng, be=be, subject=_subject(group, language) if named else who)
+    subject = _pick(language, f"the {_name(group)}", kind.zh) if named else who
+    text = _phrase("activity", language, rng, be=be, subject=subject)
     if activity is None:
         answer = _pick(language, f"{who.capitalize()} {be} not doing anything.", f"{who}什么也没做。")
         return SceneQuestion("activity", text, answer, "none", kind)
@@ -199,14 +188,13 @@ def _ask_activity(scene: Scene, language: Language, rng: random.Random) -> Scene
 
 
 def _ask_food(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
-    group = next((group for group in _groups(scene) if group[0].activity is EATING), None)
+    group = next((group for group in _groups(scene) if group[0].activity is words.EATING), None)
     if group is None:
         return None
-    named = rng.random() < 0.5
-    who, be, food = _it(group, language), _be(group), group[0].food
+    who, be, food, eaten = _it(group, language), _be(group), group[0].food, _food(group, language)
     assert food is not None
-    text = _phrase("food", language, rng, be=be, subject=_subject(group, language) if named else who)
-    eaten = _food(group, language)
+    subject = _pick(language, f"the {_name(group)}", group[0].kind.zh) if rng.random() < 0.5 else who
+    text = _phrase("food", language, rng, be=be, subject=subject)
     answer = _pick(language, f"{who.capitalize()} {be} eating {eaten}.", f"{who}在吃{eaten}。")
     return SceneQuestion("food", text, answer, food.en)
 
@@ -352,7 +340,7 @@ def _doing_with(group: Sequence[Thing], language: Language) -> str:
     activity = group[0].activity
     assert activity is not None
     phrase = _say(_DOING_WITH[activity][len(group) > 1], language)
-    return phrase.format(_food(group, language)) if activity is EATING else phrase
+    return phrase.format(_food(group, language)) if activity is words.EATING else phrase
 
 
 def _food(group: Sequence[Thing], language: Language) -> str:
@@ -362,7 +350,7 @@ def _food(group: Sequence[Thing], language: Language) -> str:
 
 
 def _counted(group: Sequence[Thing], language: Language) -> str:
-    kind, number = group[0].kind, NUMBERS[len(group)]
+    kind, number = group[0].kind, words.NUMBERS[len(group)]
     en = _one(kind) if len(group) == 1 else f"{number.en} {kind.plural}"
     return _pick(language, en, f"{number.zh}{kind.measure}{kind.zh}")
 
@@ -377,10 +365,6 @@ def _be(group: Sequence[Thing]) -> str:
 
 def _name(group: Sequence[Thing]) -> str:
     return group[0].kind.en if len(group) == 1 else group[0].kind.plural
-
-
-def _subject(group: Sequence[Thing], language: Language) -> str:
-    return _pick(language, f"the {_name(group)}", group[0].kind.zh)
 
 
 def _it(group: Sequence[Thing], language: Language) -> str:

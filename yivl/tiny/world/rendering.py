@@ -66,8 +66,9 @@ def render(scene: Scene, side: int) -> RenderedScene:
 
 def _draw_thing(image: Image.Image, segments: np.ndarray, thing: Thing, labels: list[tuple[Word, ...]]) -> None:
     side, mirror, activity = len(segments), -1 if thing.flipped else 1, thing.activity
+    kinds = {"actor": thing.kind, "food": thing.food, "prop": activity.prop if activity else None}
     for role, dx, dy, scale, angle in _LAYOUTS[activity]:
-        kind = {"actor": thing.kind, "food": thing.food, "prop": activity and activity.prop}[role]
+        kind = kinds[role]
         assert kind is not None
         tilt = angle * mirror + (thing.angle if role == "actor" else 0)
         sprite = _sprite(kind, max(2, round(scale * thing.size * side)), tilt, flipped=thing.flipped)
@@ -121,20 +122,21 @@ def _texture(style: str, side: int, rng: random.Random) -> np.ndarray:
     """Return the relative brightness of the floor, ``(side, side)``, about 1."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
     seed = rng.randrange(1 << 30)
+    brightness = np.ones((side, side), np.float32)
     if style == "gradient":
-        return 0.85 + 0.25 * y
-    if style == "tiles":
-        return 1 - 0.12 * ((x * 8).astype(int) + (y * 8).astype(int) & 1)
-    if style == "planks":
+        brightness = 0.85 + 0.25 * y
+    elif style == "tiles":
+        brightness = 1 - 0.12 * ((x * 8).astype(int) + (y * 8).astype(int) & 1)
+    elif style == "planks":
         row = (y * 14).astype(int)
-        return (1 - 0.04 * (row % 3)) * np.where(y * 14 - row < 0.12, 0.8, 1)
-    if style == "stones":
+        brightness = (1 - 0.04 * (row % 3)) * np.where(y * 14 - row < 0.12, 0.8, 1)
+    elif style == "stones":
         row = (y * 10).astype(int)
         shifted = x * 7 + row % 2 * 0.5
         column = shifted.astype(int)
         tone = np.random.default_rng(seed).uniform(0.86, 1.08, (11, 9))[row, column]
-        return np.where((y * 10 - row < 0.12) | (shifted - column < 0.1), 0.72, tone)
-    return np.ones((side, side), np.float32)
+        brightness = np.where((y * 10 - row < 0.12) | (shifted - column < 0.1), 0.72, tone)
+    return brightness
 
 
 def _draw_sign(image: Image.Image, segments: np.ndarray, sign: Sign, labels: list[tuple[Word, ...]]) -> None:
