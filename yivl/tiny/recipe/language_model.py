@@ -34,7 +34,6 @@ GRID: Final = 6
 _PATCH_PIXELS: Final = 12  # of the rendering from which the labels of a symbolic image are read
 _BLOCK: Final = 16  # consecutive samples with the same grid and system prompt
 _BATCH_SIZE: Final = 8
-_NUM_QUESTIONS: Final = 8  # per dialogue
 _EMBEDDING_STD: Final = 0.3  # of the initial word embeddings
 _NOISE: Final = 0.3  # standard deviation of the noise on symbolic features, in units of their RMS
 _TARGETS: Final = {"presence": 97.0, "count": 97.0, "place": 95.0, "sign": 99.0}
@@ -124,8 +123,8 @@ def _turns(scene: Scene, language: Language, rng: random.Random) -> list[Turn]:
     """Return a dialogue about a scene, or one time in eight a caption without a question, as in stages 1 and 2."""
     if rng.random() < 0.125:
         return [Turn("", (detail if rng.random() < 0.5 else caption)(scene, language), num_images=1)]
-    questions = dialogue(scene, language, rng, _NUM_QUESTIONS)
-    return [Turn(one.text, one.answer, num_images=int(number == 0)) for number, one in enumerate(questions)]
+    questions = enumerate(dialogue(scene, language, rng))
+    return [Turn(question.text, question.answer, num_images=int(number == 0)) for number, question in questions]
 
 
 def _add_noise(bags: torch.Tensor, rng: random.Random) -> torch.Tensor:

@@ -62,7 +62,7 @@ def fit(
         batch_size: Samples per optimizer step.
         collate: ``collate_fn`` of the ``DataLoader``.
         learning_rate: Peak learning rate of both optimizers.
-        warmup: Steps of linear warmup.
+        warmup: Steps of linear warmup; a cosine decay to 3% follows.
         save_every: Steps between two saved states.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,8 @@ def fit(
     loader = DataLoader(dataset, batch_size, sampler=numbers, collate_fn=collate, num_workers=1, prefetch_factor=4)
     losses: list[torch.Tensor] = []
     for step, batch in enumerate(tqdm(loader, initial=first, total=steps, desc=folder.name, disable=None), first):
-        scale = _scale(step, steps, warmup)
+        cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+        scale = (step + 1) / warmup if step < warmup else cosine
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = scale * learning_rate
         torch.manual_seed(step)  # the noise of a step must not depend on where the run was resumed
@@ -118,10 +119,3 @@ def _optimizers(module: nn.Module, learning_rate: float) -> list[torch.optim.Opt
     adamw = torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     muon = torch.optim.Muon(matrices, learning_rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
-
-
-def _scale(step: int, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate: linear warmup, then a cosine down to 3%."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.03 + 0.97 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2

@@ -90,18 +90,15 @@ def naming_loss(
         vocabulary: Vocabulary of the bags.
     """
     features, bags, weights = features.float(), batch["bags"], batch["weights"]
-    logits = _similarities(features, embeddings, vocabulary, _TEMPERATURE)
+    logits = _similarities(features, vocabulary.embed(embeddings), _TEMPERATURE)
     cross_entropy = -(functional.log_softmax(logits, -1) * bags).sum(-1) / bags.sum(-1)
     target = symbolic_features(bags, embeddings, vocabulary)
     distance = (features - target).pow(2).mean(-1) / target.pow(2).mean()
     return ((cross_entropy + distance) * weights).sum() / weights.sum()
 
 
-def _similarities(
-    features: torch.Tensor, embeddings: torch.Tensor, vocabulary: PatchVocabulary, scale: float = 1.0
-) -> torch.Tensor:
-    directions = functional.normalize(vocabulary.embed(embeddings), dim=-1)
-    return scale * functional.normalize(features, dim=-1) @ directions.T
+def _similarities(features: torch.Tensor, words: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    return scale * functional.normalize(features, dim=-1) @ functional.normalize(words, dim=-1).T
 
 
 def initialize_projector(projector: nn.Module, embeddings: torch.Tensor) -> None:
@@ -146,7 +143,8 @@ def train(language_model: Path, vision_tower: Path, folder: Path, steps: int, im
 @torch.inference_mode()
 def held_out_scores(model: YiVLForCausalLM, samples: LabeledPatches, images: int) -> list[HeldOutScore]:
     """Return the accuracy of patch classification on new scenes, by image size and group of labels."""
-    vocabulary, embeddings = samples.vocabulary, model.get_input_embeddings().weight
+    vocabulary = samples.vocabulary
+    word_features = vocabulary.embed(model.get_input_embeddings().weight)
     scores = []
     for side in (samples.side, 2 * samples.side):
         correct: dict[str, list[bool]] = {name: [] for name in _GROUPS}
@@ -154,7 +152,7 @@ def held_out_scores(model: YiVLForCausalLM, samples: LabeledPatches, images: int
             rendered = render(sample_scene("scenes", number), side)
             bags = vocabulary.bags(rendered.patch_labels(side // samples.patch_size))
             features = model.encode_images(make_processor(side)([rendered.image]))[0]
-            similarities = _similarities(features.float(), embeddings, vocabulary)
+            similarities = _similarities(features.float(), word_features)
             for name, group in _GROUPS.items():
                 ids = vocabulary.ids(group)
                 shown = bags[:, ids].sum(1) == 1

@@ -75,12 +75,7 @@ _QUESTIONS: Final[dict[QuestionKind, dict[Language, tuple[str, ...]]]] = {
 _LOCATIONS: Final = dict(
     zip(words.PLACES, ("at the top", "on the left", "in the middle", "on the right", "at the bottom"), strict=True)
 )
-_DOING: Final = {
-    words.EATING: Word("eating", "吃东西"),
-    words.PLAYING: Word("playing", "玩球"),
-    words.SLEEPING: Word("sleeping", "睡觉"),
-    words.READING: Word("reading", "看书"),
-}
+_DOING_ZH: Final = {words.EATING: "吃东西", words.PLAYING: "玩球"}  # the verb alone needs an object in Chinese
 # With the prop, for one object and for several; {} is the food.
 _DOING_WITH: Final = {
     words.EATING: (Word("eating {} from a bowl", "吃碗里的{}"), Word("eating {} from bowls", "吃碗里的{}")),
@@ -119,7 +114,7 @@ def json_answer(scene: Scene, language: Language) -> tuple[str, str]:
     No stage teaches this skill, so it can be fine-tuned. A kind follows a number and a space, as in all other texts;
     after a quotation mark it would be another token, which the language model has never seen.
     """
-    counted = [f"{len(scene.of_kind(kind))} {_say(kind, language)}" for kind in scene.kinds]
+    counted = [f"{len(scene.of_kind(kind))} {_pick(language, kind.en, kind.zh)}" for kind in scene.kinds]
     fields = {_pick(language, "things", "东西"): counted, _pick(language, "total", "总数"): len(scene.things)}
     question = _pick(language, "Answer in JSON: what is in the image?", "用JSON回答：图片里有什么？")
     return question, json.dumps(fields, ensure_ascii=False)
@@ -164,7 +159,7 @@ def _ask_kinds(scene: Scene, language: Language, rng: random.Random) -> SceneQue
     if not scene.kinds:
         return None
     text = _phrase("kinds", language, rng)
-    answer = _pick(language, ", ", "、").join(_say(kind, language) for kind in scene.kinds)
+    answer = _pick(language, ", ", "、").join(_pick(language, kind.en, kind.zh) for kind in scene.kinds)
     value = " ".join(kind.en for kind in scene.kinds)
     return SceneQuestion("kind" if len(scene.kinds) == 1 else "kinds", text, answer, value)
 
@@ -183,7 +178,8 @@ def _ask_activity(scene: Scene, language: Language, rng: random.Random) -> Scene
     if activity is None:
         answer = _pick(language, f"{who.capitalize()} {be} not doing anything.", f"{who}什么也没做。")
         return SceneQuestion("activity", text, answer, "none", kind)
-    answer = _pick(language, f"{who.capitalize()} {be} {_DOING[activity].en}.", f"{who}在{_DOING[activity].zh}。")
+    doing = _DOING_ZH.get(activity, activity.zh)
+    answer = _pick(language, f"{who.capitalize()} {be} {activity.en}.", f"{who}在{doing}。")
     return SceneQuestion("activity", text, answer, activity.en, kind)
 
 
@@ -200,8 +196,8 @@ def _ask_food(scene: Scene, language: Language, rng: random.Random) -> SceneQues
 
 
 def _ask_colour(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
-    text = _phrase("colour", language, rng)
-    return SceneQuestion("colour", text, _sentence(_say(scene.floor, language), language), scene.floor.en)
+    answer = _sentence(_pick(language, scene.floor.en, scene.floor.zh), language)
+    return SceneQuestion("colour", _phrase("colour", language, rng), answer, scene.floor.en)
 
 
 def _ask_place(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
@@ -225,8 +221,7 @@ def _ask_sign(scene: Scene, language: Language, rng: random.Random) -> SceneQues
 
 
 def _ask_caption(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
-    text = _phrase("caption", language, rng)
-    return SceneQuestion("caption", text, caption(scene, language), caption(scene, "en"))
+    return SceneQuestion("caption", _phrase("caption", language, rng), caption(scene, language), caption(scene, "en"))
 
 
 def _ask_detail(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
@@ -257,7 +252,7 @@ _WEIGHTS: Final = (4, 4, 2, 2, 6, 1, 4, 3, 2, 1)  # sampling weights in the orde
 _MAX_OF_KIND: Final = 2  # questions of one kind in a dialogue
 
 
-def dialogue(scene: Scene, language: Language, rng: random.Random, length: int) -> list[SceneQuestion]:
+def dialogue(scene: Scene, language: Language, rng: random.Random, length: int = 8) -> list[SceneQuestion]:
     """Return at most ``length`` different questions about a scene in random order, with follow-up questions.
 
     A follow-up refers to the object of the previous question as "it", so it needs the history.
@@ -332,14 +327,14 @@ def _where(things: Sequence[Thing | Sign], language: Language) -> str:
 
 
 def _background(scene: Scene, language: Language) -> str:
-    floor, wall = _say(scene.floor, language), _say(scene.wall, language)
+    floor, wall = _pick(language, scene.floor.en, scene.floor.zh), _pick(language, scene.wall.en, scene.wall.zh)
     return _pick(language, f"The floor is {floor} and the wall is {wall}.", f"地板是{floor}，墙是{wall}。")
 
 
 def _doing_with(group: Sequence[Thing], language: Language) -> str:
     activity = group[0].activity
     assert activity is not None
-    phrase = _say(_DOING_WITH[activity][len(group) > 1], language)
+    phrase = _pick(language, _DOING_WITH[activity][len(group) > 1].en, _DOING_WITH[activity][len(group) > 1].zh)
     return phrase.format(_food(group, language)) if activity is words.EATING else phrase
 
 
@@ -380,10 +375,6 @@ def _join(phrases: Sequence[str], language: Language) -> str:
 
 def _sentence(text: str, language: Language) -> str:
     return _pick(language, f"{text[0].upper()}{text[1:]}.", f"{text}。")
-
-
-def _say(word: Word, language: Language) -> str:
-    return _pick(language, word.en, word.zh)
 
 
 def _pick(language: Language, en: str, zh: str) -> str:

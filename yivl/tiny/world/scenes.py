@@ -124,7 +124,7 @@ def _sample(seed: str, *, new_sizes: bool) -> Scene:
         most = min(MAX_THINGS - len(things), len(free))
         for _ in range(1 if single else min(rng.randint(1, MAX_THINGS), most)):
             size = rng.uniform(*rng.choice(_NEW_SIZES if new_sizes else _SIZES))
-            place, angle = _take(rng, free), rng.uniform(-22, 22)
+            place, angle = free.pop(rng.randrange(len(free))), rng.uniform(-22, 22)
             things.append(Thing(kind, place, *_jitter(rng, place, _ALONG), size, angle, rng.random() < 0.5))
     things.sort(key=lambda thing: PLACES.index(thing.place))
     return Scene(seed, wall, floor, rng.choice(FLOOR_STYLES), rng.uniform(0.3, 0.6), tuple(things), sign)
@@ -145,16 +145,12 @@ def _sample_actors(rng: random.Random, free: list[Word], new_sizes: bool) -> lis
     food = rng.choice(words.FOODS) if activity is EATING else None
     things = []
     for _ in range(min(rng.randint(1, MAX_THINGS), len(free))):
-        place = _take(rng, free)
+        place = free.pop(rng.randrange(len(free)))
         size = rng.uniform(*rng.choice(_NEW_ACTOR_SIZES if new_sizes else _ACTOR_SIZES))
         angle = rng.uniform(-8, 8)
         x, y = _jitter(rng, place, _ALONG)
         things.append(Thing(kind, place, x, y, size, angle, rng.random() < 0.5, activity, food))
     return things
-
-
-def _take(rng: random.Random, free: list[Word]) -> Word:
-    return free.pop(rng.randrange(len(free)))
 
 
 def _jitter(rng: random.Random, place: Word, along: float) -> tuple[float, float]:

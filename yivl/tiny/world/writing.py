@@ -22,7 +22,6 @@ from yivl.tiny.world.scenes import Scene, Split, sample_scene
 from yivl.tiny.world.words import LANGUAGES, Language
 
 _SHARD_SIZE: Final = 1000  # samples per tar file
-_NUM_QUESTIONS: Final = 8  # per dialogue
 
 
 def write_captions(folder: Path, numbers: range, side: int) -> None:
@@ -73,8 +72,7 @@ def _write_dialogue(number: int, folder: Path, side: int, *, as_json: bool) -> d
     if as_json:
         pairs = [json_answer(scene, language)]
     else:
-        questions = dialogue(scene, language, rng, _NUM_QUESTIONS)
-        pairs = [(paraphrase(question.text, rng), question.answer) for question in questions]
+        pairs = [(paraphrase(one.text, rng), one.answer) for one in dialogue(scene, language, rng)]
     return _write_row(folder, f"{number:09d}", scene, side, pairs)
 
 
