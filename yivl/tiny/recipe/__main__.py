@@ -12,7 +12,6 @@ import json
 import logging
 from importlib import import_module
 from pathlib import Path
-from typing import Final
 
 from yivl import command_line
 from yivl.errors import YiVLError
@@ -20,7 +19,7 @@ from yivl.errors import YiVLError
 logger = logging.getLogger(__name__)
 
 # Optimizer steps of a full run, and the folders that a phase reads.
-PHASES: Final[dict[str, tuple[int, tuple[str, ...]]]] = {
+PHASES = {
     "language_model": (8000, ()),
     "clip": (300, ("language_model",)),
     "naming": (8000, ("language_model", "vision_tower")),
@@ -48,6 +47,7 @@ def main() -> None:
 
     import torch
 
+    from yivl.checkpoint.atomic import write_whole
     from yivl.tiny.recipe.loop import training_folder
 
     torch.set_num_threads(arguments.threads)
@@ -55,8 +55,8 @@ def main() -> None:
     folder = arguments.output_dir.expanduser()
     inputs = [getattr(arguments, name) for name in PHASES[arguments.phase][1]]
     scores = train(*inputs, folder, arguments.steps, arguments.questions)
-    text = json.dumps([score._asdict() for score in scores], indent=2) + "\n"
-    (training_folder(folder) / "gate.json").write_text(text)
+    gate = json.dumps([score._asdict() for score in scores], indent=2)
+    write_whole(training_folder(folder) / "gate.json", gate + "\n")
     for score in scores:
         logger.info("%-28s %5.1f %%   target %s", score.name, score.reached, score.target or "none")
 

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from yivl.tiny.world import words
 from yivl.tiny.world.scenes import Scene, Sign, Thing
-from yivl.tiny.world.words import Kind, Language, Word
+from yivl.tiny.world.words import Kind, Language
 
 QuestionKind = Literal[
     "presence", "count", "kind", "kinds", "activity", "food", "colour", "place", "places", "sign", "caption", "detail"
@@ -76,12 +76,12 @@ _LOCATIONS: Final = dict(
     zip(words.PLACES, ("at the top", "on the left", "in the middle", "on the right", "at the bottom"), strict=True)
 )
 _DOING_ZH: Final = {words.EATING: "吃东西", words.PLAYING: "玩球"}  # the verb alone needs an object in Chinese
-# With the prop, for one object and for several; {} is the food.
+# With the prop: English for one object and for several, Chinese; {} is the food.
 _DOING_WITH: Final = {
-    words.EATING: (Word("eating {} from a bowl", "吃碗里的{}"), Word("eating {} from bowls", "吃碗里的{}")),
-    words.PLAYING: (Word("playing with a ball", "玩球"), Word("playing with balls", "玩球")),
-    words.SLEEPING: (Word("sleeping on a bed", "在床上睡觉"), Word("sleeping on beds", "在床上睡觉")),
-    words.READING: (Word("reading a book", "看书"), Word("reading books", "看书")),
+    words.EATING: ("eating {} from a bowl", "eating {} from bowls", "吃碗里的{}"),
+    words.PLAYING: ("playing with a ball", "playing with balls", "玩球"),
+    words.SLEEPING: ("sleeping on a bed", "sleeping on beds", "在床上睡觉"),
+    words.READING: ("reading a book", "reading books", "看书"),
 }
 
 
@@ -334,7 +334,8 @@ def _background(scene: Scene, language: Language) -> str:
 def _doing_with(group: Sequence[Thing], language: Language) -> str:
     activity = group[0].activity
     assert activity is not None
-    phrase = _pick(language, _DOING_WITH[activity][len(group) > 1].en, _DOING_WITH[activity][len(group) > 1].zh)
+    one, several, zh = _DOING_WITH[activity]
+    phrase = _pick(language, one if len(group) == 1 else several, zh)
     return phrase.format(_food(group, language)) if activity is words.EATING else phrase
 
 

@@ -79,13 +79,8 @@ ACTIVITIES: Final = (
 )
 EATING, PLAYING, SLEEPING, READING = ACTIVITIES
 
-PLACES: Final = (
-    Word("top", "上边"),
-    Word("left", "左边"),
-    Word("middle", "中间"),
-    Word("right", "右边"),
-    Word("bottom", "下边"),
-)
+_PLACES: Final = "top 上边, left 左边, middle 中间, right 右边, bottom 下边"
+PLACES: Final = tuple(Word(*place.split()) for place in _PLACES.split(","))
 """In reading order."""
 TOP, LEFT, MIDDLE, RIGHT, BOTTOM = PLACES
 
