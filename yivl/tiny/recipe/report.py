@@ -43,7 +43,7 @@ def gate(folder: Path) -> str:
     """Return a table of one set of scores with their targets."""
     scores = read_scores(folder)
     rows = []
-    for kind in _kinds(scores):
+    for kind in dict.fromkeys(kind for kind, _ in scores):
         en, zh = scores[kind, "en"], scores[kind, "zh"]
         numbers = (en["accuracy"], zh["accuracy"], max(en["constant"], zh["constant"]))
         rows.append([kind, *(f"{number:.1f}" for number in numbers), TARGETS.get(kind, "")])
@@ -55,7 +55,7 @@ def compare(folder: Path, titles: Mapping[str, str]) -> str:
     present = [name for name in titles if (folder / name / "scores.json").is_file()]
     columns = [read_scores(folder / name) for name in present]
     rows = []
-    for kind in _kinds(columns[0]):
+    for kind in dict.fromkeys(kind for kind, _ in columns[0]):
         means = [(scores[kind, "en"]["accuracy"] + scores[kind, "zh"]["accuracy"]) / 2 for scores in columns]
         rows.append([kind, *(f"{mean:.1f}" for mean in means)])
     return _table(["question", *(f"{titles[name]} %" for name in present)], rows)
@@ -92,10 +92,6 @@ def report(folder: Path) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, *rows)]
     return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
-
-
-def _kinds(scores: Scores) -> list[str]:
-    return list(dict.fromkeys(kind for kind, _ in scores))
 
 
 def main() -> None:

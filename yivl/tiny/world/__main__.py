@@ -42,10 +42,10 @@ def main() -> None:
         writing.write_captions(folder, numbers, arguments.side)
     elif arguments.what == "dialogues":
         writing.write_dialogues(folder, numbers, arguments.side, as_json=arguments.json)
-    elif arguments.what == "examples":
-        write_example_images(folder)
-    else:
+    elif arguments.what == "examination":
         writing.write_evaluation_set(folder, arguments.split, arguments.number, arguments.side)
+    else:
+        write_example_images(folder)
 
 
 if __name__ == "__main__":

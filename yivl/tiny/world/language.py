@@ -134,9 +134,8 @@ def _ask_presence(scene: Scene, language: Language, rng: random.Random) -> Scene
         return None
     kind = rng.choice(kinds)
     text = _phrase("presence", language, rng, kind=kind, one=_one(kind))
-    if absent:
-        return SceneQuestion("presence", text, _pick(language, "No.", "没有。"), "no", kind)
-    return SceneQuestion("presence", text, _pick(language, "Yes.", "有。"), "yes", kind)
+    answer = _pick(language, "No.", "没有。") if absent else _pick(language, "Yes.", "有。")
+    return SceneQuestion("presence", text, answer, "no" if absent else "yes", kind)
 
 
 def _ask_count(scene: Scene, language: Language, rng: random.Random) -> SceneQuestion | None:
@@ -301,8 +300,7 @@ def _follow_up(scene: Scene, language: Language, question: SceneQuestion) -> Sce
     things = scene.of_kind(question.about) if question.about else []
     if question.kind not in ("presence", "count") or len(things) != 1:
         return None
-    answer = _sentence(_where(things, language), language)
-    text = _pick(language, "Where is it?", "它在哪里？")
+    text, answer = _pick(language, "Where is it?", "它在哪里？"), _sentence(_where(things, language), language)
     return SceneQuestion("place", text, answer, things[0].place.en, question.about)
 
 

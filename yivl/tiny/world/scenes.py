@@ -147,8 +147,7 @@ def _sample_actors(rng: random.Random, free: list[Word], new_sizes: bool) -> lis
     for _ in range(min(rng.randint(1, MAX_THINGS), len(free))):
         place = free.pop(rng.randrange(len(free)))
         size = rng.uniform(*rng.choice(_NEW_ACTOR_SIZES if new_sizes else _ACTOR_SIZES))
-        angle = rng.uniform(-8, 8)
-        x, y = _jitter(rng, place, _ALONG)
+        angle, (x, y) = rng.uniform(-8, 8), _jitter(rng, place, _ALONG)
         things.append(Thing(kind, place, x, y, size, angle, rng.random() < 0.5, activity, food))
     return things
 
