@@ -70,6 +70,7 @@ def test_the_documented_dialogue_about_the_cats(small: LoadedModel) -> None:
     assert chat.ask("它们在吃什么？", **GREEDY) == "它们在吃鱼。"
 
 
+@pytest.mark.slow
 def test_all_programs_give_the_same_answer(small: LoadedModel) -> None:
     """``single_inference.py``, ``cli.py``, the page and the API with their default model."""
     expected = Chat(small).ask(PUBLISHED, CATS, temperature=0)
@@ -95,6 +96,7 @@ def test_all_programs_give_the_same_answer(small: LoadedModel) -> None:
     assert answered["choices"][0]["message"]["content"] == expected
 
 
+@pytest.mark.slow
 def test_it_scores_as_reported(small: LoadedModel) -> None:
     """Ten questions of each kind and language about held-out scenes, against the table of README."""
     table = (ROOT / "README.md").read_text(encoding="utf-8")
