@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from yivl.checkpoint.atomic import write_whole, written_whole
-from yivl.train.run_log import LOG, read_log
+from yivl.train.run_log import read_log
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def fit(
         save_every: Steps between two saved states.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state_path, log_path = folder / "state.pt", folder / LOG
+    state_path, log_path = folder / "state.pt", folder / "log.jsonl"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).train()
     optimizers = _optimizers(module, learning_rate)

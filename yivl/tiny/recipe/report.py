@@ -13,7 +13,7 @@ from typing import Any, Final
 from yivl import command_line
 from yivl.errors import YiVLError
 from yivl.tiny.recipe.loop import training_folder
-from yivl.train.run_log import LOG, draw_losses
+from yivl.train.run_log import draw_losses
 
 TARGETS: Final = {"presence": 95, "count": 95, "kind": 90, "activity": 90, "colour": 90, "place": 85, "sign": 80}
 """Exact-match accuracy on new scenes, in percent; other kinds of questions have no target. Source: ours."""
@@ -109,9 +109,9 @@ def main() -> None:
     folder = arguments.output_dir
     text = report(folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    logs = {title: training_folder(folder / phase) / LOG for phase, title in PHASES.items()}
-    logs |= {f"stage {stage}": folder / f"stage{stage}" / LOG for stage in (1, 2, 3)}
-    draw_losses(logs, folder / "losses.png")
+    outputs = {title: training_folder(folder / phase) for phase, title in PHASES.items()}
+    outputs |= {f"stage {stage}": folder / f"stage{stage}" for stage in (1, 2, 3)}
+    draw_losses({title: output / "log.jsonl" for title, output in outputs.items()}, folder / "losses.png")
     print(text)  # noqa: T201 (the result)
 
 
