@@ -1,10 +1,10 @@
-r"""Make the sprite sheet and the font of the signs of the picture world from the Noto fonts.
+r"""Build the sprite sheet and the sign font of the synthetic world from the Noto fonts.
 
 python scripts/make_sprites.py --emoji NotoColorEmoji.ttf --text NotoSansCJK-Bold.ttc \
     --output_dir yivl/tiny/assets/world
 
-Needed only when a kind of thing or a word of a sign is added. Debian has the fonts in fonts-noto-color-emoji and
-fonts-noto-cjk; cutting the text font needs the fonttools package.
+Needed only after a kind of object or a sign text is added. Debian packages the fonts as fonts-noto-color-emoji and
+fonts-noto-cjk; subsetting the text font requires fonttools.
 """
 
 import argparse
@@ -15,17 +15,17 @@ from string import ascii_uppercase, digits
 
 from PIL import Image, ImageDraw, ImageFont
 
-from yivl.tiny.world.drawing import SPRITE_COLUMNS, SPRITE_SIDE
+from yivl.tiny.world.rendering import SPRITE_COLUMNS, SPRITE_SIDE
 from yivl.tiny.world.words import KINDS, SIGN_TEXTS
 
 EMOJI_SIZE = 109
-"""The one size in pixels in which the emoji font has its pictures."""
+"""The only bitmap size of the emoji font, in pixels."""
 SIMPLIFIED_CHINESE = 2
-"""Number of the face in the collection."""
+"""Index of the face in the font collection."""
 
 
 def draw_sheet(font_path: str) -> Image.Image:
-    """Return all sprites, each as large as its cell allows, in 256 colours."""
+    """Return all sprites, each scaled to its cell, in 256 colors."""
     font = ImageFont.truetype(font_path, EMOJI_SIZE)
     rows = -(-len(KINDS) // SPRITE_COLUMNS)
     sheet = Image.new("RGBA", (SPRITE_COLUMNS * SPRITE_SIDE, rows * SPRITE_SIDE))
@@ -43,7 +43,7 @@ def draw_sheet(font_path: str) -> Image.Image:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write ``sprites.png`` and ``signs.otf``."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )

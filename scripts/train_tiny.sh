@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A small bilingual Yi-VL from nothing: pictures, a language model on written pictures, a CLIP, patch naming, the three
-# published stages, examinations, a report. The report says how long each step took.
+# Train a small bilingual Yi-VL from scratch: data, language model, CLIP, patch naming, the three stages, evaluation, a
+# report with the time of each step (docs/tiny.md).
 # Usage:     [OUT=out/tiny] scripts/train_tiny.sh
-# Optional:  SMOKE=1  all of it in minutes, with a few steps each: does it run, not is it good
-#            THREADS=2  of the CPU    PYTHON=.venv/bin/python
-# Stop it at any time; the same command goes on where it was. Every phase ends with held-out scores beside targets.
+# Optional:  SMOKE=1  a few steps of every phase, in minutes; checks that it runs
+#            THREADS=2  CPU threads    PYTHON=.venv/bin/python
+# The same command resumes an interrupted run. Every phase ends with held-out scores and their targets.
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -13,7 +13,7 @@ OUT=${OUT:-out/tiny} THREADS=${THREADS:-2}
 export OMP_NUM_THREADS=$THREADS
 mkdir -p "$OUT"
 
-# Steps of the phases and stages, scenes of the data, questions of each kind in gates and examinations.
+# Optimizer steps, scenes, and questions of each kind in the evaluations between and after the stages.
 language_steps=8000 clip_steps=300 naming_steps=8000 stage1_steps=500 stage2_steps=800 stage3_rows=28000
 caption_scenes=22000 gate=50 exam=200
 if [[ ${SMOKE:-0} == 1 ]]; then
@@ -21,7 +21,7 @@ if [[ ${SMOKE:-0} == 1 ]]; then
   caption_scenes=128 gate=2 exam=2
 fi
 
-# once RESULT COMMAND...: runs the command, unless what it writes is there, and notes how long it took.
+# once RESULT COMMAND...: run the command unless RESULT exists, and record its time.
 once() {
   local result=$1 start=$SECONDS
   shift
@@ -34,8 +34,8 @@ once() {
   fi
 }
 
-# written FOLDER ARGUMENTS...: pictures of the world; the folder appears when it is complete.
-written() {
+# generated FOLDER ARGUMENTS...: data of the synthetic world; the folder appears when it is complete.
+generated() {
   local folder=$1
   shift
   rm -rf "$folder.partial"
@@ -43,8 +43,8 @@ written() {
   mv "$folder.partial" "$folder"
 }
 
-# asked NAME MODEL SPLIT [flags...]: an examination, with all questions asked alone.
-asked() {
+# evaluated NAME MODEL SPLIT [flags...]: exact match on an evaluation set.
+evaluated() {
   local name=$1 model=$2 split=$3
   shift 3
   "$PYTHON" -m yivl.eval rows --model-path "$model" --data "$OUT/examination-$split/rows.json" \
@@ -53,7 +53,7 @@ asked() {
   "$PYTHON" -m yivl.tiny.recipe.report gate --scores "$OUT/scores/$name"
 }
 
-# stage NUMBER MODEL FLAGS...: one of the published stages, at the size of this model.
+# stage NUMBER MODEL FLAGS...: a stage of Yi-VL with the image sizes and learning rates of this model.
 stage() {
   local number=$1 model=$2
   shift 2
@@ -63,12 +63,12 @@ stage() {
     --save_total_limit 1 --max_grad_norm 1 --resume auto "$@"
 }
 
-once "$OUT/captions" written "$OUT/captions" captions --number "$caption_scenes"
-once "$OUT/dialogues" written "$OUT/dialogues" dialogues --number "$stage3_rows" --first 1000000
+once "$OUT/captions" generated "$OUT/captions" captions --number "$caption_scenes"
+once "$OUT/dialogues" generated "$OUT/dialogues" dialogues --number "$stage3_rows" --first 1000000
 for split in scenes combinations sizes; do
-  once "$OUT/examination-$split" written "$OUT/examination-$split" examination --split "$split" --number "$exam"
+  once "$OUT/examination-$split" generated "$OUT/examination-$split" examination --split "$split" --number "$exam"
 done
-once "$OUT/examination-gate" written "$OUT/examination-gate" examination --split scenes --number "$gate"
+once "$OUT/examination-gate" generated "$OUT/examination-gate" examination --split scenes --number "$gate"
 
 tiny=("$PYTHON" -m yivl.tiny.recipe)
 limits=(--questions "$gate" --threads "$THREADS")
@@ -82,21 +82,21 @@ once "$OUT/naming.training/gate.json" "${tiny[@]}" naming --language_model "$OUT
 shards="$OUT/captions/{00000..$(printf %05d $(((caption_scenes + 999) / 1000 - 1)))}.tar"
 DATA=$shards once "$OUT/stage1/config.json" stage 1 "$OUT/naming" --image_size 96 --max_steps "$stage1_steps" \
   --learning_rate 3e-4
-once "$OUT/scores/stage1/scores.json" asked stage1 "$OUT/stage1" gate
+once "$OUT/scores/stage1/scores.json" evaluated stage1 "$OUT/stage1" gate
 DATA=$shards once "$OUT/stage2/config.json" stage 2 "$OUT/stage1" --image_size 192 --max_steps "$stage2_steps" \
   --learning_rate 3e-4
-once "$OUT/scores/stage2/scores.json" asked stage2 "$OUT/stage2" gate
+once "$OUT/scores/stage2/scores.json" evaluated stage2 "$OUT/stage2" gate
 DATA=$OUT/dialogues/rows.json IMAGES=$OUT/dialogues once "$OUT/stage3/config.json" stage 3 "$OUT/stage2" \
   --image_size 192 --num_train_epochs 1 --learning_rate 3e-4 --group_by_length True
 
 for split in scenes combinations sizes; do
-  once "$OUT/scores/$split/scores.json" asked "$split" "$OUT/stage3" "$split"
+  once "$OUT/scores/$split/scores.json" evaluated "$split" "$OUT/stage3" "$split"
 done
-for pictures in another none; do
-  once "$OUT/scores/$pictures/scores.json" asked "$pictures" "$OUT/stage3" scenes --pictures "$pictures"
+for control in another none; do
+  once "$OUT/scores/$control/scores.json" evaluated "$control" "$OUT/stage3" scenes --pictures "$control"
 done
-# What stage 1 brings: stage 2 once more, without it.
+# Ablation: stage 2 without stage 1.
 DATA=$shards once "$OUT/stage2-alone/config.json" stage 2 "$OUT/naming" --image_size 192 \
   --max_steps "$stage2_steps" --learning_rate 3e-4 --output_dir "$OUT/stage2-alone"
-once "$OUT/scores/stage2-alone/scores.json" asked stage2-alone "$OUT/stage2-alone" gate
+once "$OUT/scores/stage2-alone/scores.json" evaluated stage2-alone "$OUT/stage2-alone" gate
 "$PYTHON" -m yivl.tiny.recipe.report report --output_dir "$OUT"

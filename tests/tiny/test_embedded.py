@@ -1,4 +1,4 @@
-"""The small model in the package: its size, its answers to the published questions, its scores."""
+"""The embedded model: its size, its answers to the documented questions, its scores."""
 
 import json
 import re
@@ -23,10 +23,10 @@ from yivl.serve.app import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Scheduler
 from yivl.serve.web import Page
-from yivl.tiny.world.drawing import draw
-from yivl.tiny.world.exam import EXAM_KINDS, examine
-from yivl.tiny.world.examples import EXAMPLES
+from yivl.tiny.world.evaluation_set import EVALUATED_KINDS, balanced_questions
+from yivl.tiny.world.example_images import EXAMPLE_SCENES
 from yivl.tiny.world.language import caption, detail
+from yivl.tiny.world.rendering import render
 from yivl.tiny.world.words import LANGUAGES
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 96}
@@ -39,7 +39,7 @@ def small() -> LoadedModel:
     return load_model(EMBEDDED_MODEL, device="cpu")
 
 
-def test_it_is_small_and_in_the_published_layout() -> None:
+def test_it_is_small_and_in_the_yi_vl_checkpoint_format() -> None:
     files = [path for path in Path(EMBEDDED_MODEL).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30 * 2**20
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".model"}
@@ -48,18 +48,18 @@ def test_it_is_small_and_in_the_published_layout() -> None:
     assert config["mm_projector_type"] == "mlp2x_gelu_Norm"
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", EXAMPLE_SCENES)
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_example_pictures_are_described_right(small: LoadedModel, name: str, language: str) -> None:
+def test_the_example_images_are_described_correctly(small: LoadedModel, name: str, language: str) -> None:
     questions = {
         "en": ("What is in this image?", "Describe the image in detail."),
         "zh": ("图片里有什么？", "详细描述这张图片。"),
     }
     for question, say in zip(questions[language], (caption, detail), strict=True):
-        assert Chat(small).ask(question, ROOT / "images" / name, **GREEDY) == say(EXAMPLES[name], language)
+        assert Chat(small).ask(question, ROOT / "images" / name, **GREEDY) == say(EXAMPLE_SCENES[name], language)
 
 
-def test_the_published_dialogue_about_the_cats(small: LoadedModel) -> None:
+def test_the_documented_dialogue_about_the_cats(small: LoadedModel) -> None:
     chat = Chat(small)
     assert chat.ask("What is in this image?", CATS, **GREEDY) == "Three cats eating fish from bowls."
     assert chat.ask("What are they doing?", **GREEDY) == "They are eating."
@@ -70,8 +70,9 @@ def test_the_published_dialogue_about_the_cats(small: LoadedModel) -> None:
     assert chat.ask("它们在吃什么？", **GREEDY) == "它们在吃鱼。"
 
 
-def test_all_ways_to_ask_give_the_same_answer(small: LoadedModel) -> None:
-    """``single_inference.py``, ``cli.py``, the page and the API, all with the model that is their default."""
+@pytest.mark.slow
+def test_all_programs_give_the_same_answer(small: LoadedModel) -> None:
+    """``single_inference.py``, ``cli.py``, the page and the API with their default model."""
     expected = Chat(small).ask(PUBLISHED, CATS, temperature=0)
     flags = ["--image-file", str(CATS), "--temperature", "0", "--device", "cpu"]
     command = [sys.executable, "single_inference.py", *flags, "--question", PUBLISHED, "--json"]
@@ -96,23 +97,24 @@ def test_all_ways_to_ask_give_the_same_answer(small: LoadedModel) -> None:
     assert answered["choices"][0]["message"]["content"] == expected
 
 
+@pytest.mark.slow
 def test_it_scores_as_reported(small: LoadedModel) -> None:
-    """Ten questions of each kind and language, of scenes that no phase has seen, against the table of README."""
+    """Ten questions of each kind and language about held-out scenes, against the table of README."""
     table = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| (\d+\.\d) \| (\d+\.\d) \| \d+\.\d \|", table, re.M)
     reported = {kind: (float(en) + float(zh)) / 200 for kind, en, zh in rows}
-    assert set(reported) == set(EXAM_KINDS)
+    assert set(reported) == set(EVALUATED_KINDS)
     right = expected = total = 0.0
-    for kind in EXAM_KINDS:
+    for kind in EVALUATED_KINDS:
         for language in LANGUAGES:
-            tasks = list(examine("scenes", kind, language, 10, first=500_000))
+            asked = list(balanced_questions("scenes", kind, language, 10, first=500_000))
             answers = answer_batch(
                 small,
-                [task.question.text for task in tasks],
-                [draw(task.scene, 224).image for task in tasks],
+                [question.text for _, question in asked],
+                [render(scene, 224).image for scene, _ in asked],
                 **GREEDY,
             )
-            right += sum(answer == task.question.answer for answer, task in zip(answers, tasks, strict=True))
-            total += len(tasks)
-            expected += reported[kind] * len(tasks)
+            right += sum(answer == question.answer for answer, (_, question) in zip(answers, asked, strict=True))
+            total += len(asked)
+            expected += reported[kind] * len(asked)
     assert right >= expected - 0.06 * total, (right, expected, total)

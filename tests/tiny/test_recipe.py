@@ -1,4 +1,4 @@
-"""How the small model is made: tokenizer, written pictures, naming, the loop, and the whole script at smoke scale."""
+"""The recipe of the small model: tokenizer, symbolic images, patch naming, the loop, and the script at smoke scale."""
 
 import json
 import os
@@ -8,32 +8,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip import CLIP
 from support.documents import code_blocks
 from support.golden import CHECKPOINT
 from support.training import ROOT
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import default_collate
 from transformers import LlamaForCausalLM
 
 from yivl.checkpoint.vit import read_clip_weights, read_vit_config
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
+from yivl.data.encoding import Collator
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tiny.recipe import clip, naming
 from yivl.tiny.recipe.language_model import (
     GRID,
-    Vocabulary,
-    WrittenScenes,
+    PatchVocabulary,
+    SymbolicScenes,
     answer_logits,
-    collate,
     small_config,
-    written_features,
+    symbolic_features,
 )
-from yivl.tiny.recipe.loop import Settings, fit
-from yivl.tiny.recipe.tokenizer import WORDS, token_ids, train_tokenizer
-from yivl.tiny.world.drawing import draw
+from yivl.tiny.recipe.loop import fit
+from yivl.tiny.recipe.tokenizer import PATCH_WORDS, token_ids, train_tokenizer
 from yivl.tiny.world.language import caption, detail
+from yivl.tiny.world.rendering import render
 from yivl.tiny.world.scenes import sample_scene
 from yivl.tiny.world.words import LANGUAGES
 from yivl.tokenization import YiTokenizer, encode_turns, load_tokenizer
@@ -47,29 +49,29 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> YiTokenizer:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tokenizer: YiTokenizer) -> Vocabulary:
-    return Vocabulary(tokenizer)
+def vocabulary(tokenizer: YiTokenizer) -> PatchVocabulary:
+    return PatchVocabulary(tokenizer)
 
 
-def test_the_tokenizer_is_made_the_way_of_yi(tokenizer: YiTokenizer) -> None:
+def test_the_tokenizer_has_the_settings_of_yi(tokenizer: YiTokenizer) -> None:
     ours, theirs = tokenizer.sp_model, load_tokenizer(CHECKPOINT).sp_model
     assert [ours.id_to_piece(token) for token in range(265)] == [theirs.id_to_piece(token) for token in range(265)]
     assert ours.encode(SYSTEM_PROMPT, out_type=str)[:3] == ["This", "▁is", "▁a"]
     assert ours.encode("###", out_type=str) == ["###"]
     assert ours.decode(ours.encode("a  b")) == "a  b"
     assert ours.encode("27", out_type=str) == ["2", "7"]
-    assert ours.decode(ours.encode("Łódź 颐和园")) == "Łódź 颐和园"  # by bytes
+    assert ours.decode(ours.encode("Łódź 颐和园")) == "Łódź 颐和园"  # by byte fallback
 
 
-def test_every_word_of_the_world_is_a_token_in_both_languages(tokenizer: YiTokenizer) -> None:
-    ids = [token for word in WORDS for token in token_ids(word, tokenizer)]
+def test_every_patch_label_is_a_single_token_in_both_languages(tokenizer: YiTokenizer) -> None:
+    ids = [token for word in PATCH_WORDS for token in token_ids(word, tokenizer)]
     assert len(ids) > 2 * 90
     with pytest.raises(ValueError, match="no token"):
-        token_ids(type(WORDS[-1])("zeppelin", "飞艇"), tokenizer)
+        token_ids(type(PATCH_WORDS[-1])("zeppelin", "飞艇"), tokenizer)
 
 
 @pytest.mark.parametrize("number", range(20))
-def test_no_token_crosses_the_border_of_an_answer(tokenizer: YiTokenizer, number: int) -> None:
+def test_no_token_crosses_the_boundary_of_an_answer(tokenizer: YiTokenizer, number: int) -> None:
     scene = sample_scene("train", number)
     for language in LANGUAGES:
         for text in (caption(scene, language), detail(scene, language)):
@@ -78,28 +80,28 @@ def test_no_token_crosses_the_border_of_an_answer(tokenizer: YiTokenizer, number
             assert tokenizer.decode(answer).strip() == f"{text}\n###"
 
 
-def test_a_written_picture_is_the_sum_of_its_words(tokenizer: YiTokenizer, vocabulary: Vocabulary) -> None:
+def test_symbolic_features_are_sums_of_word_embeddings(tokenizer: YiTokenizer, vocabulary: PatchVocabulary) -> None:
     torch.manual_seed(0)
     table = torch.randn(tokenizer.sp_model.vocab_size(), 64)
-    word, other = WORDS[0], WORDS[60]
+    word, other = PATCH_WORDS[0], PATCH_WORDS[60]
     bags = vocabulary.bags([(word,), (word, other)])
-    features = written_features(bags, table, vocabulary)
+    features = symbolic_features(bags, table, vocabulary)
     assert torch.allclose(features.pow(2).mean(-1).sqrt(), table.pow(2).mean().sqrt(), rtol=1e-4)
     wanted = table[token_ids(word, tokenizer) + token_ids(other, tokenizer)].sum(0)
     assert functional.cosine_similarity(features[1], wanted, dim=0) > 0.9999
 
 
-def test_patches_take_the_place_of_the_image(tokenizer: YiTokenizer, vocabulary: Vocabulary) -> None:
-    scenes = WrittenScenes(tokenizer, vocabulary, 40)
+def test_bags_replace_the_pixels_of_a_batch(tokenizer: YiTokenizer, vocabulary: PatchVocabulary) -> None:
+    scenes, collate = SymbolicScenes(tokenizer, vocabulary), Collator(pad_token_id=0)
     rows = [scenes[16], scenes[17]]
     batch = collate(rows)
-    slots = (batch["input_ids"] == -200).sum(1)
-    assert slots.tolist() == [GRID**2, GRID**2]
-    assert [int((row["labels"] != -100).sum()) for row in rows] == (batch["labels"] != -100).sum(1).tolist()
+    assert batch["images"].shape == (2, GRID**2, len(PATCH_WORDS))
+    assert (batch["input_ids"] == -200).sum(1).tolist() == [1, 1]
+    assert [int((row.labels != -100).sum()) for row in rows] == (batch["labels"] != -100).sum(1).tolist()
     model = LlamaForCausalLM(small_config()).eval()
     logits, targets = answer_logits(model, batch, vocabulary, 0.0)
     assert len(logits) == len(targets) == int((batch["labels"] != -100).sum())
-    # Padding changes nothing: each row alone gives the same.
+    # Padding changes nothing: each sample alone has the same logits.
     alone = torch.cat([answer_logits(model, collate([row]), vocabulary, 0.0)[0] for row in rows])
     assert torch.allclose(logits, alone, atol=1e-4)
 
@@ -122,23 +124,24 @@ def small_model() -> YiVLForCausalLM:
     return YiVLForCausalLM(config).eval()
 
 
-def test_naming_sees_what_the_model_sees_at_both_sizes() -> None:
+def test_naming_interpolates_as_the_model_does_at_both_sizes() -> None:
     model = small_model()
-    tower, projector = model.get_vision_tower(), model.model.mm_projector
     for side in (32, 64):
         pixels = torch.randn(2, 3, side, side)
         with torch.no_grad():
-            named = naming.encode(tower, projector, pixels)
+            handle = naming.interpolate_positions(model.get_vision_tower())
+            named = model.encode_images(pixels)
+            handle.remove()
             if side == 64:
                 model.resize_images(64)
             assert torch.allclose(named, model.encode_images(pixels), atol=1e-5)
 
 
-def test_the_naming_loss_is_least_where_patches_are_named(tokenizer: YiTokenizer, vocabulary: Vocabulary) -> None:
+def test_the_naming_loss_is_lowest_for_the_correct_labels(tokenizer: YiTokenizer, vocabulary: PatchVocabulary) -> None:
     table = torch.randn(tokenizer.sp_model.vocab_size(), 64)
-    bags = vocabulary.bags(draw(sample_scene("train", 0), 96).patches(6))[None]
+    bags = vocabulary.bags(render(sample_scene("train", 0), 96).patch_labels(6))[None]
     batch = {"bags": bags, "weights": torch.ones(1, 36)}
-    right = written_features(bags, table, vocabulary)
+    right = symbolic_features(bags, table, vocabulary)
     wrong = right.roll(1, dims=1)
     losses = [float(naming.naming_loss(features, batch, table, vocabulary)) for features in (right, wrong)]
     assert losses[0] < 0.5 * losses[1]
@@ -152,7 +155,7 @@ class Halves(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"x": torch.tensor([index / 1000, 1.0])}
 
 
-def test_a_phase_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_phase_resumes_exactly(tmp_path: Path) -> None:
     def train(folder: Path, stop: int | None) -> nn.Module:
         torch.manual_seed(0)
         module = nn.Linear(2, 1)
@@ -167,7 +170,7 @@ def test_a_phase_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
             noise = torch.randn(len(batch), 1)
             return (module(batch) - batch[:, :1] / 2 + 0.1 * noise).pow(2).mean()
 
-        fit(module, Halves(), loss_of, Settings(12, 4, 1e-2, 1e-2, warmup=2), folder, save_every=5)
+        fit(module, Halves(), loss_of, folder, steps=12, batch_size=4, learning_rate=1e-2, warmup=2, save_every=5)
         return module
 
     whole = train(tmp_path / "whole", None)
@@ -178,21 +181,22 @@ def test_a_phase_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
-def test_the_clip_is_read_as_a_vision_tower(tmp_path: Path, tokenizer: YiTokenizer) -> None:
-    model = clip.build_clip().eval()
+def test_the_clip_loads_as_a_vision_tower(tmp_path: Path, tokenizer: YiTokenizer) -> None:
+    model = CLIP(**clip.MODEL).eval()
     clip.save_clip(model, tmp_path / "clip")
     config = read_vit_config(tmp_path / "clip")
     assert (config.hidden_size, config.num_hidden_layers, config.image_size) == (192, 8, clip.IMAGE_SIZE)
     assert torch.equal(
         read_clip_weights(tmp_path / "clip")["embeddings.patch_embedding.weight"], model.visual.conv1.weight
     )
-    scenes = clip.CaptionedScenes(tokenizer, naming.processor_for(clip.IMAGE_SIZE), "train", 4)
-    batch = clip.collate([scenes[index] for index in range(4)])
+    scenes = clip.CaptionedScenes(tokenizer, "train")
+    batch = default_collate([scenes[index] for index in range(4)])
     assert torch.isfinite(clip.contrastive_loss(model, batch))
 
 
-def test_the_whole_recipe_runs_and_goes_on(tmp_path: Path) -> None:
-    """Every phase and stage with a few steps, by the script itself; a second call finds all of it done."""
+@pytest.mark.slow
+def test_the_whole_recipe_runs_and_resumes(tmp_path: Path) -> None:
+    """Every phase and stage with a few steps, by the script; a second call finds all of it done."""
     environment = {**os.environ, "SMOKE": "1", "OUT": str(tmp_path / "tiny"), "PYTHON": sys.executable, "THREADS": "1"}
 
     def make() -> str:
@@ -203,7 +207,7 @@ def test_the_whole_recipe_runs_and_goes_on(tmp_path: Path) -> None:
     first = make()
     assert "is there" not in first
     report = (tmp_path / "tiny/report.md").read_text(encoding="utf-8")
-    for title in ("new combinations", "no picture", "stage 2 without 1", "written presence", "patches at 192: word"):
+    for title in ("new combinations", "no image", "stage 2 without 1", "images: presence", "patches at 192: word"):
         assert title in report
     assert json.loads((tmp_path / "tiny/stage3/config.json").read_text())["architectures"] == ["LlavaLlamaForCausalLM"]
     assert (tmp_path / "tiny/losses.png").stat().st_size > 10_000
@@ -211,6 +215,7 @@ def test_the_whole_recipe_runs_and_goes_on(tmp_path: Path) -> None:
     assert second.count("is there") == first.count("==")
 
 
+@pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
     settings, *commands = code_blocks(ROOT / "docs/tutorial.md", "bash")
     assert settings.startswith("TRAIN=")

@@ -1,1 +1,1 @@
-"""The small model that the package contains: its world of drawn images and its training recipe."""
+"""The embedded small model: the synthetic world it is trained on, and its training recipe."""

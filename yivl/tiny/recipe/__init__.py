@@ -1,1 +1,1 @@
-"""How a small model is made from nothing, before the three stages of ``yivl.train``."""
+"""Training recipe of the small model: the phases before the three stages of ``yivl.train``, and its report."""

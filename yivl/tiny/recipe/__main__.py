@@ -1,65 +1,63 @@
-"""Make what the three stages of the small model start from. Each phase goes on where it was stopped.
+"""Train what the three stages of the small model start from. A phase that was interrupted resumes.
 
 python -m yivl.tiny.recipe language_model --output_dir out/language_model
 python -m yivl.tiny.recipe clip   --language_model out/language_model --output_dir out/clip
 python -m yivl.tiny.recipe naming --language_model out/language_model --vision_tower out/clip --output_dir out/naming
 
-scripts/train_tiny.sh runs them all, and the stages after them.
+scripts/train_tiny.sh runs all of them and then the stages.
 """
 
 import argparse
 import json
 import logging
+from importlib import import_module
 from pathlib import Path
 
 from yivl import command_line
+from yivl.errors import YiVLError
 
 logger = logging.getLogger(__name__)
 
-STEPS = {"language_model": 8000, "clip": 300, "naming": 8000}
-"""Of a full run; at the batch sizes of ``phases``. Source: ours."""
+# Optimizer steps of a full run, and the folders that a phase reads.
+PHASES = {
+    "language_model": (8000, ()),
+    "clip": (300, ("language_model",)),
+    "naming": (8000, ("language_model", "vision_tower")),
+}
 
 
 def main() -> None:
-    """Run one phase and print its held-out scores beside their targets."""
+    """Run one phase and print its held-out scores with their targets."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("phase", choices=tuple(STEPS))
-    parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument("--language_model", help="folder of that phase; for the other two")
-    parser.add_argument("--vision_tower", help="folder of the clip phase; for naming")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
-    parser.add_argument("--questions", type=int, default=100, help="of each kind in the gate (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: %(default)s)")
+    subparsers = parser.add_subparsers(dest="phase", required=True)
+    for phase, (steps, names) in PHASES.items():
+        flags = subparsers.add_parser(phase, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for name in names:
+            flags.add_argument(f"--{name}", type=Path, required=True, help="output folder of an earlier phase")
+        flags.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+        flags.add_argument("--steps", type=int, default=steps, help="optimizer steps")
+        flags.add_argument("--questions", type=int, default=100, help="held-out questions or images of each kind")
+        flags.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     command_line.log_to_stderr()
+    if min(arguments.steps, arguments.questions, arguments.threads) < 1:
+        raise YiVLError("--steps, --questions and --threads must be at least 1")
 
     import torch
 
-    from yivl.errors import YiVLError
-    from yivl.tiny.recipe import phases
+    from yivl.checkpoint.atomic import write_whole
+    from yivl.tiny.recipe.loop import training_folder
 
-    if (arguments.phase == "language_model") != (arguments.language_model is None):
-        raise YiVLError("--language_model is for clip and naming, and they need it")
-    if (arguments.phase == "naming") != (arguments.vision_tower is not None):
-        raise YiVLError("--vision_tower is for naming, and it needs it")
-    steps = STEPS[arguments.phase] if arguments.steps is None else arguments.steps
-    if min(steps, arguments.questions, arguments.threads) < 1:
-        raise YiVLError("--steps, --questions and --threads are at least 1")
     torch.set_num_threads(arguments.threads)
-    folder = Path(arguments.output_dir).expanduser()
-    if arguments.phase == "language_model":
-        gate = phases.language_model(folder, steps, arguments.questions)
-    elif arguments.phase == "clip":
-        gate = phases.clip(Path(arguments.language_model), folder, steps, arguments.questions)
-    else:
-        start = Path(arguments.language_model), Path(arguments.vision_tower)
-        gate = phases.naming(*start, folder, steps, arguments.questions)
-    (phases.training_folder(folder) / "gate.json").write_text(
-        json.dumps([score.__dict__ for score in gate], indent=2) + "\n"
-    )
-    for score in gate:
+    train = import_module(f"yivl.tiny.recipe.{arguments.phase}").train
+    folder = arguments.output_dir.expanduser()
+    inputs = [getattr(arguments, name) for name in PHASES[arguments.phase][1]]
+    scores = train(*inputs, folder, arguments.steps, arguments.questions)
+    gate = json.dumps([score._asdict() for score in scores], indent=2)
+    write_whole(training_folder(folder) / "gate.json", gate + "\n")
+    for score in scores:
         logger.info("%-28s %5.1f %%   target %s", score.name, score.reached, score.target or "none")
 
 

@@ -1,66 +1,75 @@
-"""The training loop of the phases before stage 1: numbered batches, Muon and AdamW, a cosine, exact resuming."""
+"""Training loop of the phases before stage 1: Muon and AdamW, bf16 autocast, cosine schedule, exact resume.
+
+The transformers ``Trainer`` takes one optimizer and writes checkpoints that are not atomic; both would cost more code.
+"""
 
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from yivl.checkpoint.atomic import write_whole, written_whole
 from yivl.train.run_log import read_log
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY = 50
+_LOG_EVERY: Final = 50  # steps
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a phase trains."""
+class HeldOutScore(NamedTuple):
+    """A held-out score at the end of a phase, in percent."""
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    """Of what AdamW trains: embeddings, norms, biases, convolutions."""
-    matrix_rate: float
-    """Of what Muon trains: all other matrices."""
-    warmup: int = 100
-    weight_decay: float = 0.05
+    name: str
+    reached: float
+    target: float | None
+
+
+def training_folder(folder: Path) -> Path:
+    """Return the folder of the training state and log of a phase, beside the checkpoint it writes."""
+    return folder.with_name(f"{folder.name}.training")
 
 
 def fit(
     module: nn.Module,
     dataset: Dataset[Any],
     loss_of: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    settings: Settings,
     folder: Path,
     *,
+    steps: int,
+    batch_size: int,
     collate: Callable[[Sequence[Any]], Any] | None = None,
+    learning_rate: float = 1e-3,
+    warmup: int = 100,
     save_every: int = 500,
 ) -> None:
-    """Train a module in place, and go on where an earlier call stopped.
+    """Train a module in place, on a GPU if there is one, and leave it on the CPU in evaluation mode.
 
-    Example ``n`` of the data set is used once, in step ``n // batch_size``.
+    Resumes from the state in ``folder``. Sample ``n`` is used once, in step ``n // batch_size``.
 
     Args:
-        module: What trains; in float32, computed in bfloat16, on the device it is on.
-        dataset: With at least ``steps * batch_size`` examples.
-        loss_of: From a batch, whose tensors are on that device.
-        settings: Steps, batch and rate.
-        folder: Of the state and of ``log.jsonl``.
-        collate: Of the batches.
+        module: Module with float32 weights.
+        dataset: Samples by number; its length is not asked for.
+        loss_of: Loss of a batch; runs under bfloat16 autocast.
+        folder: Folder of ``state.pt`` and ``log.jsonl``.
+        steps: Number of optimizer steps.
+        batch_size: Samples per optimizer step.
+        collate: ``collate_fn`` of the ``DataLoader``.
+        learning_rate: Peak learning rate of both optimizers.
+        warmup: Steps of linear warmup; a cosine decay to 3% follows.
         save_every: Steps between two saved states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_path, log_path = folder / "state.pt", folder / "log.jsonl"
-    optimizers = _optimizers(module, settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(device).train()
+    optimizers = _optimizers(module, learning_rate)
     first = 0
     if state_path.is_file():
         state = torch.load(state_path, weights_only=True)
@@ -68,23 +77,17 @@ def fit(
         module.load_state_dict(state["module"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        logger.info("going on at step %d of %d", first, settings.steps)
-    kept = [line for line in read_log(log_path) if line["step"] <= first]
-    log_path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    examples = Subset(dataset, range(first * settings.batch_size, settings.steps * settings.batch_size))
-    loader = DataLoader(
-        examples, settings.batch_size, collate_fn=collate, num_workers=1, persistent_workers=False, prefetch_factor=4
-    )
-    module.train()
+        logger.info("%s: resuming at step %d of %d", folder, first, steps)
+    lines = [line for line in read_log(log_path) if line["step"] <= first]
+    numbers = range(first * batch_size, steps * batch_size)
+    loader = DataLoader(dataset, batch_size, sampler=numbers, collate_fn=collate, num_workers=1, prefetch_factor=4)
     losses: list[torch.Tensor] = []
-    device = next(module.parameters()).device
-    progress = tqdm(loader, initial=first, total=settings.steps, desc=folder.name, disable=None)
-    for step, batch in enumerate(progress, first):
-        scale = _scale(step, settings)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = scale * group["initial_lr"]
-        torch.manual_seed(step)  # the noise of a step does not depend on where the run was resumed
+    for step, batch in enumerate(tqdm(loader, initial=first, total=steps, desc=folder.name, disable=None), first):
+        cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+        scale = (step + 1) / warmup if step < warmup else cosine
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = scale * learning_rate
+        torch.manual_seed(step)  # the noise of a step must not depend on where the run was resumed
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of({name: value.to(device) for name, value in batch.items()})
         loss.backward()  # type: ignore[no-untyped-call]
@@ -94,55 +97,25 @@ def fit(
         module.zero_grad()
         losses.append(loss.detach())
         if (step + 1) % _LOG_EVERY == 0:
-            mean = float(torch.stack(losses).mean())
-            with log_path.open("a") as log:
-                log.write(json.dumps({"step": step + 1, "loss": mean, "scale": scale}) + "\n")
+            lines.append({"step": step + 1, "loss": float(torch.stack(losses).mean()), "scale": scale})
             losses.clear()
-            logger.info("%s: step %d of %d, loss %.3f", folder.name, step + 1, settings.steps, mean)
-        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
-            state = {
-                "step": step + 1,
-                "module": module.state_dict(),
-                "optimizers": [one.state_dict() for one in optimizers],
-            }
-            torch.save(state, f"{state_path}.tmp")
-            os.replace(f"{state_path}.tmp", state_path)
-    module.eval()
+            write_whole(log_path, "".join(json.dumps(line) + "\n" for line in lines))
+            logger.info("%s: step %d of %d, loss %.3f", folder.name, step + 1, steps, lines[-1]["loss"])
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            with written_whole(state_path) as partial:
+                torch.save({"step": step + 1, "module": module.state_dict(), "optimizers": states}, partial)
+    module.cpu().eval()
 
 
-def _optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices between layers, and AdamW for all else that trains.
-
-    On written pictures Muon needed about half of the steps of AdamW alone (docs/tiny.md).
-    """
+def _optimizers(module: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Return AdamW for embeddings, the head, norms, biases and convolutions, and Muon for all other matrices."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
             (matrices if is_matrix else others).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                settings.matrix_rate,
-                weight_decay=settings.weight_decay,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def _scale(step: int, settings: Settings) -> float:
-    """Return what the learning rates of a step are multiplied with: linear warmup, then a cosine down to 3 %."""
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return 0.03 + 0.97 * (1 + math.cos(math.pi * progress)) / 2
+    adamw = torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    muon = torch.optim.Muon(matrices, learning_rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]

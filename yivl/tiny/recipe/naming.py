@@ -1,108 +1,163 @@
-"""Patch naming: ViT and projector learn to say what lies under each patch, in the language model's own words.
+"""Patch naming: auxiliary patch classification that pre-trains ViT and projector in the embedding space of the LLM.
 
-The counterpart of starting from a CLIP that has seen two billion pictures: a small ViT sees too few for anything but
-colours to come through a frozen language model. The language model takes no part but for its table of words.
+For every patch the projected feature is trained to match the word embeddings of its labels. It replaces what a CLIP
+trained on billions of images brings: a small ViT sees too few images to align through a frozen language model.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from torch.utils.hooks import RemovableHandle
 
-from yivl.image_processing import ImageProcessor
+from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.vision_tower import VisionTower
-from yivl.tiny.recipe.language_model import Vocabulary, written_features
-from yivl.tiny.world.drawing import draw
+from yivl.tiny.recipe.clip import make_processor
+from yivl.tiny.recipe.language_model import PatchVocabulary, symbolic_features
+from yivl.tiny.recipe.loop import HeldOutScore, fit, training_folder
+from yivl.tiny.world import words
+from yivl.tiny.world.rendering import render
 from yivl.tiny.world.scenes import sample_scene
-from yivl.tiny.world.words import FLOOR, SIGN, WALL
+from yivl.tiny.world.words import Word
+from yivl.train.arguments import ModelArguments
+from yivl.train.initialization import load_start, read_start
 
-_BLOCK: Final = 16  # examples in a row of one size
-_SHARPNESS: Final = 24.0  # of the choice between words, by cosine
-_WEIGHTS: Final = {WALL: 0.15, FLOOR: 0.15, SIGN: 2.0}  # of a patch in the loss, by what it is; a thing's is 1
+_BATCH_SIZE: Final = 16
+_BLOCK: Final = 16  # consecutive samples of one image size
+_SMALL_SHARE: Final = 0.4  # of the steps, at the start, with small images only
+_TEMPERATURE: Final = 24.0  # multiplies the cosine similarities to the words
+_WEIGHTS: Final = {words.WALL: 0.15, words.FLOOR: 0.15, words.SIGN: 2.0}  # of a patch in the loss; objects have 1
+_TARGETS: Final = {"kind": 90.0, "place": 95.0, "activity": 90.0}
+_GROUPS: Final[Mapping[str, Sequence[Word]]] = {
+    "kind": words.KINDS,
+    "place": words.PLACES,
+    "activity": words.ACTIVITIES,
+    "number": [Word(digit, digit) for digit in "0123456789"],
+    "word": [Word(text, text) for text in words.SIGN_WORDS],
+}
 
 
 @dataclass(frozen=True)
-class NamedPatches(Dataset[dict[str, torch.Tensor]]):
-    """Pictures and what lies under their patches; number ``i`` is the same on every machine."""
+class LabeledPatches(Dataset[dict[str, torch.Tensor]]):
+    """Images with labels for every patch; the same on every machine."""
 
-    vocabulary: Vocabulary
-    processors: Mapping[int, ImageProcessor]
-    """By the side of the picture."""
+    vocabulary: PatchVocabulary
     patch_size: int
-    number: int
-    small_until: int
-    """Before this example all pictures are small; behind it one block in five."""
-
-    def __len__(self) -> int:
-        return self.number
+    side: int
+    """Pixels on a side of a small image; a large one has twice as many."""
+    num_small: int
+    """Samples at the start that are all small; after them one block in five is."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return ``pixel_values`` (3, side, side), ``bags`` (patches, words) and ``weights`` (patches,)."""
-        small, large = sorted(self.processors)
-        side = small if index < self.small_until or index // _BLOCK % 5 == 0 else large
-        scene = sample_scene("train", index)
-        # Some are drawn larger, as pictures of users are: sharper edges after the resize.
-        picture = draw(scene, side * (2 if random.Random(index).random() < 0.15 else 1))
-        patches = picture.patches(side // self.patch_size)
-        weights = [next((_WEIGHTS[word] for word in words if word in _WEIGHTS), 1.0) for words in patches]
+        side = self.side if index < self.num_small or index // _BLOCK % 5 == 0 else 2 * self.side
+        # Some images are rendered larger, as those of users are: resizing makes edges sharper.
+        rendered = render(sample_scene("train", index), side * (2 if random.Random(index).random() < 0.15 else 1))
+        labels = rendered.patch_labels(side // self.patch_size)
+        weights = [next((_WEIGHTS[word] for word in patch if word in _WEIGHTS), 1.0) for patch in labels]
         return {
-            "pixel_values": self.processors[side]([picture.image])[0],
-            "bags": self.vocabulary.bags(patches),
+            "pixel_values": make_processor(side)([rendered.image])[0],
+            "bags": self.vocabulary.bags(labels),
             "weights": torch.tensor(weights),
         }
 
 
-def encode(tower: VisionTower, projector: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return projected features of pictures of any size, ``(num_images, patches, hidden)``.
+def interpolate_positions(tower: VisionTower) -> RemovableHandle:
+    """Interpolate the position embeddings of a tower in every forward pass, differentiably, until ``remove()``."""
 
-    The position table is interpolated as ``resize_position_table`` does, and learns through it.
-    """
-    vit = tower.vit
-    hidden = vit.pre_layrnorm(vit.embeddings(pixel_values, interpolate_pos_encoding=True))
-    for layer in vit.encoder.layers[: tower.num_layers]:
-        hidden = layer(hidden, attention_mask=None)
-    return projector(hidden[:, 1:])  # type: ignore[no-any-return]
+    def add_flag(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "interpolate_pos_encoding": True}
+
+    handle: RemovableHandle = tower.vit.embeddings.register_forward_pre_hook(add_flag, with_kwargs=True)
+    return handle
 
 
 def naming_loss(
-    features: torch.Tensor, batch: Mapping[str, torch.Tensor], table: torch.Tensor, vocabulary: Vocabulary
+    features: torch.Tensor, batch: Mapping[str, torch.Tensor], embeddings: torch.Tensor, vocabulary: PatchVocabulary
 ) -> torch.Tensor:
-    """Return how far features are from the words of their patches: as a choice of words, and as a sum of them.
+    """Return the cross entropy over words by cosine similarity plus the relative squared error to the features wanted.
 
     Args:
         features: ``(num_images, patches, hidden)``.
-        batch: ``bags`` and ``weights`` of ``NamedPatches``.
-        table: Token embeddings of the language model, frozen.
-        vocabulary: Of the patches.
+        batch: ``bags`` and ``weights`` of ``LabeledPatches``.
+        embeddings: Frozen word embeddings of the language model.
+        vocabulary: Vocabulary of the bags.
     """
     features, bags, weights = features.float(), batch["bags"], batch["weights"]
-    words = vocabulary.embed(table)
-    logits = _SHARPNESS * functional.normalize(features, dim=-1) @ functional.normalize(words, dim=-1).T
-    choice = -(functional.log_softmax(logits, -1) * bags).sum(-1) / bags.sum(-1)
-    target = written_features(bags, table, vocabulary)
+    logits = _similarities(features, vocabulary.embed(embeddings), _TEMPERATURE)
+    cross_entropy = -(functional.log_softmax(logits, -1) * bags).sum(-1) / bags.sum(-1)
+    target = symbolic_features(bags, embeddings, vocabulary)
     distance = (features - target).pow(2).mean(-1) / target.pow(2).mean()
-    return ((choice + distance) * weights).sum() / weights.sum()
+    return ((cross_entropy + distance) * weights).sum() / weights.sum()
 
 
-def processor_for(side: int) -> ImageProcessor:
-    """Return CLIP's own preprocessing to pictures of ``side`` pixels."""
-    clip_processor = CLIPImageProcessorPil()
-    clip_processor.size = {"shortest_edge": side}
-    clip_processor.crop_size = {"height": side, "width": side}
-    return ImageProcessor(clip_processor, "pad")
+def _similarities(features: torch.Tensor, words: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    return scale * functional.normalize(features, dim=-1) @ functional.normalize(words, dim=-1).T
 
 
-def start_projector(projector: nn.Module, table: torch.Tensor) -> None:
-    """Draw a fresh projector by fan-in and let its features be as large as words, in place."""
+def initialize_projector(projector: nn.Module, embeddings: torch.Tensor) -> None:
+    """Initialize a projector by fan-in, with an output of the RMS of word embeddings, in place."""
     layers = list(projector.modules())
     for linear in (layer for layer in layers if isinstance(layer, nn.Linear)):
         nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.zeros_(linear.bias)
     last = [layer for layer in layers if isinstance(layer, nn.LayerNorm)][-1]
-    nn.init.constant_(last.weight, float(table.pow(2).mean().sqrt()))
+    nn.init.constant_(last.weight, float(embeddings.pow(2).mean().sqrt()))
+
+
+def train(language_model: Path, vision_tower: Path, folder: Path, steps: int, images: int) -> list[HeldOutScore]:
+    """Train ViT and projector, save the checkpoint that stage 1 starts from, and return the held-out scores."""
+    arguments = ModelArguments(
+        model_name_or_path=str(language_model), vision_tower=str(vision_tower), attn_implementation="eager"
+    )
+    start = read_start(arguments)
+    torch.manual_seed(0)
+    model = load_start(start, arguments, dtype=torch.float32, packing=False)
+    tower, projector = model.get_vision_tower(), model.model.mm_projector
+    embeddings = model.get_input_embeddings().weight.detach()
+    initialize_projector(projector, embeddings)
+    vocabulary = PatchVocabulary(start.tokenizer)
+    num_small = round(_SMALL_SHARE * steps) * _BATCH_SIZE
+    patch_size = start.config.vision_config.patch_size
+    samples = LabeledPatches(vocabulary, patch_size, start.image_size, num_small)
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        features = model.encode_images(batch["pixel_values"])
+        return naming_loss(features, batch, embeddings.to(features.device), vocabulary)
+
+    module = nn.ModuleDict({"tower": tower, "projector": projector})
+    handle = interpolate_positions(tower)
+    fit(module, samples, loss_of, training_folder(folder), steps=steps, batch_size=_BATCH_SIZE)
+    scores = held_out_scores(model, samples, images)
+    handle.remove()
+    model.save_pretrained(folder, tokenizer=start.tokenizer, image_processor=start.image_processor.clip_processor)
+    return scores
+
+
+@torch.inference_mode()
+def held_out_scores(model: YiVLForCausalLM, samples: LabeledPatches, images: int) -> list[HeldOutScore]:
+    """Return the accuracy of patch classification on new scenes, by image size and group of labels."""
+    vocabulary = samples.vocabulary
+    word_features = vocabulary.embed(model.get_input_embeddings().weight)
+    scores = []
+    for side in (samples.side, 2 * samples.side):
+        correct: dict[str, list[bool]] = {name: [] for name in _GROUPS}
+        for number in range(images):
+            rendered = render(sample_scene("scenes", number), side)
+            bags = vocabulary.bags(rendered.patch_labels(side // samples.patch_size))
+            features = model.encode_images(make_processor(side)([rendered.image]))[0]
+            similarities = _similarities(features.float(), word_features)
+            for name, group in _GROUPS.items():
+                ids = vocabulary.ids(group)
+                shown = bags[:, ids].sum(1) == 1
+                correct[name] += (similarities[:, ids].argmax(1) == bags[:, ids].argmax(1))[shown].tolist()
+        for name, hits in correct.items():
+            target = _TARGETS.get(name, None if side == samples.side else 80.0)
+            scores.append(HeldOutScore(f"patches at {side}: {name}", 100 * sum(hits) / max(1, len(hits)), target))
+    return scores

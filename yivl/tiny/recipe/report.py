@@ -1,4 +1,4 @@
-"""Gates and the report of the small model, from the score files of ``yivl.eval``.
+"""Tables of scores with their targets, and the report of a run, from the score files of ``yivl.eval``.
 
 python -m yivl.tiny.recipe.report gate   --scores out/tiny/scores/stage1
 python -m yivl.tiny.recipe.report report --output_dir out/tiny
@@ -6,43 +6,31 @@ python -m yivl.tiny.recipe.report report --output_dir out/tiny
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from yivl import command_line
 from yivl.errors import YiVLError
+from yivl.tiny.recipe.loop import training_folder
 from yivl.train.run_log import draw_losses
 
-TARGETS: Final = {
-    "presence": 95,
-    "count": 95,
-    "kind": 90,
-    "activity": 90,
-    "colour": 90,
-    "place": 85,
-    "sign": 80,
-}
-"""Exact answers on new scenes, in percent; the other kinds of questions have no target."""
-# Folders of scores beside that of the trained model on new scenes, and what each is called.
+TARGETS: Final = {"presence": 95, "count": 95, "kind": 90, "activity": 90, "colour": 90, "place": 85, "sign": 80}
+"""Exact-match accuracy on new scenes, in percent; other kinds of questions have no target. Source: ours."""
+# Folders of scores, and the titles of their columns.
 SPLITS: Final = {"scenes": "new scenes", "combinations": "new combinations", "sizes": "new sizes"}
-CONTROLS: Final = {"scenes": "own picture", "another": "another's picture", "none": "no picture"}
+CONTROLS: Final = {"scenes": "own image", "another": "another image", "none": "no image"}
 STAGES: Final = {"stage1": "stage 1, 96 pixels", "stage2": "stage 2, 192 pixels", "stage2-alone": "stage 2 without 1"}
+PHASES: Final = {"language_model": "language model", "clip": "CLIP", "naming": "patch naming"}
 
-LOGS: Final = {
-    "language_model.training": "language model",
-    "clip.training": "CLIP",
-    "naming.training": "patch naming",
-    "stage1": "stage 1",
-    "stage2": "stage 2",
-    "stage3": "stage 3",
-}
+Scores = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
-def read_scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def read_scores(folder: Path) -> Scores:
     """Return the scores of a folder by kind of question and language.
 
     Raises:
-        YiVLError: If there are none.
+        YiVLError: If the folder holds no scores.
     """
     try:
         report = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
@@ -52,85 +40,78 @@ def read_scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def gate(folder: Path) -> str:
-    """Return a table of one set of scores beside their targets."""
+    """Return a table of one set of scores with their targets."""
     scores = read_scores(folder)
-    lines = ["| question | en % | zh % | best constant % | target % |", "|---|---|---|---|---|"]
-    for kind in _kinds(scores):
+    rows = []
+    for kind in dict.fromkeys(kind for kind, _ in scores):
         en, zh = scores[kind, "en"], scores[kind, "zh"]
-        constant = max(en["constant"], zh["constant"])
-        lines.append(
-            f"| {kind} | {en['accuracy']:.1f} | {zh['accuracy']:.1f} | {constant:.1f} | {TARGETS.get(kind, '')} |"
-        )
-    return "\n".join(lines)
+        numbers = (en["accuracy"], zh["accuracy"], max(en["constant"], zh["constant"]))
+        rows.append([kind, *(f"{number:.1f}" for number in numbers), TARGETS.get(kind, "")])
+    return _table(["question", "en %", "zh %", "best constant %", "target %"], rows)
 
 
-def compare(folder: Path, names: dict[str, str]) -> str:
-    """Return a table of several sets of scores, both languages together; those that are missing are left out."""
-    present = {name: title for name, title in names.items() if (folder / name / "scores.json").is_file()}
-    columns = {title: read_scores(folder / name) for name, title in present.items()}
-    lines = [f"| question | {' | '.join(f'{title} %' for title in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for kind in _kinds(next(iter(columns.values()))):
-        means = [(scores[kind, "en"]["accuracy"] + scores[kind, "zh"]["accuracy"]) / 2 for scores in columns.values()]
-        lines.append(f"| {kind} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
-    return "\n".join(lines)
+def compare(folder: Path, titles: Mapping[str, str]) -> str:
+    """Return a table with a column for each set of scores that exists, as the mean of both languages."""
+    present = [name for name in titles if (folder / name / "scores.json").is_file()]
+    columns = [read_scores(folder / name) for name in present]
+    rows = []
+    for kind in dict.fromkeys(kind for kind, _ in columns[0]):
+        means = [(scores[kind, "en"]["accuracy"] + scores[kind, "zh"]["accuracy"]) / 2 for scores in columns]
+        rows.append([kind, *(f"{mean:.1f}" for mean in means)])
+    return _table(["question", *(f"{titles[name]} %" for name in present)], rows)
 
 
 def report(folder: Path) -> str:
     """Return the report of a finished run as Markdown."""
     scores = folder / "scores"
-    sections = ["# The small Yi-VL, measured", _phases(folder)]
     number = next(iter(read_scores(scores / "scenes").values()))["number"]
-    sections += [
-        f"## New scenes\n\nExact greedy answers; {number} questions of each kind in each language, each asked alone.",
+    held_out = [
+        [score["name"], f"{score['reached']:.1f}", score["target"] or ""]
+        for phase in PHASES
+        for score in json.loads((training_folder(folder / phase) / "gate.json").read_text())
+    ]
+    times = [line.split("\t") for line in (folder / "seconds.tsv").read_text(encoding="utf-8").splitlines()]
+    sections = [
+        "# Evaluation of the small Yi-VL",
+        "## Phases before stage 1",
+        _table(["held-out score", "reached %", "target %"], held_out),
+        f"## New scenes\n\nExact match, greedy decoding, {number} questions of each kind in each language.",
         gate(scores / "scenes"),
-        "## What it was never trained on\n\nBoth languages together, as in all tables below.",
+        "## Held-out splits\n\nMean of both languages, as in all tables below.",
         compare(scores, SPLITS),
-        "## Does it look?",
+        "## Controls",
         compare(scores, CONTROLS),
-        "## What the stages bring\n\nCaptions alone, questions not seen since the language model was trained.",
+        "## Effect of the stages\n\nThe stages train on captions only.",
         compare(scores, STAGES),
-        _minutes(folder),
+        "## Time",
+        _table(["output", "minutes"], [(name, f"{int(seconds) / 60:.1f}") for name, seconds in times]),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _minutes(folder: Path) -> str:
-    """Return how long each step of the script took; one that was stopped counts from where it went on."""
-    lines = ["## Minutes", "", "| written | minutes |", "|---|---|"]
-    for line in (folder / "seconds.tsv").read_text(encoding="utf-8").splitlines():
-        name, seconds = line.split("\t")
-        lines.append(f"| {name} | {int(seconds) / 60:.1f} |")
-    return "\n".join(lines)
-
-
-def _phases(folder: Path) -> str:
-    lines = ["## Gates of the phases before stage 1", "", "| held-out score | reached % | target % |", "|---|---|---|"]
-    for phase in ("language_model", "clip", "naming"):
-        for score in json.loads((folder / f"{phase}.training" / "gate.json").read_text()):
-            lines.append(f"| {score['name']} | {score['reached']:.1f} | {score['target'] or ''} |")
-    return "\n".join(lines)
-
-
-def _kinds(scores: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(kind for kind, _ in scores))
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
 
 
 def main() -> None:
-    """Print a gate, or write ``report.md`` and ``losses.png`` and print the report."""
+    """Print a table of scores, or write ``report.md`` and ``losses.png`` and print the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("gate").add_argument("--scores", required=True, help="folder of scores.json")
-    commands.add_parser("report").add_argument("--output_dir", required=True, help="folder of scripts/train_tiny.sh")
+    commands.add_parser("gate").add_argument("--scores", type=Path, required=True, help="folder of scores.json")
+    commands.add_parser("report").add_argument("--output_dir", type=Path, required=True, help="output of train_tiny.sh")
     arguments = parser.parse_args()
     if arguments.command == "gate":
-        print(gate(Path(arguments.scores)))  # noqa: T201 (the result)
+        print(gate(arguments.scores))  # noqa: T201 (the result)
         return
-    folder = Path(arguments.output_dir)
+    folder = arguments.output_dir
     text = report(folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    draw_losses({title: folder / name / "log.jsonl" for name, title in LOGS.items()}, folder / "losses.png")
+    outputs = {title: training_folder(folder / phase) for phase, title in PHASES.items()}
+    outputs |= {f"stage {stage}": folder / f"stage{stage}" for stage in (1, 2, 3)}
+    draw_losses({title: output / "log.jsonl" for title, output in outputs.items()}, folder / "losses.png")
     print(text)  # noqa: T201 (the result)
 
 

@@ -1,1 +1,1 @@
-"""A small world of pictures: scenes, their pixels, and what is said of them in English and Chinese."""
+"""A synthetic world: scenes, their images and segmentations, and texts about them in English and Chinese."""
