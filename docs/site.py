@@ -5,7 +5,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "compat/README.md", "docs/*.md", "docs/api/*.md", "images/*.md")
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "compat/*.md", "images/*.md")
 ASSETS = ("LICENSE", "docs/*.png", "docs/*.css", "images/*.jpg")
 
 
