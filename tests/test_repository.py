@@ -69,7 +69,7 @@ def test_every_row_of_the_ledger_names_a_test_that_exists() -> None:
     rows = [
         line
         for line in (ROOT / "docs/fidelity.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ") and not line.startswith("| behavior")
+        if line.startswith("| ") and not line.startswith("| behaviour")
     ]
     assert len(rows) > 40
     for row in rows:
