@@ -47,7 +47,7 @@ def main() -> None:
 
     import torch
 
-    from yivl.checkpoint.atomic import write_whole
+    from yivl.checkpoint.atomic import write_text
     from yivl.tiny.recipe.loop import training_folder
 
     torch.set_num_threads(arguments.threads)
@@ -56,7 +56,7 @@ def main() -> None:
     inputs = [getattr(arguments, name) for name in PHASES[arguments.phase][1]]
     scores = train(*inputs, folder, arguments.steps, arguments.questions)
     gate = json.dumps([score._asdict() for score in scores], indent=2)
-    write_whole(training_folder(folder) / "gate.json", gate + "\n")
+    write_text(training_folder(folder) / "gate.json", gate + "\n")
     for score in scores:
         logger.info("%-28s %5.1f %%   target %s", score.name, score.reached, score.target or "none")
 

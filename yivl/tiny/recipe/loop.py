@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from yivl.checkpoint.atomic import write_whole, written_whole
+from yivl.checkpoint.atomic import write_text, atomic_file
 from yivl.train.run_log import read_log
 
 logger = logging.getLogger(__name__)
@@ -99,11 +99,11 @@ def fit(
         if (step + 1) % _LOG_EVERY == 0:
             lines.append({"step": step + 1, "loss": float(torch.stack(losses).mean()), "scale": scale})
             losses.clear()
-            write_whole(log_path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(log_path, "".join(json.dumps(line) + "\n" for line in lines))
             logger.info("%s: step %d of %d, loss %.3f", folder.name, step + 1, steps, lines[-1]["loss"])
         if (step + 1) % save_every == 0 or step + 1 == steps:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            with written_whole(state_path) as partial:
+            with atomic_file(state_path) as partial:
                 torch.save({"step": step + 1, "module": module.state_dict(), "optimizers": states}, partial)
     module.cpu().eval()
 
