@@ -16,7 +16,7 @@ from support.golden import CHECKPOINT
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.checkpoint.saving import atomic_folder, save_checkpoint
+from yivl.checkpoint.saving import checkpoint_dir, save_checkpoint
 from yivl.errors import CheckpointError
 from yivl.model.configuration import YiVLConfig
 
@@ -127,7 +127,7 @@ def test_a_failed_save_leaves_the_old_folder_and_no_rubbish(
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "target"
     for text in ("old", "new"):
-        with atomic_folder(target) as folder:
+        with checkpoint_dir(target) as folder:
             (folder / text).write_text(text)
             (folder / "config.json").write_text("{}")
     # What is no weight file is carried over; weights are replaced as a whole.
@@ -171,7 +171,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
-    with atomic_folder(target) as folder:
+    with checkpoint_dir(target) as folder:
         (folder / "config.json").write_text("old")
     rename = Path.rename
 
@@ -181,7 +181,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="cannot rename"), atomic_folder(target) as folder:
+    with pytest.raises(OSError, match="cannot rename"), checkpoint_dir(target) as folder:
         (folder / "config.json").write_text("new")
     assert (target / "config.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
@@ -190,7 +190,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
 def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with atomic_folder(tmp_path / "link") as folder:
+    with checkpoint_dir(tmp_path / "link") as folder:
         (folder / "config.json").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real/config.json").read_text() == "new"
@@ -219,8 +219,8 @@ def test_what_is_saved_has_the_permissions_of_other_files(saved: Path, tmp_path:
 
 WRITER = """
 import sys, time
-from yivl.checkpoint.saving import atomic_folder
-with atomic_folder(sys.argv[1]) as folder:
+from yivl.checkpoint.saving import checkpoint_dir
+with checkpoint_dir(sys.argv[1]) as folder:
     (folder / "half").write_text("half")
     print("writing", flush=True)
     time.sleep(60)
@@ -229,7 +229,7 @@ with atomic_folder(sys.argv[1]) as folder:
 
 def test_a_killed_writer_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with atomic_folder(target) as folder:
+    with checkpoint_dir(target) as folder:
         (folder / "config.json").write_text("whole")
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

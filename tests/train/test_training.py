@@ -17,9 +17,9 @@ from PIL import Image
 from support.golden import CHECKPOINT
 from support.training import FACTS, ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
 
+from yivl.checkpoint import atomic
 from yivl.data.rows import RowError
 from yivl.errors import CheckpointError, YiVLError
-from yivl.train import resume as resuming
 from yivl.train.__main__ import main
 from yivl.train.resume import UNFINISHED, find_checkpoint, finished_checkpoints
 from yivl.train.run_log import read_log
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
     data = write_rows(tmp_path / "rows.json")
     whole = train(tmp_path / "whole", data, max_steps=4, save_steps=2)
     # A crash before the n-th file of the second checkpoint, or just before it is moved into its place.
-    real_save, real_move, remaining = torch.save, resuming.settle, writes
+    real_save, real_settle, remaining = torch.save, atomic._settle, writes
 
     class Crash(BaseException):
         pass
@@ -237,10 +237,10 @@ def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
 
     def settle(folder: Path) -> None:
         crash()
-        real_move(folder)
+        real_settle(folder)
 
     monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(resuming, "settle", settle)
+    monkeypatch.setattr(atomic, "_settle", settle)
     try:
         train(tmp_path / "out", data, max_steps=4, save_steps=2)
     except Crash:

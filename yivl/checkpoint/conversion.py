@@ -8,8 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.atomic import write_json
 from yivl.checkpoint.format import read_weights
-from yivl.checkpoint.saving import METADATA, atomic_folder, check_apart, write_json
+from yivl.checkpoint.saving import METADATA, check_apart, checkpoint_dir
 from yivl.checkpoint.vit import open_clip_to_vit_weights, read_open_clip_config
 from yivl.errors import CheckpointError
 
@@ -36,7 +37,7 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
     if not any(path.suffix == ".bin" for path in files):
         raise CheckpointError(f"{source}: no .bin weights to convert")
     hashes: dict[str, str] = {}
-    with atomic_folder(target) as folder:
+    with checkpoint_dir(target) as folder:
         for path in files:
             place = folder / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
     vision = read_open_clip_config(config)
     size = vision.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    with atomic_folder(target) as folder:
+    with checkpoint_dir(target) as folder:
         write_json(folder / "config.json", vision.to_dict() | {"architectures": ["CLIPVisionModel"]})
         vit = {f"vision_model.{key}": value for key, value in open_clip_to_vit_weights(state_dict).items()}
         save_file({key: value.contiguous() for key, value in vit.items()}, folder / "model.safetensors", METADATA)

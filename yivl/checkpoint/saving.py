@@ -1,9 +1,7 @@
 """A model to a checkpoint folder in the published layout, written beside its place and moved there in one step."""
 
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from yivl.checkpoint.atomic import atomic_dir, write_json
 from yivl.errors import CheckpointError
 
 TOWER: Final = "model.vision_tower.vision_tower."
@@ -28,38 +27,19 @@ _OF_THE_MODEL: Final = (
 
 
 @contextmanager
-def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of ``folder`` when the block ends well, and vanishes otherwise.
+def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder that replaces the checkpoint ``folder`` on success.
 
-    A reader sees the old folder or the whole new one. Only an empty folder or a checkpoint is replaced, and of a
-    checkpoint all but the weights is carried over (a README, a licence, the tokenizer) unless it was written anew.
+    Files of the old checkpoint that do not describe its weights (a README, a license, the tokenizer) are copied over
+    unless the block wrote them.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, or holds something beside a checkpoint.
+        CheckpointError: If ``folder`` is a file, or holds something other than one checkpoint.
     """
-    target = Path(folder).resolve()
-    check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    aside = temporary.with_name(f"{temporary.name}.old")
-    try:
-        yield temporary
-        _carry_over(target, temporary)
-        settle(temporary)
-        if target.exists():
-            # Two folders cannot be swapped in one step everywhere; the old one steps aside for an instant.
-            target.rename(aside)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
-        sync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    check_replaceable(folder)
+    with atomic_dir(folder) as new:
+        yield new
+        _carry_over(Path(folder).resolve(), new)
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
@@ -98,76 +78,64 @@ def _carry_over(old: Path, new: Path) -> None:
             shutil.copy2(path, place)
 
 
-def settle(folder: Path) -> None:
-    """Have all of a folder on the disk, readable by whom its owner's settings say."""
-    umask = os.umask(0)  # the only way to read it is to set it
-    os.umask(umask)
-    for path in [*folder.rglob("*"), folder]:
-        # mkdtemp and safetensors write for the owner alone; a checkpoint is shared as any other file.
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        sync(path)
+def save_checkpoint(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Replace the checkpoint ``folder`` atomically; the arguments are those of ``write_checkpoint``.
+
+    Raises:
+        CheckpointError: As ``write_checkpoint``, or if ``folder`` holds something other than one checkpoint.
+    """
+    with checkpoint_dir(folder) as new:
+        write_checkpoint(model, new, **kwargs)
 
 
-def sync(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def save_checkpoint(
+def write_checkpoint(
     model: PreTrainedModel,
-    folder: str | os.PathLike[str],
+    folder: Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     image_processor: BaseImageProcessor | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write ``folder`` in the published layout, atomically: sharded safetensors, configs, tokenizer and ``vit/``.
+    """Write a checkpoint in the Yi-VL format: sharded safetensors, configurations, tokenizer and ``vit/``.
 
-    Both copies of the ViT, in the main shards and in ``vit/``, are the model's own, so a trained ViT survives every
-    reader. Published key names; ``config.json`` carries ``rope_theta``, so old transformers read it too.
+    Both copies of the ViT, in the main shards and in ``vit/``, hold the weights of the model, so every reader gets a
+    fine-tuned ViT. ``config.json`` carries ``rope_theta``, which old versions of transformers read.
 
     Args:
-        model: A ``YiVLForCausalLM``, not quantized.
-        folder: Replaced if it exists.
-        tokenizer: Saved beside the weights.
+        model: A ``YiVLForCausalLM``.
+        folder: Empty or new.
+        tokenizer: Saved with the weights.
         image_processor: The CLIP processor, saved in ``vit/``.
-        state_dict: The weights, where the caller gathered them (ZeRO-3); by default those of ``model``.
+        state_dict: Weights gathered by the caller (ZeRO-3); those of ``model`` by default.
         max_shard_size: Bytes, or text such as ``"5GB"``.
 
     Raises:
-        CheckpointError: If the model is quantized or carries an adapter: its weights are not those of the published
-            layout; or if ``folder`` may not be replaced.
+        CheckpointError: If the model is quantized or carries an adapter.
     """
     if getattr(model, "is_quantized", False):
-        raise CheckpointError("a quantized model cannot be saved in the published layout; save the unquantized one")
+        raise CheckpointError("a quantized model cannot be saved as a checkpoint; save the unquantized model")
     weights = {
         key: value.contiguous() for key, value in (model.state_dict() if state_dict is None else state_dict).items()
     }
     if any(".lora_" in key for key in weights):
-        raise CheckpointError("a model that carries an adapter cannot be saved; merge the adapter first")
-    config = model.config
-    with atomic_folder(folder) as target:
-        fields = config.to_published_dict() | {"torch_dtype": str(weights["lm_head.weight"].dtype).split(".")[-1]}
-        write_json(target / "config.json", fields)
-        generation = model.generation_config.to_diff_dict() | {"max_length": config.max_position_embeddings}
-        write_json(target / "generation_config.json", generation)
-        save_shards(weights, target, max_shard_size)
-        vit = target / "vit" / config.vit_name
-        vit.mkdir(parents=True)
-        vision = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
-        vision.pop("_name_or_path", None)  # a folder of this machine
-        write_json(vit / "config.json", vision)
-        vit_weights = {key.removeprefix(TOWER): value for key, value in weights.items() if key.startswith(TOWER)}
-        save_file(vit_weights, vit / "model.safetensors", metadata=METADATA)
-        if image_processor is not None:
-            image_processor.save_pretrained(vit)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+        raise CheckpointError("a model with an adapter cannot be saved as a checkpoint; merge the adapter first")
+    config, vit = model.config, folder / "vit" / model.config.vit_name
+    vit.mkdir(parents=True)
+    fields = config.to_published_dict() | {"torch_dtype": str(weights["lm_head.weight"].dtype).split(".")[-1]}
+    write_json(folder / "config.json", fields)
+    generation = model.generation_config.to_diff_dict() | {"max_length": config.max_position_embeddings}
+    write_json(folder / "generation_config.json", generation)
+    save_shards(weights, folder, max_shard_size)
+    vision = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
+    vision.pop("_name_or_path", None)  # a local path
+    write_json(vit / "config.json", vision)
+    vit_weights = {key.removeprefix(TOWER): value for key, value in weights.items() if key.startswith(TOWER)}
+    save_file(vit_weights, vit / "model.safetensors", metadata=METADATA)
+    if image_processor is not None:
+        image_processor.save_pretrained(vit)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def save_shards(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
@@ -178,8 +146,3 @@ def save_shards(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: 
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write readable JSON with sorted keys."""
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ written beside the answers as Markdown, CSV and JSON; benchmarks have a chart an
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 from collections import Counter
@@ -109,7 +108,7 @@ def run_rows(arguments: argparse.Namespace) -> None:
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
     """Ask the questions of MMMU or CMMMU, and score the responses where the split has its answers."""
-    from yivl.checkpoint.atomic import write_whole
+    from yivl.checkpoint.atomic import write_json, write_text
     from yivl.eval.benchmarks import cmmmu, mmmu
 
     with said_once():
@@ -124,9 +123,9 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
     if responses is None:
         return
     benchmark = mmmu if arguments.benchmark == "mmmu" else cmmmu
-    write_whole(folder / "responses.json", json.dumps(responses, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "responses.json", responses, sort_keys=False)
     name, text = benchmark.submission(questions, responses)
-    write_whole(folder / name, text)
+    write_text(folder / name, text)
     if arguments.split == "test":
         print(f"{folder / name}: {len(responses)} predictions to submit; the answers are not published")  # noqa: T201
         return

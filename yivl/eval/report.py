@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
 
-from yivl.checkpoint.atomic import write_whole, written_whole
+from yivl.checkpoint.atomic import atomic_file, write_json, write_text
 
 Cell = str | int | float
 
@@ -40,9 +39,9 @@ class Table:
 
 def write_reports(folder: Path, scores: Mapping[str, Any], table: Table) -> None:
     """Write ``scores.json``, ``scores.md`` and ``scores.csv``; each appears whole."""
-    write_whole(folder / "scores.md", table.markdown() + "\n")
-    write_whole(folder / "scores.csv", table.csv())
-    write_whole(folder / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "scores.md", table.markdown() + "\n")
+    write_text(folder / "scores.csv", table.csv())
+    write_json(folder / "scores.json", scores, sort_keys=False)
 
 
 def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str, Mapping[str, float]]) -> None:
@@ -67,7 +66,7 @@ def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str
     axes.set_xticks(range(len(groups)), [group.replace(" and ", "\nand ") for group in groups])
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
-    with written_whole(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 

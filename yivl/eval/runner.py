@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from yivl.checkpoint.atomic import write_whole, written_whole
+from yivl.checkpoint.atomic import atomic_file, write_json
 from yivl.checkpoint.loading import LoadedModel
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.eval.benchmarks.questions import Question, file_key
@@ -164,7 +164,7 @@ def _start(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, str], s
         return {}, f"{folder}: holds something else; give an empty or new folder to --output"
     answers = _kept(folder)
     if not answers:  # what failed before its first answer binds nobody
-        write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, settings, sort_keys=False)
         return {}, None
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for key, value in settings.items():
@@ -180,7 +180,7 @@ def _kept(folder: Path) -> dict[str, str]:
         data = file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:  # cut off in the middle of its last line, perhaps of a character: asked again
-            with written_whole(file) as partial:
+            with atomic_file(file) as partial:
                 partial.write_bytes(whole)
         answers |= {fields["id"]: fields["response"] for fields in map(json.loads, whole.split(b"\n")[:-1])}
     return answers

@@ -3,7 +3,6 @@
 llama.cpp's picture path is not ours to the last digit, whatever the file holds: docs/interop.md lists how it differs.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -23,9 +22,10 @@ from gguf import (
     get_tensor_name_map,
 )
 
+from yivl.checkpoint.atomic import atomic_file
 from yivl.checkpoint.format import BUFFERS, StateDict, check_checkpoint_files, read_weights
 from yivl.checkpoint.loading import read_small_files, resolve_checkpoint
-from yivl.checkpoint.saving import TOWER, settle
+from yivl.checkpoint.saving import TOWER
 from yivl.checkpoint.vit import read_vit_weights
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError, YiVLError
@@ -89,8 +89,7 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
     found = {key: value.to("meta") for read in sources for key, value in read().items()}
     check_weights(source, empty_model(config), found)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
-        language, vision = (Path(temporary) / target.name for target in targets)
+    with atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
         with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
             _add_language_fields(writer, config)
             _add_vocabulary(writer, config, tokenizer)
@@ -98,9 +97,6 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
         with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
             _add_vision_fields(writer, config, image_processor)
             _write_tensors(writer, sources, _vision_tensors(config), dtype)
-        settle(Path(temporary))
-        language.rename(targets[0])
-        vision.rename(targets[1])
     return targets
 
 

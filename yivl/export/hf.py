@@ -15,7 +15,8 @@ import torch
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from yivl.checkpoint.saving import TOWER, atomic_folder, check_apart, save_checkpoint, save_shards, write_json
+from yivl.checkpoint.atomic import write_json
+from yivl.checkpoint.saving import TOWER, check_apart, checkpoint_dir, save_checkpoint, save_shards
 from yivl.errors import CheckpointError
 from yivl.export.published import (
     STRATEGIES,
@@ -83,7 +84,7 @@ def to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
     rows = -(-(config.vocab_size + 2) // _MULTIPLE) * _MULTIPLE
     for key in _VOCABULARY:
         weights[key] = torch.cat([weights[key], weights[key][:1].expand(rows - config.vocab_size, -1)])
-    with atomic_folder(target) as new:
+    with checkpoint_dir(target) as new:
         save_shards({_renamed(key, _NAMES): value.contiguous() for key, value in weights.items()}, new, "5GB")
         write_json(new / "config.json", _their_config(config, rows, weights["lm_head.weight"].dtype))
         write_json(new / _PUBLISHED, published.small_files)

@@ -20,10 +20,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 
-from yivl.checkpoint.atomic import write_whole
+from yivl.checkpoint.atomic import replace_dir, write_text
 from yivl.checkpoint.format import check_checkpoint_files, check_weight_file, find_weights
 from yivl.checkpoint.loading import NON_LORA_TRAINABLES, UNUSED_FILES, read_small_files, reason_of
-from yivl.checkpoint.saving import settle, sync
 from yivl.errors import CheckpointError
 from yivl.export.model_card import CARD, is_generated, known_base, make_card
 from yivl.model.configuration import read_json, vit_folder
@@ -95,7 +94,7 @@ def upload(
     if private and not info.private:
         raise CheckpointError(f"{repo_id}: exists and is public; make it private on the hub, or upload it for all")
     if card is not None:
-        write_whole(folder / CARD, card)
+        write_text(folder / CARD, card)
     names = _names_to_publish(folder)
     left_out = {path.name for path in folder.iterdir()} - {name.split("/")[0] for name in names}
     if left_out:
@@ -146,11 +145,7 @@ def download(repo_id: str, folder: Path, *, revision: str | None = None) -> None
         check_whole(partial)
     except CheckpointError as error:
         raise CheckpointError(f"{repo_id}: no whole model in the published layout ({error})") from error
-    settle(partial)
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
-    sync(target.parent)
+    replace_dir(partial, target)
 
 
 def check_whole(folder: Path) -> None:

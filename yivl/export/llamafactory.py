@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from yivl.checkpoint.atomic import write_whole
+from yivl.checkpoint.atomic import write_json, write_text
 from yivl.constants import DEFAULT_IMAGE_TOKEN, SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.data.rows import RowError, parse_row, read_rows
@@ -81,8 +81,8 @@ def to_llamafactory(source: Path, folder: Path, *, name: str) -> int:
         raise RowError(f"{folder}: holds another data set {name!r}; give another name")
     folder.mkdir(parents=True, exist_ok=True)
     # The rows first: a data set that is declared is there.
-    write_whole(data_path, _json_list(rows))
-    write_whole(info_path, json.dumps(info | {name: declared}, indent=2, ensure_ascii=False) + "\n")
+    write_text(data_path, _json_list(rows))
+    write_json(info_path, info | {name: declared}, sort_keys=False)
     return len(rows)
 
 
@@ -138,7 +138,7 @@ def from_llamafactory(dataset_info: Path, name: str, target: Path) -> int:
     if not rows:
         raise RowError(f"{data_set.file}: no rows")
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, _json_list(rows))
+    write_text(target, _json_list(rows))
     return len(rows)
 
 

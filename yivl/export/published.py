@@ -10,9 +10,10 @@ from typing import Any, Final
 import torch
 from transformers import LlamaTokenizer
 
+from yivl.checkpoint.atomic import write_json
 from yivl.checkpoint.format import BUFFERS, StateDict, check_checkpoint_files, read_weights
 from yivl.checkpoint.loading import read_small_files, resolve_checkpoint
-from yivl.checkpoint.saving import TOWER, write_json
+from yivl.checkpoint.saving import TOWER
 from yivl.checkpoint.vit import read_vit_weights
 from yivl.errors import CheckpointError
 from yivl.export.template import chat_template

@@ -5,7 +5,8 @@ Source: sgl-project/sglang, python/sglang/srt/models/{yivl,llava}.py and multimo
 
 import os
 
-from yivl.checkpoint.saving import atomic_folder, check_apart, save_checkpoint, write_json
+from yivl.checkpoint.atomic import write_json
+from yivl.checkpoint.saving import check_apart, checkpoint_dir, write_checkpoint
 from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.export.published import (
     empty_model,
@@ -35,8 +36,8 @@ def to_sglang(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     check_apart(source, target)
     published = read_published(source)
     config = published.config
-    with atomic_folder(target) as new:
-        save_checkpoint(
+    with checkpoint_dir(target) as new:
+        write_checkpoint(
             empty_model(config),
             new,
             tokenizer=published.tokenizer,

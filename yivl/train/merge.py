@@ -41,7 +41,7 @@ def main() -> None:
     command_line.log_to_stderr()
 
     from yivl.checkpoint.loading import load_adapter, load_model
-    from yivl.checkpoint.saving import atomic_folder, check_replaceable, save_checkpoint
+    from yivl.checkpoint.saving import check_replaceable, checkpoint_dir, write_checkpoint
     from yivl.errors import CheckpointError
     from yivl.model.configuration import read_json
     from yivl.train.resume import ARGUMENTS, RECORD
@@ -60,8 +60,8 @@ def main() -> None:
         logger.warning("the adapter says that it was trained on %s; it is merged into %s", trained_on, base)
     loaded = load_model(base, device=arguments.device, dtype=arguments.dtype)
     model = load_adapter(loaded.model, adapter, merge=True)
-    with atomic_folder(target) as new:
-        save_checkpoint(model, new, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
+    with checkpoint_dir(target) as new:
+        write_checkpoint(model, new, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor.clip_processor)
         for name in (ARGUMENTS, RECORD, LOG):  # how it was trained, for its model card
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, new / name)

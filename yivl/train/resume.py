@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import yivl
+from yivl.checkpoint.atomic import move_entries
 from yivl.checkpoint.format import StateDict, check_checkpoint_files, read_weights
 from yivl.checkpoint.loading import NON_LORA_TRAINABLES
-from yivl.checkpoint.saving import METADATA, save_checkpoint, settle, sync
+from yivl.checkpoint.saving import METADATA, write_checkpoint
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
@@ -164,34 +165,15 @@ def is_finished(checkpoint: Path, arguments: Arguments, total_steps: int) -> boo
     return False
 
 
-def move_into_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its place, in one step, after all of it is on the disk."""
-    settle(folder)
-    old = folder.with_name("old")
-    if target.exists():
-        target.rename(old)  # a broken one must never stand in its place
-    folder.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def publish(folder: Path, output_dir: Path) -> None:
     """Move the final model into ``output_dir``, beside its checkpoints and logs.
 
     The configuration goes first when an old model is there and comes last: a folder with a configuration is whole.
     """
-    settle(folder)
-    for name in _CONFIGURATIONS:
-        (output_dir / name).unlink(missing_ok=True)
-    for old in [*output_dir.glob("model*.safetensors"), *output_dir.glob("model*.safetensors.index.json")]:
-        old.unlink()  # there may be more shards of it than of the new one
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in _CONFIGURATIONS):
-        target = output_dir / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    folder.rmdir()
-    sync(output_dir)
+    stale = [output_dir / name for name in _CONFIGURATIONS]
+    # The old model may have had more shards.
+    stale += [*output_dir.glob("model*.safetensors"), *output_dir.glob("model*.safetensors.index.json")]
+    move_entries(folder, output_dir, stale=stale, last=_CONFIGURATIONS)
 
 
 def remove_old_checkpoints(output_dir: str | os.PathLike[str], limit: int | None) -> None:
@@ -218,9 +200,9 @@ def save_trained(
         state_dict: The weights, where they were gathered from several processes.
     """
     if not isinstance(model, PeftModel):
-        save_checkpoint(
+        write_checkpoint(
             model,
-            folder,
+            Path(folder),
             tokenizer=tokenizer,
             image_processor=image_processor.clip_processor,
             state_dict=state_dict,

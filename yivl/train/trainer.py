@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from yivl.checkpoint.saving import write_json
+from yivl.checkpoint.atomic import replace_dir, write_json
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
@@ -28,7 +28,6 @@ from yivl.train.resume import (
     RECORD,
     UNFINISHED,
     load_trained,
-    move_into_place,
     publish,
     remove_old_checkpoints,
     save_trained,
@@ -203,7 +202,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             finally:
                 self._run_dir = Path(self.args.output_dir)
         if self.args.should_save:
-            move_into_place(folder / name, self._run_dir / name)
+            replace_dir(folder / name, self._run_dir / name)
             remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
             self.run_log.draw()
         self.accelerator.wait_for_everyone()

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from yivl.checkpoint.atomic import write_whole
+from yivl.checkpoint.atomic import write_text
 from yivl.data.rows import RowError, parse_row, read_rows
 from yivl.eval.benchmarks.questions import Question, file_key
 from yivl.eval.report import Table
@@ -122,7 +122,7 @@ def write_answers(folder: Path, items: Sequence[Item], answers: Sequence[str]) -
         {"id": item.id, "question": item.question, "answer": item.answer, "response": answer}
         for item, answer in zip(items, answers, strict=True)
     ]
-    write_whole(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def table(scores: Sequence[Score], group_by: Sequence[str]) -> Table:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from yivl.checkpoint.atomic import write_whole, written_whole
+from yivl.checkpoint.atomic import atomic_file, write_text
 from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.tiny.world.drawing import draw
 from yivl.tiny.world.exam import EXAM_KINDS, Task, examine
@@ -49,7 +49,7 @@ def examination(folder: Path, split: Split, number: int, side: int) -> None:
 
 def _write_shard(shard: tuple[Path, range], side: int) -> None:
     path, numbers = shard
-    with written_whole(path) as partial_path, tarfile.open(partial_path, "w") as tar:
+    with atomic_file(path) as partial_path, tarfile.open(partial_path, "w") as tar:
         for number in numbers:
             rng = random.Random(f"captions {number}")
             scene = sample_scene("train", number)
@@ -119,4 +119,4 @@ def _work(task: Any, items: Iterable[Any], unit: str) -> list[Any]:
 
 
 def _write_json(path: Path, rows: Sequence[Any]) -> None:
-    write_whole(path, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+    write_text(path, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
