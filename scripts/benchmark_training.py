@@ -95,7 +95,7 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     """Take the steps of one way and return rows, tokens and useful FLOPs a second, and memory."""
     import torch
 
-    from yivl.data.encoding import Collator
+    from yivl.data.collator import Collator
     from yivl.data.sampler import BatchSampler
     from yivl.model.attention import register_packed_sdpa
     from yivl.model.modeling import YiVLForCausalLM
@@ -112,8 +112,8 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     mean_length = config.num_patches + PROMPT_BEFORE + PROMPT_AFTER + (SHORTEST + LONGEST) // 2
     batch_size = arguments.positions // mean_length
     rows = random_examples(batch_size * arguments.batches, config)
-    lengths = None if arguments.way == "lineage" else [row.num_positions for row in rows]
-    batches = list(BatchSampler(len(rows), batch_size, lengths=lengths))
+    lengths = None if arguments.way == "lineage" else [row.sequence_length for row in rows]
+    batches = list(BatchSampler([len(rows)], batch_size, lengths=lengths))
     collator = Collator(0, packing=packing)
     loss_of: Callable[..., Any] = lineage_loss if arguments.way == "lineage" else our_loss
 
@@ -138,10 +138,10 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else resident_peak()
     return {
         "rows_per_s": len(rows) / seconds,
-        "tokens_per_s": sum(row.num_positions for row in rows) / seconds,
+        "tokens_per_s": sum(row.sequence_length for row in rows) / seconds,
         "useful_flop_per_s": sum(useful_flops(config, row) for row in rows) / seconds,
         "peak_bytes": peak,
-        "estimated_bytes": estimate(model, config, max(row.num_positions for row in rows), batch_size, arguments.dtype),
+        "estimated_bytes": estimate(model, config, max(row.sequence_length for row in rows), batch_size, arguments.dtype),
         "rows_of_a_batch": batch_size,
     }
 
@@ -163,7 +163,7 @@ def random_examples(count: int, config: Any) -> list[Any]:
     import torch
 
     from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-    from yivl.data.encoding import Example
+    from yivl.data.encoding import Sample
 
     size, examples = config.vision_config.image_size, []
     for _ in range(count):
@@ -172,7 +172,7 @@ def random_examples(count: int, config: Any) -> list[Any]:
         ids[PROMPT_BEFORE] = IMAGE_TOKEN_INDEX
         labels = ids.clone()
         labels[:-answer] = IGNORE_INDEX
-        examples.append(Example(ids, labels, torch.randn(1, 3, size, size), len(ids) - 1 + config.num_patches))
+        examples.append(Sample(ids, labels, torch.randn(1, 3, size, size), len(ids) - 1 + config.num_patches))
     return examples
 
 
@@ -209,7 +209,7 @@ def useful_flops(config: Any, row: Any) -> float:
     """Return the FLOPs of the matrix products a row needs: thrice the forward pass of what trains, once the ViT's."""
     from yivl.constants import IGNORE_INDEX
 
-    vision, patches, length = config.vision_config, config.num_patches, row.num_positions
+    vision, patches, length = config.vision_config, config.num_patches, row.sequence_length
     width = vision.hidden_size
     layer = 2 * (patches + 1) * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * (patches + 1) ** 2 * width
     tower = config.num_vision_layers * layer + 2 * patches * 3 * vision.patch_size**2 * width
@@ -228,7 +228,7 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
 
     from yivl.checkpoint.loading import read_small_files
     from yivl.data.encoding import Encoder
-    from yivl.data.sources import Source
+    from yivl.data.sources import DataSource
     from yivl.data.streaming import StreamDataset
     from yivl.image_processing import expand2square
 
@@ -239,7 +239,7 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
     encoder = Encoder(tokenizer, image_processor, 1024, 2048)
     with tempfile.TemporaryDirectory() as temporary:
         files = write_pictures(Path(temporary) / "00000.tar", count)
-        source = Source(str(Path(temporary) / "*.tar"))
+        source = DataSource(str(Path(temporary) / "*.tar"))
 
         def bare() -> None:
             for data in files:

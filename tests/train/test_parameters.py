@@ -277,7 +277,10 @@ def test_the_position_table_is_interpolated_as_transformers_does(loaded: LoadedM
         ({"image_size": 50}, "--image_size 50 is no multiple of the patch size 14"),
         ({"model_name_or_path": "nowhere"}, "nowhere: no such folder"),
         ({"model_name_or_path": "LLM"}, "a language model alone; name the ViT"),
-        ({"image_folder": "nowhere"}, r"none of its first 4 pictures exists, such as nowhere/photo_rgb.jpg; give the"),
+        (
+            {"image_folder": "nowhere"},
+            r"none of its first 4 images exists, such as nowhere/photo_rgb.jpg; set",
+        ),
         ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, "nothing would train"),
         ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer is for a fresh start"),
         ({"lora_enable": True, "bits": 4}, "4 bits on a CPU need layer widths"),

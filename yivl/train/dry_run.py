@@ -8,7 +8,7 @@ from yivl.data.rows import RowError
 from yivl.model.configuration import YiVLConfig
 from yivl.model.loss import CHUNK_SIZE
 from yivl.train.arguments import Arguments, Zero
-from yivl.train.dataloaders import Batches, own_words
+from yivl.train.dataloaders import Batches, unwrap_worker_error
 from yivl.train.parameters import PartSize
 from yivl.train.trainer import count_batch
 
@@ -102,7 +102,7 @@ def describe_run(arguments: Arguments, batches: Batches, config: YiVLConfig, siz
     try:
         first = next(iter(batches.loader))
     except RowError as error:
-        raise own_words(error) from error
+        raise unwrap_worker_error(error) from error
     rows, positions = count_batch(first, config.num_patches)
     global_rows = training.per_device_train_batch_size * accumulation * world_size
     zero = Zero.of(training)

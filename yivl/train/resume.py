@@ -151,8 +151,8 @@ def is_finished(checkpoint: Path, arguments: Arguments, total_steps: int) -> boo
     before, now = read_json(checkpoint / ARGUMENTS), json.loads(json.dumps(as_dict(arguments), default=str))
     for flags in (before, now):
         flags["rows of a step"] = math.prod(flags[name] for name in ROWS_OF_A_STEP)
-    is_stream = any(source.is_stream for source in read_sources(arguments.data.data_path, "."))
-    must_agree = _MUST_AGREE + (_STREAMS_MUST_AGREE if is_stream else ())
+    is_streamed = any(source.is_streamed for source in read_sources(arguments.data.data_path, "."))
+    must_agree = _MUST_AGREE + (_STREAMS_MUST_AGREE if is_streamed else ())
     for name, value in now.items():
         if name in _MAY_DIFFER or before.get(name, value) == value:
             continue
