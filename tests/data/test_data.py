@@ -1,8 +1,6 @@
 """Rows, samples and batches against the recorded preprocessing of the reference, and every invalid row."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import GOLDEN, ROOT, golden_arrays, golden_json
+from support.golden import GOLDEN, golden_arrays, golden_json
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import ASSISTANT, IGNORE_INDEX
@@ -206,19 +204,6 @@ def test_an_unreadable_file_is_reported_with_its_line(name: str, text: str, mess
         list(read_rows(tmp_path / name))
     with pytest.raises(RowError, match="cannot be read"):
         list(read_rows(tmp_path / "nothing.json"))
-
-
-def test_a_row_is_shown_with_its_targets() -> None:
-    command = [sys.executable, "-m", "yivl.data.show", str(GOLDEN / "training/data.json")]
-    model = ["--model-path", str(GOLDEN / "checkpoint")]
-    result = subprocess.run([*command, "0", *model], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "### Human: <image_placeholder>\nWhat is in this image?\n### Assistant:[ A small boat" in result.stdout
-    assert "on a calm lake.\n###] \n98 tokens, " in result.stdout
-    result = subprocess.run([*command, "1", *model], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "谢谢。" in result.stdout  # several byte tokens, shown as the characters they make
-    result = subprocess.run([*command, "99", *model], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr == f"error: {GOLDEN}/training/data.json: no row 99\n"
 
 
 def test_the_mask_keeps_a_real_token_that_equals_the_pad_id() -> None:

@@ -72,12 +72,7 @@ def load_model(
         raise YiVLError("load_in_4bit and load_in_8bit exclude each other")
     if isinstance(dtype, str) and dtype not in get_args(Dtype):
         raise YiVLError(f"dtype={dtype!r}; expected one of {', '.join(get_args(Dtype))}")
-    folder = resolve_checkpoint(model_path)
-    adapter = None
-    if (folder / "adapter_config.json").is_file():
-        adapter, folder = folder, resolve_checkpoint(model_base or _adapter_base(folder))
-    elif model_base is not None:
-        raise CheckpointError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
+    folder, adapter = resolve_model(model_path, model_base)
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
     # The small files first: what is wrong with them is known before minutes of loading.
@@ -91,6 +86,34 @@ def load_model(
     if adapter is not None:
         model = load_adapter(model, adapter)
     return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
+
+
+def load_processors(
+    model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None
+) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
+    """Return configuration, tokenizer and image processor as ``load_model`` does, without loading weights.
+
+    Raises:
+        CheckpointError: If a folder or file is missing, or no hub id matches.
+    """
+    folder, _ = resolve_model(model_path, model_base)
+    return read_small_files(folder)
+
+
+def resolve_model(
+    model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None
+) -> tuple[Path, Path | None]:
+    """Return the local folders of the checkpoint and, if ``model_path`` is a LoRA adapter, of the adapter.
+
+    Raises:
+        CheckpointError: If a folder or hub id does not exist, or ``model_base`` is given without an adapter.
+    """
+    folder = resolve_checkpoint(model_path)
+    if (folder / "adapter_config.json").is_file():
+        return resolve_checkpoint(model_base or _adapter_base(folder)), folder
+    if model_base is not None:
+        raise CheckpointError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
+    return folder, None
 
 
 def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from yivl.checkpoint.loading import load_processors
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
 from yivl.conversation import render_chunks
 from yivl.data.rows import Row, RowError
@@ -72,6 +73,15 @@ class Encoder:
             if used > self.max_length:
                 return index
         return len(input_ids)
+
+
+def load_encoder(model_path: str, model_base: str | None = None, *, max_length: int) -> Encoder:
+    """Return the encoder of a checkpoint folder, hub id or LoRA adapter, without loading weights."""
+    config, tokenizer, image_processor = load_processors(model_path, model_base)
+    # From the image processor: an adapter may have been trained with another image size than its base.
+    num_patches = (image_processor.image_size // config.vision_config.patch_size) ** 2
+    num_patches += config.mm_vision_select_feature == "cls_patch"
+    return Encoder(tokenizer, image_processor, num_patches, max_length)
 
 
 def encode_or_skip(row: Row | RowError, encoder: Encoder, on_bad_row: Callable[[RowError], None]) -> Sample | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -97,9 +97,11 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
             raise RowError(f"{place}: weight {entry['weight']!r} is not a number")
         for key in entry.keys() & {"data_path", "image_folder"}:
             entry[key] = os.path.join(folder, os.path.expanduser(str(entry[key])))
-        limit = None if entry["data_path"].endswith(".tar") else max_rows
+        defaults: dict[str, Any] = {"image_folder": image_folder}
+        if not entry["data_path"].endswith(".tar"):
+            defaults["max_rows"] = max_rows
         try:
-            sources.append(DataSource(**{"image_folder": image_folder, "max_rows": limit} | entry))
+            sources.append(DataSource(**defaults | entry))
         except (TypeError, RowError) as error:
             raise RowError(f"{place}: {error}") from error
     return sources
