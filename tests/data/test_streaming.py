@@ -68,7 +68,7 @@ def test_a_batch_is_the_same_for_every_reader_at_any_time(encoder: Encoder, tmp_
         return StreamDataset(read_sources(pattern), encoder, bad, 2, num_slots=2, shuffle_buffer=4)
 
     def read(dataset: StreamDataset, batch: int) -> list[Any]:
-        return [None if e is None else e.input_ids.tolist() for e in dataset.__getitems__([(batch, 0), (batch, 1)])]
+        return [None if e is None else e.input_ids.tolist() for e in dataset.__getitems__([batch, batch])]
 
     pattern = write_shards(tmp_path, 2, 6, bad=[3])
     stream = open_stream()

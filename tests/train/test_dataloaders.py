@@ -1,5 +1,6 @@
 """The order of samples, and batches of them: padded, or packed without attention across samples."""
 
+import json
 import shutil
 import statistics
 from collections import Counter
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from support.golden import CHECKPOINT
 from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import IGNORE_INDEX
@@ -22,9 +24,10 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row
 from yivl.data.sampler import BatchSampler, RowDataset
+from yivl.errors import CheckpointError
 from yivl.model.attention import register_packed_sdpa
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.train.arguments import DataArguments, YiVLTrainingArguments
+from yivl.train.arguments import DataArguments
 from yivl.train.dataloaders import make_batches
 
 
@@ -97,7 +100,7 @@ def batches_of(folder: Path, loaded: LoadedModel, text: str, epochs: Sequence[in
     """Return the token ids of the samples of some epochs of a mixture over sixteen rows."""
     write_rows(folder / "rows.json", [conversation(None, f"question {index}", "a") for index in range(16)])
     (folder / "mix.yaml").write_text(f"- {{data_path: rows.json, {text}}}\n")
-    data, training = DataArguments(data_path=str(folder / "mix.yaml")), YiVLTrainingArguments(output_dir=str(folder))
+    data, training = DataArguments(data_path=str(folder / "mix.yaml")), TrainingArguments(output_dir=str(folder))
     batches = make_batches(data, training, encoder(loaded), BadRows("error", folder / "none"))
     assert batches.sources[0]["rows_per_epoch"] == 8
     found = []
@@ -135,6 +138,18 @@ def test_a_run_with_a_weight_below_one_resumes_exactly(tmp_path: Path) -> None:
     ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(8)])
+    (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 0.5}\n")
+    train(tmp_path / "out", tmp_path / "mix.yaml", save_steps=1, max_steps=1)
+    for folder in (tmp_path / "out", tmp_path / "out/checkpoint-1"):
+        record = json.loads((folder / "training_run.json").read_text())
+        assert record["sources"][0].pop("subsampled") == "per epoch"
+        (folder / "training_run.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: the weight of .*rows\.json selected the same rows"):
+        train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
 
 
 def test_grouped_batches_have_similar_lengths_and_one_modality_and_the_longest_comes_first() -> None:

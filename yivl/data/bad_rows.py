@@ -1,7 +1,6 @@
 """What happens to an invalid row: it is an error, or it is skipped, recorded and counted."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,8 @@ class BadRows:
             raise RowError(f"{error}; fix the row, or skip invalid rows with --on_bad_row skip") from error
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"reason": str(error)}, ensure_ascii=False) + "\n"
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(handle, line.encode("utf-8"))  # a single write: lines of several processes do not interleave
-        finally:
-            os.close(handle)
+        with self.path.open("ab", buffering=0) as file:  # a single write: lines of several processes do not interleave
+            file.write(line.encode("utf-8"))
 
     def report(self) -> str:
         """Return the number of distinct skipped rows and the first five reasons, or an empty string."""

@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from yivl.data.encoding import Encoder
     from yivl.data.rows import Row, RowError
     from yivl.data.sources import DataSource
-
-_BINS = 20
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,20 +61,24 @@ class Finding:
     """Why the row is invalid; empty if it is valid."""
 
 
-def inspect_row(row: "Row | RowError", encoder: "Encoder") -> Finding:
-    """Return the finding of a row, encoded as in training, images included."""
+def inspect_rows(encoder: "Encoder", rows: "Sequence[Row | RowError]") -> list[Finding]:
+    """Return the findings of rows, encoded as in training, images included."""
     from yivl.constants import IGNORE_INDEX
     from yivl.data.rows import RowError
 
-    if isinstance(row, RowError):
-        return Finding("", 0, 0, str(row))
-    kind = "text" if not row.images else "caption" if not row.turns[0].question else "image"
-    sequence_length = replace(encoder, max_length=sys.maxsize).sequence_length(row)
-    try:
-        num_targets = int((encoder(row).labels != IGNORE_INDEX).sum())
-    except RowError as error:
-        return Finding(kind, sequence_length, 0, str(error))
-    return Finding(kind, sequence_length, num_targets, "")
+    findings = []
+    for row in rows:
+        if isinstance(row, RowError):
+            findings.append(Finding("", 0, 0, str(row)))
+            continue
+        kind = "text" if not row.images else "caption" if not row.turns[0].question else "image"
+        sequence_length = replace(encoder, max_length=sys.maxsize).sequence_length(row)
+        try:
+            num_targets, reason = int((encoder(row).labels != IGNORE_INDEX).sum()), ""
+        except RowError as error:
+            num_targets, reason = 0, str(error)
+        findings.append(Finding(kind, sequence_length, num_targets, reason))
+    return findings
 
 
 def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> Iterator[Finding]:
@@ -87,27 +90,15 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
 
     if source.is_streamed:
         for row in read_shards(open_shards(source.shards())):
-            yield inspect_row(row, encoder)
+            yield from inspect_rows(encoder, [row])
         return
     invalid: list[RowError] = []
-    rows: list[Row | RowError] = [*load_rows(source, 42, invalid.append), *invalid]
-    if rows:
-        dataset: Any = _FindingDataset(rows, encoder)
-        loader: DataLoader[Any] = DataLoader(dataset, batch_size=32, num_workers=workers, collate_fn=list)
+    rows: Any = [*load_rows(source, 42, invalid.append), *invalid]
+    if rows:  # the workers inspect rows where they usually collate samples
+        inspect: Any = partial(inspect_rows, encoder)
+        loader: DataLoader[Any] = DataLoader(rows, batch_size=32, num_workers=workers, collate_fn=inspect)
         for findings in loader:
             yield from findings
-
-
-@dataclass(frozen=True)
-class _FindingDataset:
-    rows: "Sequence[Row | RowError]"
-    encoder: "Encoder"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Finding:
-        return inspect_row(self.rows[index], self.encoder)
 
 
 def describe(name: str, findings: Sequence[Finding], max_length: int) -> str:
@@ -131,16 +122,11 @@ def describe(name: str, findings: Sequence[Finding], max_length: int) -> str:
 
 def histogram(lengths: Sequence[int]) -> str:
     """Return the sequence lengths as a histogram in text."""
-    width = max(lengths) // _BINS + 1
-    counts = [0] * (max(lengths) // width + 1)
-    for length in lengths:
-        counts[length // width] += 1
-    scale = 50 / max(counts)
-    return "\n".join(
-        f"{index * width:>7,} {'█' * max(round(count * scale), int(count > 0))} {count:,}"
-        for index, count in enumerate(counts)
-        if count or index * width >= min(lengths)
-    )
+    import numpy as np
+
+    counts, edges = np.histogram(lengths, bins=20)
+    bars = ["█" * max(round(50 * count / max(counts)), int(count > 0)) for count in counts]
+    return "\n".join(f"{edge:>7,.0f} {bar} {n:,}" for edge, bar, n in zip(edges[:-1], bars, counts, strict=True) if n)
 
 
 def plot_histogram(lengths: Sequence[int], max_length: int, path: Path) -> None:

@@ -123,15 +123,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> list[Row]:
-    """Return the valid rows of a file, at most ``max_rows``, in the order of the file.
-
-    Args:
-        source: A ``.json`` or ``.jsonl`` file.
-        seed: Of the subset if there are more than ``max_rows``.
-        on_bad_row: Called with every invalid row; may raise.
+    """Return the valid rows of a file in its order, or the subset of ``max_rows`` that ``seed`` determines.
 
     Raises:
-        RowError: If the file cannot be read.
+        RowError: If the file cannot be read, or by ``on_bad_row``, which is called with every invalid row.
     """
     if not source.data_path.endswith((".json", ".jsonl")):
         raise RowError(f"{source.data_path}: expected a .json, .jsonl, .tar or .yaml file")

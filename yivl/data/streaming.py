@@ -18,13 +18,11 @@ from yivl.data.rows import Row, RowError, parse_row
 from yivl.data.sources import DataSource, load_rows
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-Key = tuple[int, int]
-"""Number of the batch, and index in it."""
 
 
 @dataclass(frozen=True)
-class StreamSampler(Sampler[list[Key]]):
-    """The keys of the batches of one rank."""
+class StreamSampler(Sampler[list[int]]):
+    """The numbers of the batches of one rank, once for each of their samples."""
 
     batch_size: int
     num_batches: int
@@ -32,9 +30,8 @@ class StreamSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        for batch in range(self.num_batches):
-            yield [(batch, index) for index in range(self.batch_size)]
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([batch] * self.batch_size for batch in range(self.num_batches))
 
 
 @dataclass
@@ -60,14 +57,14 @@ class StreamDataset(Dataset[Sample | None]):
     """Rows in the shuffle buffer of a stream; the order of the shards is shuffled too."""
     _streams: dict[int, tuple[int, Iterator[Row | RowError]]] = field(default_factory=dict, repr=False)
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample | None]:
-        """Return the samples of a batch (PyTorch calls this method instead of ``__getitem__``)."""
-        turn, slot = divmod(keys[0][0], self.num_slots)
+    def __getitems__(self, batch: Sequence[int]) -> list[Sample | None]:
+        """Return the samples of a batch of ``StreamSampler`` (PyTorch prefers this method to ``__getitem__``)."""
+        turn, slot = divmod(batch[0], self.num_slots)
         next_turn, rows = self._streams.get(slot, (-1, iter(())))
         if next_turn != turn:
             rows = islice(self._rows(slot), turn * self.batch_size, None)
         self._streams[slot] = (turn + 1, rows)
-        return [encode_or_skip(row, self.encoder, self.on_bad_row) for row in islice(rows, len(keys))]
+        return [encode_or_skip(row, self.encoder, self.on_bad_row) for row in islice(rows, len(batch))]
 
     def _rows(self, slot: int) -> Iterator[Row | RowError]:
         """Yield the endless rows of one stream, sampled by weight; an invalid row is its error."""

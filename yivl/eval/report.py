@@ -80,12 +80,7 @@ class Report:
     chart: Chart | None = None
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> str:
-        """Write all files into a folder and return the text to print.
-
-        Args:
-            folder: Exists.
-            about: What was measured, for ``scores.json``.
-        """
+        """Write all files into a folder, with ``about`` in ``scores.json``, and return the text to print."""
         for name, text in self.files.items():
             write_text(folder / name, text)
         if self.table is None:

@@ -206,13 +206,7 @@ def _read_responses(folder: Path) -> dict[str, str]:
 
 
 def fingerprint(questions: Sequence[Question], data: str, models: Sequence[str | None]) -> dict[str, str]:
-    """Return hashes that change with the questions, images or weights.
-
-    Args:
-        questions: By ids, prompts and images.
-        data: File or folder; a hub id stands for itself.
-        models: Checkpoint and adapter folders, by the files that loading reads; a hub id stands for itself.
-    """
+    """Return hashes that change with the questions and images, the files of ``data``, and the files of ``models``."""
     asked = [[question.id, question.prompt, question.is_blank, question.image_key] for question in questions]
     folder = Path(data).expanduser()
     data_files = [folder] if folder.is_file() else [*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]

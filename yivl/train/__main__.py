@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("%s", batches.mix)
     if checkpoint is not None and is_finished(checkpoint, arguments, total_steps(arguments, batches)):
         return
+    if checkpoint is not None:
+        batches.check_record(checkpoint)
 
     if training.dry_run:
         model = empty_start(start)

@@ -1,5 +1,6 @@
 """Data loaders of a run: the flags of the data to the batches of this rank."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import TrainingArguments
 
 from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
@@ -17,8 +19,9 @@ from yivl.data.rows import Row, RowError
 from yivl.data.sampler import BatchSampler, RowDataset
 from yivl.data.sources import DataSource, load_rows, read_sources
 from yivl.data.streaming import StreamDataset, StreamSampler
-from yivl.errors import YiVLError
-from yivl.train.arguments import DataArguments, YiVLTrainingArguments
+from yivl.errors import CheckpointError, YiVLError
+from yivl.train.arguments import DataArguments
+from yivl.train.resume import RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class Batches:
     loader: BatchLoader
     sources: Sequence[Mapping[str, Any]]
     """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``pictures`` (samples with images per
-    epoch). If anything is streamed: ``source``, ``weight``, and ``shards`` of tar shards."""
+    epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``."""
 
     @property
     def mix(self) -> str:
@@ -59,9 +62,24 @@ class Batches:
             lines.append(f"{fact['rows']:>10,}{fact[key]:>11,}{share}{fact['pictures']:>10,}  {fact['source']}")
         return "\n".join(lines)
 
+    def check_record(self, checkpoint: Path) -> None:
+        """Check that a checkpoint was trained on the same subsamples.
+
+        Raises:
+            CheckpointError: If the fraction of a weight was one subset for all epochs when it was written.
+        """
+        recorded = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["sources"]
+        per_epoch = {source["source"] for source in recorded if "subsampled" in source}
+        for name in (source["source"] for source in self.sources if "subsampled" in source):
+            if name not in per_epoch:
+                raise CheckpointError(
+                    f"{checkpoint}: the weight of {name} selected the same rows in every epoch when it was "
+                    "written, and now selects others in each; start a new run"
+                )
+
 
 def make_batches(
-    data: DataArguments, training: YiVLTrainingArguments, encoder: Encoder, on_bad_row: Callable[[RowError], None]
+    data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: Callable[[RowError], None]
 ) -> Batches:
     """Return the training batches of this rank.
 
@@ -101,6 +119,7 @@ def make_batches(
             "rows_per_epoch": total,
             "pictures": round(sum(bool(row.images) for row in loaded) * total / max(len(loaded), 1)),
         }
+        | ({"subsampled": "per epoch"} if loaded and total % len(loaded) else {})
         for source, loaded, total in zip(sources, rows_of, sampler.samples_per_epoch, strict=True)
     ]
     dataset = RowDataset(rows, encoder, on_bad_row)
@@ -110,7 +129,7 @@ def make_batches(
 def _streamed_batches(
     sources: Sequence[DataSource],
     data: DataArguments,
-    training: YiVLTrainingArguments,
+    training: TrainingArguments,
     encoder: Encoder,
     on_bad_row: Callable[[RowError], None],
 ) -> Batches:
@@ -140,7 +159,7 @@ def _streamed_batches(
 
 
 def make_eval_loader(
-    data: DataArguments, training: YiVLTrainingArguments, encoder: Encoder, on_bad_row: Callable[[RowError], None]
+    data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: Callable[[RowError], None]
 ) -> BatchLoader | None:
     """Return the evaluation batches of this rank, or ``None`` without ``--eval_data_path``.
 
@@ -179,7 +198,7 @@ def _check_image_folder(source: DataSource, rows: Sequence[Row]) -> None:
 
 
 def _loader(
-    dataset: Any, sampler: Any, encoder: Encoder, data: DataArguments, training: YiVLTrainingArguments
+    dataset: Any, sampler: Any, encoder: Encoder, data: DataArguments, training: TrainingArguments
 ) -> BatchLoader:
     has_workers = training.dataloader_num_workers > 0
     return BatchLoader(

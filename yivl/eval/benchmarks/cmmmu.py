@@ -151,13 +151,7 @@ def is_correct(row: Mapping[str, Any], rng: random.Random) -> bool:
 
 
 def parse_choice(response: str, index2ans: Mapping[str, str], rng: random.Random) -> str:
-    """Return the letters that a response names most often, in alphabetical order: ``AC``.
-
-    Args:
-        response: Of the model.
-        index2ans: The text of each option, A to D.
-        rng: Samples a letter if the response names none.
-    """
+    """Return the letters that a response names most often, by the options' text if it names none, else a random one."""
     response = strip_punctuation(response)
     text = f" {response} "
     counts = {letter: text.count(f"({letter})") for letter in _LETTERS}

@@ -27,7 +27,7 @@ from yivl.eval.report import Report, as_json
 Protocol = Literal["yi", "official"]
 """How questions are asked: as the authors of Yi-VL did, or as the example program of the benchmark does."""
 
-MAX_NEW_TOKENS: Final[dict[Protocol, int]] = {"yi": 64, "official": 128}
+_MAX_NEW_TOKENS: Final[dict[Protocol, int]] = {"yi": 64, "official": 128}
 """Source: 01-ai/Yi at 526ec7a, VL/llava/eval/01_eval_mmmu.py; MMMU-Benchmark/MMMU, mmmu/utils/model_utils.py."""
 
 # The instructions after the question. Both configurations are YAML, in whose quoted text a blank line is one line
@@ -36,30 +36,6 @@ MAX_NEW_TOKENS: Final[dict[Protocol, int]] = {"yi": 64, "official": 128}
 _CHOICE_INSTRUCTION: Final = "Answer with the option's letter from the given choices directly."
 _OPEN_INSTRUCTION: Final = "Answer the question using a single word or phrase."
 _TAG: Final = re.compile(r"<image \d+>")
-
-PUBLISHED: Final[dict[str, dict[str, float]]] = {
-    "Yi-VL-34B, published (domains: of the test split)": {
-        "validation": 45.9,
-        "test": 41.6,
-        "Art and Design": 56.1,
-        "Business": 33.3,
-        "Science": 32.9,
-        "Health and Medicine": 45.9,
-        "Humanities and Social Science": 66.5,
-        "Tech and Engineering": 36.0,
-    },
-    "Yi-VL-6B, published (domains: of the test split)": {
-        "validation": 39.1,
-        "test": 37.8,
-        "Art and Design": 53.4,
-        "Business": 30.3,
-        "Science": 30.0,
-        "Health and Medicine": 39.3,
-        "Humanities and Social Science": 58.5,
-        "Tech and Engineering": 34.1,
-    },
-}
-"""In percent: of both splits, and of the test split's domains. Source: MMMU's README; arXiv 2403.04652, table 7."""
 
 Parsed = str | float
 """Text in lower case, or a number rounded to two decimals."""
@@ -75,6 +51,16 @@ DOMAINS: Final = {
     "Materials Mechanical_Engineering",
 }
 """Subjects by domain. Source: as above."""
+
+_COLUMNS: Final = ("validation", "test", *DOMAINS)
+PUBLISHED: Final = {
+    f"Yi-VL-{size}, published (domains: of the test split)": dict(zip(_COLUMNS, scores, strict=True))
+    for size, scores in {
+        "34B": (45.9, 41.6, 56.1, 33.3, 32.9, 45.9, 66.5, 36.0),
+        "6B": (39.1, 37.8, 53.4, 30.3, 30.0, 39.3, 58.5, 34.1),
+    }.items()
+}
+"""In percent: of both splits, and of the test split's domains. Source: MMMU's README; arXiv 2403.04652, table 7."""
 
 # Words that announce the result in a sentence.
 _INDICATORS: Final = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
@@ -94,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def max_new_tokens(arguments: argparse.Namespace) -> int:
     """Return the maximum length of a response in tokens."""
-    return MAX_NEW_TOKENS[arguments.protocol]
+    return _MAX_NEW_TOKENS[arguments.protocol]
 
 
 def read_questions(arguments: argparse.Namespace) -> list[Question]:
@@ -202,14 +188,7 @@ def is_correct(row: Mapping[str, Any], rng: random.Random) -> bool:
 def parse_multiple_choice(
     response: str, all_choices: Sequence[str], index2ans: Mapping[str, str], rng: random.Random
 ) -> str:
-    """Return the letter that a response chooses: in parentheses, else alone, else by the text of the option.
-
-    Args:
-        response: Of the model.
-        all_choices: The letters.
-        index2ans: The text of each option.
-        rng: Samples a letter if the response names none.
-    """
+    """Return the letter that a response chooses: in parentheses, else alone, else by the option's text, else random."""
     text = f" {strip_punctuation(response)} "
     last = {choice: text.rfind(f"({choice})") for choice in all_choices}
     if max(last.values()) < 0:

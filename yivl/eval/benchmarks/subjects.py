@@ -104,14 +104,11 @@ def report(
 
 
 def accuracies(marks: Sequence[tuple[str, str, bool]], domains: Iterable[str]) -> dict[str, Any]:
-    """Return accuracies by subject, by domain, and of all questions.
+    """Return ``{"subjects": {name: {"num", "acc"}}, "domains": {name: acc}, "overall": acc}``.
 
     Args:
         marks: Domain, subject, and whether the response is correct.
         domains: In the order of the result.
-
-    Returns:
-        ``{"subjects": {name: {"num", "acc"}}, "domains": {name: acc}, "overall": acc}``.
     """
     by_subject: dict[str, list[bool]] = defaultdict(list)
     by_domain: dict[str, list[bool]] = defaultdict(list)
@@ -133,13 +130,7 @@ def strip_punctuation(response: str) -> str:
 
 
 def key_phrases(sentences: Sequence[str], indicators: Sequence[str], in_last: Sequence[str] = ()) -> list[str]:
-    """Return the shortest text after an indicator word of each sentence that has one.
-
-    Args:
-        sentences: Of a response.
-        indicators: Words that announce the result.
-        in_last: Further indicators in the last sentence.
-    """
+    """Return the shortest text after an indicator word of each sentence; ``in_last`` holds more for the last one."""
     phrases = []
     for number, sentence in enumerate(sentences):
         words = (*indicators, *in_last) if number == len(sentences) - 1 else indicators
@@ -170,27 +161,22 @@ def read_split(data: str, split: str) -> Any:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         folder = _download(data, split)
-    saved = sorted(path.parent for path in folder.rglob("dataset_dict.json"))
-    files = sorted(path for path in folder.rglob("*.parquet") if path.name.startswith((f"{split}-", f"{split}.")))
+    saved = sorted(os.fspath(path.parent) for path in folder.rglob("dataset_dict.json"))
+    files = [os.fspath(path) for path in sorted(folder.rglob(f"{split}[-.]*parquet"))]
     try:
         if saved:
-            found = [
-                dataset[split] for dataset in map(datasets.load_from_disk, map(os.fspath, saved)) if split in dataset
-            ]
+            parts = [part[split] for part in map(datasets.load_from_disk, saved) if split in part]
         else:
-            paths = [os.fspath(path) for path in files]
-            found = [datasets.load_dataset("parquet", data_files={split: paths}, split=split)] if files else []
-        if not found:
-            raise YiVLError(f"{data}: no split {split!r}; expected {split}-*.parquet files or folders of save_to_disk")
-        dataset = datasets.concatenate_datasets(found)
-        for column in _image_columns(dataset):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    except YiVLError:
-        raise
+            parts = [datasets.load_dataset("parquet", data_files={split: files}, split=split)] if files else []
+        dataset = datasets.concatenate_datasets(parts) if parts else None
     except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
         raise YiVLError(f"{data}: split {split!r} cannot be read ({' '.join(str(error).split())})") from error
+    if dataset is None:
+        raise YiVLError(f"{data}: no split {split!r}; expected {split}-*.parquet files or folders of save_to_disk")
     if not len(dataset):
         raise YiVLError(f"{data}: split {split!r} has no rows")
+    for column in _image_columns(dataset):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return dataset
 
 
