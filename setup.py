@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["yivl", "yivl.*"]),
-    package_data={"yivl": ["py.typed", "tiny/assets/**/*"]},
+    package_data={"yivl": ["py.typed", "export/assets/*.jinja", "tiny/assets/**/*"]},
     entry_points={"console_scripts": ["yivl-api = yivl.serve.api:console"]},
     install_requires=requirements(),
     extras_require={

@@ -1,12 +1,12 @@
-"""Measure training steps, ours against the lineage's way, and the streaming loader against bare decoding.
+"""Benchmark training steps against the LLaVA baseline, and the streaming data loader against decoding alone.
 
 python scripts/benchmark_training.py --shape medium
 
-The model is random; its language model and projector train, the ViT is frozen, AdamW steps after every batch. A row is
-a picture (256 or 1,024 patches), 60 tokens of prompt and an answer of 10 to 400 tokens. The lineage's way pads rows in
-random order, runs the whole ViT and computes float32 logits of every position; ours groups rows by length, or packs
-them, and computes logits where a label asks for one. Every run is a process of its own, the ways take turns, and
-figures are medians over --repeats.
+The model has random weights; language model and projector are trained, the ViT is frozen, every micro-batch is an
+optimizer step of AdamW. A sample is an image (256 or 1,024 patches), a prompt of 60 tokens and an answer of 10 to 400.
+The LLaVA baseline pads samples in random order, runs all ViT layers and computes float32 logits of the whole sequence;
+yivl groups samples by length, or packs them, and computes logits of target tokens only. Every run is a process of its
+own, variants alternate, and results are medians over --repeats.
 """
 
 import argparse
@@ -23,23 +23,30 @@ from typing import Any
 
 from benchmark_inference import GOLDEN, SHAPES, machine, machine_rates, resident_peak, rounded, shape_config
 
-WAYS = ("lineage", "grouped", "packed")
+VARIANTS = ("llava", "grouped", "packed")
 PROMPT_BEFORE, PROMPT_AFTER, SHORTEST, LONGEST = 40, 20, 10, 400
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags."""
+    """Return the parsed flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="medium", help="(default: %(default)s)")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[224, 448], help="pixels (default: 224 448)")
-    parser.add_argument("--positions", type=int, default=5200, help="a batch has as many rows as fill them on average")
-    parser.add_argument("--batches", type=int, default=2, help="batches of a run (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the products")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of both ways")
+    parser.add_argument("--positions", type=int, default=5200, help="average tokens of a batch (default: 5200)")
+    parser.add_argument("--batches", type=int, default=2, help="batches per run (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="precision of matrix products (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--attention", choices=("sdpa", "eager"), default="sdpa", help="attention kernels (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs per figure (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=400, help="pictures of the loader's run (default: %(default)s)")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # the child that trains
+    parser.add_argument("--repeats", type=int, default=3, help="runs per result (default: %(default)s)")
+    parser.add_argument("--images", "--pictures", type=int, default=400, help="images to load (default: %(default)s)")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # set in the process that trains
     parser.add_argument("--image-size", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -47,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure and print one JSON object."""
     arguments = parse_args()
-    if arguments.way:
+    if arguments.variant:
         print(json.dumps(train(arguments)))
         return
 
@@ -60,39 +67,39 @@ def main() -> None:
         "matrix_products_flop_per_s": rate,
     }
     for image_size in arguments.image_sizes:
-        runs = [measure_ways(arguments, image_size) for _ in range(arguments.repeats)]
+        runs = [measure_variants(arguments, image_size) for _ in range(arguments.repeats)]
         results[f"{(image_size // 14) ** 2} patches"] = compare(runs, rate)
-    results["loader"] = measure_loader(arguments.pictures, arguments.repeats)
+    results["loader"] = measure_loader(arguments.images, arguments.repeats)
     print(json.dumps(rounded(results), indent=2))
 
 
-def measure_ways(arguments: argparse.Namespace, image_size: int) -> dict[str, dict[str, float]]:
-    """Run every way once, each in a process of its own."""
+def measure_variants(arguments: argparse.Namespace, image_size: int) -> dict[str, dict[str, float]]:
+    """Return the results of one run of each variant, each in a separate process."""
     results = {}
-    for way in WAYS:
-        command = [sys.executable, __file__, "--way", way, "--image-size", str(image_size)]
+    for variant in VARIANTS:
+        command = [sys.executable, __file__, "--variant", variant, "--image-size", str(image_size)]
         for name in ("shape", "positions", "batches", "dtype", "attention", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        results[way] = json.loads(output)
-        print(f"{image_size} {way}: {results[way]}", file=sys.stderr)
+        results[variant] = json.loads(output)
+        print(f"{image_size} {variant}: {results[variant]}", file=sys.stderr)
     return results
 
 
 def compare(runs: Sequence[dict[str, dict[str, float]]], rate: float) -> dict[str, Any]:
-    """Return medians of each way, and its ratios to the lineage's way of the same repeat."""
+    """Return medians of each variant, and its ratios to the LLaVA baseline of the same repeat."""
     table: dict[str, Any] = {}
-    for way in WAYS:
-        figures = {key: statistics.median(run[way][key] for run in runs) for key in runs[0][way]}
+    for variant in VARIANTS:
+        figures = {key: statistics.median(run[variant][key] for run in runs) for key in runs[0][variant]}
         figures["fraction_of_matrix_products"] = figures.pop("useful_flop_per_s") / rate
-        for key in ("rows_per_s", "peak_bytes"):
-            figures[f"{key}_over_lineage"] = statistics.median(run[way][key] / run["lineage"][key] for run in runs)
-        table[way] = figures
+        for key in ("samples_per_s", "peak_bytes"):
+            figures[f"{key}_over_llava"] = statistics.median(run[variant][key] / run["llava"][key] for run in runs)
+        table[variant] = figures
     return table
 
 
 def train(arguments: argparse.Namespace) -> dict[str, float]:
-    """Take the steps of one way and return rows, tokens and useful FLOPs a second, and memory."""
+    """Return samples, tokens and useful FLOPs per second of one variant, and its memory."""
     import torch
 
     from yivl.data.collator import Collator
@@ -102,7 +109,7 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
 
     torch.manual_seed(0)
     config = shape_config(arguments.shape, image_size=arguments.image_size)
-    packing = arguments.way == "packed"
+    packing = arguments.variant == "packed"
     config._attn_implementation = (
         register_packed_sdpa() if packing and arguments.attention == "sdpa" else arguments.attention
     )
@@ -111,16 +118,16 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
     mean_length = config.num_patches + PROMPT_BEFORE + PROMPT_AFTER + (SHORTEST + LONGEST) // 2
     batch_size = arguments.positions // mean_length
-    rows = random_examples(batch_size * arguments.batches, config)
-    lengths = None if arguments.way == "lineage" else [row.sequence_length for row in rows]
-    batches = list(BatchSampler([len(rows)], batch_size, lengths=lengths))
+    samples = random_examples(batch_size * arguments.batches, config)
+    lengths = None if arguments.variant == "llava" else [sample.sequence_length for sample in samples]
+    batches = list(BatchSampler([len(samples)], batch_size, lengths=lengths))
     collator = Collator(0, packing=packing)
-    loss_of: Callable[..., Any] = lineage_loss if arguments.way == "lineage" else our_loss
+    loss_of: Callable[..., Any] = llava_loss if arguments.variant == "llava" else yivl_loss
 
     def step(indices: Sequence[int]) -> None:
         batch = {
             key: value.to(arguments.device) if value is not None else None
-            for key, value in collator([rows[index] for index in indices]).items()
+            for key, value in collator([samples[index] for index in indices]).items()
         }
         with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
             loss = loss_of(model, batch)
@@ -130,27 +137,30 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
         if arguments.device == "cuda":
             torch.cuda.synchronize()
 
-    step([0])  # warms up, and makes the optimizer's moments
+    step([0])  # warms up, and allocates the optimizer states
     start = time.perf_counter()
     for indices in batches:
         step(indices)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else resident_peak()
     return {
-        "rows_per_s": len(rows) / seconds,
-        "tokens_per_s": sum(row.sequence_length for row in rows) / seconds,
-        "useful_flop_per_s": sum(useful_flops(config, row) for row in rows) / seconds,
+        "samples_per_s": len(samples) / seconds,
+        "tokens_per_s": sum(sample.sequence_length for sample in samples) / seconds,
+        "useful_flop_per_s": sum(useful_flops(config, sample) for sample in samples) / seconds,
         "peak_bytes": peak,
-        "estimated_bytes": estimate(model, config, max(row.sequence_length for row in rows), batch_size, arguments.dtype),
-        "rows_of_a_batch": batch_size,
+        "estimated_bytes": estimate(
+            model, config, max(sample.sequence_length for sample in samples), batch_size, arguments.dtype
+        ),
+        "batch_size": batch_size,
     }
 
 
 def estimate(model: Any, config: Any, longest: int, batch_size: int, dtype: str) -> float:
-    """Return what the dry run would say that such a run needs, with rows of the longest length."""
-    from yivl.train.arguments import Zero, parse_arguments
+    """Return the memory that the dry run estimates for samples of the longest length, in bytes."""
+    from yivl.train.arguments import parse_arguments
     from yivl.train.dry_run import estimate_memory
     from yivl.train.parameters import part_sizes
+    from yivl.train.plan import Zero
 
     flags = f"--model_name_or_path m --data_path d --output_dir o --model_max_length {longest}".split()
     flags += ["--per_device_train_batch_size", str(batch_size), "--bf16", str(dtype == "bfloat16")]
@@ -159,7 +169,7 @@ def estimate(model: Any, config: Any, longest: int, batch_size: int, dtype: str)
 
 
 def random_examples(count: int, config: Any) -> list[Any]:
-    """Return rows with a picture, a prompt and an answer of 10 to 400 tokens."""
+    """Return samples with an image, a prompt and an answer of 10 to 400 tokens."""
     import torch
 
     from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -176,13 +186,13 @@ def random_examples(count: int, config: Any) -> list[Any]:
     return examples
 
 
-def our_loss(model: Any, batch: dict[str, Any]) -> Any:
-    """Return the loss as the trainer takes it."""
+def yivl_loss(model: Any, batch: dict[str, Any]) -> Any:
+    """Return the loss as the trainer computes it."""
     return model(**batch, use_cache=False).loss
 
 
-def lineage_loss(model: Any, batch: dict[str, Any]) -> Any:
-    """Return the same loss the way the lineage computes it: the whole ViT, float32 logits of every position."""
+def llava_loss(model: Any, batch: dict[str, Any]) -> Any:
+    """Return the same loss as LLaVA computes it: all ViT layers, float32 logits of the whole sequence."""
     import torch
 
     tower = model.get_vision_tower()
@@ -205,11 +215,11 @@ def lineage_loss(model: Any, batch: dict[str, Any]) -> Any:
     return torch.nn.functional.cross_entropy(shifted.flatten(0, 1), targets.flatten())
 
 
-def useful_flops(config: Any, row: Any) -> float:
-    """Return the FLOPs of the matrix products a row needs: thrice the forward pass of what trains, once the ViT's."""
+def useful_flops(config: Any, sample: Any) -> float:
+    """Return the matrix product FLOPs of a sample: three forward passes of trainable modules, one of the ViT."""
     from yivl.constants import IGNORE_INDEX
 
-    vision, patches, length = config.vision_config, config.num_patches, row.sequence_length
+    vision, patches, length = config.vision_config, config.num_patches, sample.sequence_length
     width = vision.hidden_size
     layer = 2 * (patches + 1) * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * (patches + 1) ** 2 * width
     tower = config.num_vision_layers * layer + 2 * patches * 3 * vision.patch_size**2 * width
@@ -217,12 +227,12 @@ def useful_flops(config: Any, row: Any) -> float:
     weights = 2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * config.intermediate_size
     decoder = config.num_hidden_layers * (2 * length * weights + 2 * length**2 * hidden)
     projector = 2 * patches * (width * hidden + hidden**2)
-    targets = int((row.labels != IGNORE_INDEX).sum())
+    targets = int((sample.labels != IGNORE_INDEX).sum())
     return float(tower + 3 * (decoder + projector + 2 * targets * hidden * config.vocab_size))
 
 
 def measure_loader(count: int, repeats: int) -> dict[str, float]:
-    """Return pictures a second of one stream, and what bare decoding and resizing of the same files would give."""
+    """Return images per second of one streaming worker, and its time relative to decoding and resizing alone."""
     import torch
     from PIL import Image
 
@@ -238,13 +248,13 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
     clip.size, clip.crop_size = {"shortest_edge": 448}, {"height": 448, "width": 448}
     encoder = Encoder(tokenizer, image_processor, 1024, 2048)
     with tempfile.TemporaryDirectory() as temporary:
-        files = write_pictures(Path(temporary) / "00000.tar", count)
+        files = write_images(Path(temporary) / "00000.tar", count)
         source = DataSource(str(Path(temporary) / "*.tar"))
 
-        def bare() -> None:
+        def decode() -> None:
             for data in files:
-                picture = Image.open(io.BytesIO(data)).convert("RGB")
-                expand2square(picture, image_processor.background).resize((448, 448), Image.Resampling.BICUBIC)
+                image = Image.open(io.BytesIO(data)).convert("RGB")
+                expand2square(image, image_processor.background).resize((448, 448), Image.Resampling.BICUBIC)
 
         def stream() -> None:
             dataset = StreamDataset([source], encoder, print, 8)
@@ -254,17 +264,17 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
         ratios, rates = [], []
         for _ in range(repeats):
             times = []
-            for work in (bare, stream):
+            for work in (decode, stream):
                 start = time.perf_counter()
                 work()
                 times.append(time.perf_counter() - start)
             ratios.append(times[1] / times[0])
             rates.append(count / times[1])
-    return {"pictures_per_s_of_a_worker": statistics.median(rates), "times_bare_decoding": statistics.median(ratios)}
+    return {"images_per_s_per_worker": statistics.median(rates), "time_over_decoding": statistics.median(ratios)}
 
 
-def write_pictures(path: Path, count: int) -> list[bytes]:
-    """Write JPEG photographs of the sizes of LAION with captions into a tar shard and return the files."""
+def write_images(path: Path, count: int) -> list[bytes]:
+    """Write a tar shard of captioned JPEG images with sizes as in LAION, and return the image files."""
     import tarfile
 
     from PIL import Image

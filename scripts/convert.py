@@ -1,13 +1,13 @@
-"""Turn checkpoints and data from one program's form into another's (docs/interop.md).
+"""Convert checkpoints and training data between formats (docs/interop.md).
 
 python scripts/convert.py safetensors SOURCE TARGET         .bin checkpoint to safetensors; prints SHA-256 hashes
 python scripts/convert.py open-clip WEIGHTS CONFIG TARGET   open_clip visual tower to a ViT folder
-python scripts/convert.py to-hf SOURCE TARGET               published layout to that of Yi-VL-6B-hf (LLaMA-Factory)
-python scripts/convert.py from-hf SOURCE TARGET             and back
-python scripts/convert.py to-sglang SOURCE TARGET           published layout to the folder that SGLang reads
-python scripts/convert.py to-gguf SOURCE TARGET             two GGUF files for llama.cpp
-python scripts/convert.py to-llamafactory ROWS FOLDER       training data to LLaMA-Factory's sharegpt form
-python scripts/convert.py from-llamafactory INFO NAME ROWS  and back
+python scripts/convert.py to-hf SOURCE TARGET               Yi-VL checkpoint to the format of Yi-VL-6B-hf
+python scripts/convert.py from-hf SOURCE TARGET             the reverse
+python scripts/convert.py to-sglang SOURCE TARGET           Yi-VL checkpoint to the folder that SGLang reads
+python scripts/convert.py to-gguf SOURCE TARGET             Yi-VL checkpoint to two GGUF files for llama.cpp
+python scripts/convert.py to-llamafactory ROWS FOLDER       training data to LLaMA-Factory's sharegpt format
+python scripts/convert.py from-llamafactory INFO NAME ROWS  the reverse
 """
 
 import argparse
@@ -29,46 +29,43 @@ def parse_args() -> argparse.Namespace:
             command.add_argument(argument, type=Path, help=meaning)
         return command
 
-    published, written = (
-        "checkpoint folder in the published layout, or hub id",
-        "folder to write; replaced if it exists",
-    )
+    checkpoint, written = "Yi-VL checkpoint folder or hub id", "folder to write; replaced if it exists"
     add(
         "safetensors",
-        "turn the .bin files of a checkpoint into safetensors",
+        "convert the .bin files of a checkpoint to safetensors",
         source="checkpoint folder with .bin files",
         target=written,
     )
     add(
         "open-clip",
-        "turn an open_clip visual tower into a ViT folder",
+        "convert an open_clip visual tower to a ViT folder",
         weights="open_clip_pytorch_model.bin or open_clip_model.safetensors",
-        config="the open_clip_config.json beside it",
+        config="the open_clip_config.json of the same model",
         target=written,
     )
-    add("to-hf", "turn the published layout into that of Yi-VL-6B-hf", source=published, target=written)
-    add("from-hf", "turn the layout of Yi-VL-6B-hf into the published one", source="folder", target=written)
-    add("to-sglang", "write the folder that SGLang's Yi-VL class reads", source=published, target=written)
-    gguf = add("to-gguf", "write two GGUF files for llama.cpp", source=published, target="folder for the two files")
+    add("to-hf", "convert a Yi-VL checkpoint to the format of Yi-VL-6B-hf", source=checkpoint, target=written)
+    add("from-hf", "convert the format of Yi-VL-6B-hf to a Yi-VL checkpoint", source="folder", target=written)
+    add("to-sglang", "write the folder that SGLang's Yi-VL class reads", source=checkpoint, target=written)
+    gguf = add("to-gguf", "write two GGUF files for llama.cpp", source=checkpoint, target="folder for the two files")
     gguf.add_argument(
         "--dtype",
         default="float16",
         choices=("float32", "float16", "bfloat16"),
-        help="of the matrices (default: %(default)s)",
+        help="dtype of the matrices (default: %(default)s)",
     )
     to_factory = add(
         "to-llamafactory",
-        "turn training data into a data set of LLaMA-Factory",
+        "convert training data to a dataset of LLaMA-Factory",
         source="rows, .json or .jsonl",
         target="dataset_dir of LLaMA-Factory",
     )
-    to_factory.add_argument("--name", help="of the data set there (default: that of the file)")
+    to_factory.add_argument("--name", help="of the dataset (default: that of the file)")
     from_factory = add(
         "from-llamafactory",
-        "turn a data set of LLaMA-Factory into training data",
+        "convert a dataset of LLaMA-Factory to training data",
         source="dataset_info.json that declares it",
     )
-    from_factory.add_argument("name", help="of the data set there")
+    from_factory.add_argument("name", help="of the dataset")
     from_factory.add_argument("target", type=Path, help=".json file to write; replaced if it exists")
     return parser.parse_args()
 
@@ -110,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, less_memory="free some, or use a machine with more than the checkpoint takes")
+    command_line.run(main, less_memory="use a machine with more memory than the checkpoint takes")

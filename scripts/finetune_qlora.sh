@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Fine-tune Yi-VL with LoRA adapters on a language model in 4 bits (nf4, double quantization): the least memory.
+# Fine-tune Yi-VL with QLoRA: LoRA adapters on a language model in 4 bits (nf4, double quantization).
 # Usage:     scripts/finetune_qlora.sh --model_name_or_path M --data_path D --image_folder I --output_dir O [flags...]
 #            MODEL=M DATA=D IMAGES=I OUT=O scripts/finetune_qlora.sh [flags...]
 # Required:  MODEL  Yi-VL checkpoint, folder or hub id     DATA  conversations (docs/data.md)     OUT  folder to write
-# Optional:  IMAGES=.  folder of the pictures    MICRO_BATCH=1  rows on a GPU
-#            GLOBAL_BATCH=8 x MICRO_BATCH x processes  rows of a step
+# Optional:  IMAGES=.  folder of the images    MICRO_BATCH=1  samples per GPU
+#            GLOBAL_BATCH=8 x MICRO_BATCH x processes  samples per optimizer step
 #            devices and nodes: see scripts/launch.sh. Flags come last and win: --bits 8 for int8.
-#            All of them: python -m yivl.train --help.
+#            All flags: python -m yivl.train --help.
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 # Then:      scripts/merge_lora.sh --model-path M --lora-path O --save-model-path MERGED   (M unquantized, always)
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 MICRO_BATCH=${MICRO_BATCH:-1}
-# As scripts/finetune_lora.sh; rates and rank of the recipe there are ours to reuse, no source states them for 4 bits.
+# Source: ours; learning rate and rank are those of scripts/finetune_lora.sh.
 flags=(--bits 4 --lora_enable True --lora_r 8 --lora_alpha 16 --freeze_mm_mlp_adapter True --learning_rate 1e-4
   --lr_scheduler_type cosine --warmup_ratio 0.1 --num_train_epochs 3 --gradient_checkpointing True)
-# Pages of the optimizer move to the CPU when the GPU is full; there is no such thing without a GPU.
+# Paged optimizer states move to the CPU when GPU memory is full; this needs a GPU.
 ((GPUS > 0)) && flags+=(--optim paged_adamw_8bit)
 launch "" "${GLOBAL_BATCH:-$((8 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"

@@ -1,4 +1,4 @@
-"""Print what fits on which GPUs, as the table of docs/training.md: the estimates of the dry run.
+"""Print the table of GPUs and training modes in docs/training.md, from the estimates of the dry run.
 
 python scripts/hardware_table.py
 """
@@ -27,7 +27,7 @@ MODES = {
     "LoRA, 1 row": f"--lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
     "QLoRA, 1 row": f"--bits 4 --lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
 }
-# GPUs and the GiB of one that a run can use: the CUDA context and fragmentation take some.
+# Number of GPUs, and GiB of each that are left by the CUDA context and fragmentation.
 MACHINES = {"1 × 24 GB": (1, 21.5), "1 × 80 GB": (1, 76.0), "8 × 80 GB": (8, 76.0)}
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def table() -> str:
-    """Return the table in Markdown; a cell is the plainest setting that fits, and its estimate."""
+    """Return the Markdown table; a cell holds the simplest setting that fits, and its estimate."""
     lines = [f"| mode | model | {' | '.join(MACHINES)} |", f"|---|---|{'---|' * len(MACHINES)}"]
     for mode, flags in MODES.items():
         for name, fields in (("6B", FIELDS_6B), ("34B", {})):
@@ -47,17 +47,17 @@ def table() -> str:
 
 
 def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> str:
-    """Return the plainest setting with which one of ``num_gpus`` GPUs holds its part."""
+    """Return the simplest DeepSpeed setting that fits on ``num_gpus`` GPUs, and the memory of one."""
     import torch
     from transformers import CLIPVisionConfig
 
     from yivl.model.configuration import YiVLConfig
     from yivl.model.modeling import YiVLForCausalLM
     from yivl.train import parameters
-    from yivl.train.arguments import Zero, parse_arguments
+    from yivl.train.arguments import parse_arguments
     from yivl.train.dry_run import GIB, estimate_memory
+    from yivl.train.plan import Zero
 
-    config = YiVLConfig.from_folder(PUBLISHED)
     vision = json.loads(next(PUBLISHED.glob("vit/*/config.json")).read_text())
     published = json.loads((PUBLISHED / "config.json").read_text()) | fields
     published.pop("model_type")

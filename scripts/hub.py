@@ -1,8 +1,8 @@
-"""Publish a trained model with its card on the Hugging Face hub, or fetch one (docs/interop.md).
+"""Upload a trained model with its model card to the Hugging Face hub, or download one (docs/interop.md).
 
 python scripts/hub.py upload FOLDER NAME/MODEL --scores out/mmmu/scores.json
 python scripts/hub.py download NAME/MODEL FOLDER
-python scripts/hub.py card FOLDER                   what the card would say, without writing or sending anything
+python scripts/hub.py card FOLDER                   print the model card, without writing or uploading anything
 """
 
 import argparse
@@ -17,20 +17,22 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    upload = commands.add_parser("upload", help="publish a checkpoint or adapter folder", allow_abbrev=False)
-    upload.add_argument("folder", type=Path, help="checkpoint in the published layout, or LoRA adapter")
-    upload.add_argument("repo_id", help="name on the hub; made if it is not there")
-    upload.add_argument("--private", action="store_true", help="nobody else shall see it")
+    upload = commands.add_parser("upload", help="upload a checkpoint or adapter folder", allow_abbrev=False)
+    upload.add_argument("folder", type=Path, help="Yi-VL checkpoint or LoRA adapter")
+    upload.add_argument("repo_id", help="name on the hub; created if it does not exist")
+    upload.add_argument("--private", action="store_true", help="create a private repository")
     upload.add_argument("--message", default="Upload a Yi-VL model", help="of the commit (default: %(default)s)")
-    card = commands.add_parser("card", help="print the card of a folder", allow_abbrev=False)
-    card.add_argument("folder", type=Path, help="checkpoint in the published layout, or LoRA adapter")
+    card = commands.add_parser("card", help="print the model card of a folder", allow_abbrev=False)
+    card.add_argument("folder", type=Path, help="Yi-VL checkpoint or LoRA adapter")
     for command in (upload, card):
-        command.add_argument("--base-model", help="hub id of the model it was trained from, where a path is recorded")
-        command.add_argument("--licence", help="where no LICENSE file lies in the folder, such as apache-2.0")
+        command.add_argument("--base-model", help="hub id of the base model, where the folder records a path")
         command.add_argument(
-            "--scores", type=Path, nargs="*", default=[], help="scores.json files of python -m yivl.eval, for the card"
+            "--license", "--licence", dest="license_id", help="such as apache-2.0, if the folder has no LICENSE file"
         )
-    download = commands.add_parser("download", help="fetch a checkpoint or adapter", allow_abbrev=False)
+        command.add_argument(
+            "--scores", type=Path, nargs="*", default=[], help="scores.json files of python -m yivl.eval"
+        )
+    download = commands.add_parser("download", help="download a checkpoint or adapter", allow_abbrev=False)
     download.add_argument("repo_id", help="name on the hub")
     download.add_argument("folder", type=Path, help="empty or new")
     download.add_argument("--revision", help="branch, tag or commit (default: the newest)")
@@ -38,24 +40,23 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Send, fetch or print."""
+    """Upload, download or print."""
     arguments = parse_args()
     command_line.log_to_stderr()
-
-    from yivl.export import hub
-    from yivl.export.model_card import make_card
-
     if arguments.command == "download":
-        hub.download(arguments.repo_id, arguments.folder, revision=arguments.revision)
+        from yivl.checkpoint.hub import download
+
+        download(arguments.repo_id, arguments.folder, revision=arguments.revision)
         return
-    about = {"base_model": arguments.base_model, "licence": arguments.licence, "scores": arguments.scores}
+
+    from yivl.export.model_card import make_card, publish
+
+    about = {"base_model": arguments.base_model, "license_id": arguments.license_id, "scores": arguments.scores}
     if arguments.command == "upload":
-        sent = hub.upload(
-            arguments.folder, arguments.repo_id, private=arguments.private, message=arguments.message, **about
-        )
-        print(sent)
+        private, message = arguments.private, arguments.message
+        print(publish(arguments.folder, arguments.repo_id, private=private, message=message, **about))
     else:
-        print(make_card(arguments.folder, repo_id=None, **about), end="")
+        print(make_card(arguments.folder, **about), end="")
 
 
 if __name__ == "__main__":

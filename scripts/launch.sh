@@ -1,28 +1,27 @@
 #!/usr/bin/env bash
-# Shared by the training and evaluation scripts, which source it: finds the devices, checks the batch arithmetic, prints
-# the command and runs it.
-# Optional:  GPUS=all that are visible  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
-#            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   several nodes, each runs the same script
-#            HOSTFILE=hosts  several nodes, started from this one over ssh by DeepSpeed
+# Sourced by the training and evaluation scripts: finds the devices, checks the batch sizes, prints and runs the command.
+# Optional:  GPUS=all visible  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
+#            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   for several nodes, each of which runs the script
+#            HOSTFILE=hosts  for several nodes, started from this one over ssh by DeepSpeed
 #            DEEPSPEED=scripts/zeroN.json  ("" for none; without a GPU the default is none)
 #            MODEL DATA IMAGES OUT  the flags --model_name_or_path --data_path --image_folder --output_dir
 #            PYTHON=.venv/bin/python   DRY_RUN=1  print the command and stop
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# The code beside this script, wherever it is called from: relative paths are those of the caller.
+# Use the code of this repository; the working directory, and so relative paths, stay the caller's.
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   [[ -x $ROOT/.venv/bin/python ]] && PYTHON=$ROOT/.venv/bin/python
 fi
 if [[ ${GPUS:-0} -gt 0 && -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
-  CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((GPUS - 1))) # one process would otherwise see all there are
+  CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((GPUS - 1))) # otherwise one process sees all GPUs
   export CUDA_VISIBLE_DEVICES
 fi
 if [[ -z ${GPUS:-} ]]; then
   GPUS=0
   command -v nvidia-smi >/dev/null && GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-  # nvidia-smi lists the hidden ones too.
+  # nvidia-smi also lists GPUs that CUDA_VISIBLE_DEVICES hides.
   ((GPUS > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]] && GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || true
 fi
 NNODES=${NNODES:-1} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
@@ -31,7 +30,7 @@ if [[ -n ${HOSTFILE:-} ]]; then
   NNODES=$(grep -c '^[^#[:space:]]' "$HOSTFILE")
 fi
 
-# processes_of MODULE: sets `command` to what starts the module once, or once for each process.
+# processes_of MODULE: sets `command` to start the module in all processes of this node.
 processes_of() {
   local module=$1
   command=("$PYTHON" -m "$module")
@@ -41,7 +40,7 @@ processes_of() {
   elif ((NNODES > 1)); then
     command=("$PYTHON" -m yivl.train.launch --nproc-per-node "$processes" --nnodes "$NNODES"
       --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m "$module")
-  elif ((processes > 1)); then # on any free port
+  elif ((processes > 1)); then # on a free port
     command=("$PYTHON" -m yivl.train.launch --standalone --nproc-per-node "$processes" -m "$module")
   fi
 }
@@ -68,9 +67,9 @@ evaluate() {
 launch() {
   local zero=$1 global=$2 micro=$3
   shift 3
-  local rows=$((micro * processes * NNODES))
-  if ((global % rows)); then
-    echo "error: GLOBAL_BATCH=$global is no multiple of $rows (MICRO_BATCH=$micro x $processes processes x $NNODES nodes)" >&2
+  local samples=$((micro * processes * NNODES))
+  if ((global % samples)); then
+    echo "error: GLOBAL_BATCH=$global is no multiple of $samples (MICRO_BATCH=$micro x $processes processes x $NNODES nodes)" >&2
     exit 2
   fi
   processes_of yivl.train

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Merge a LoRA adapter, and what was trained beside it, into the unquantized base; writes the published layout.
+# Merge a LoRA adapter, and the projector or ViT trained with it, into the unquantized base; writes a Yi-VL checkpoint.
 # Usage:     scripts/merge_lora.sh --model-path BASE --lora-path ADAPTER --save-model-path OUT [--dtype float32]
 # Dry run:   DRY_RUN=1 prints the command.
 set -euo pipefail
@@ -7,5 +7,4 @@ GPUS=0
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 command=("$PYTHON" -m yivl.train.merge "$@")
-printf '%q ' "${command[@]}" && echo
-[[ ${DRY_RUN:-0} == 1 ]] || exec "${command[@]}"
+run_command

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Stage 1 of Yi-VL: a language model, a ViT and a fresh projector learn from captions at 224x224. ViT and projector train.
+# Stage 1 of Yi-VL: train the ViT and a new projector for a language model on captions at 224x224.
 # Usage:     MODEL=Yi-6B-Chat VIT=CLIP-ViT-H-14 DATA='shards/{00000..00099}.tar' OUT=out/stage1 scripts/train_stage1.sh [flags...]
 #            scripts/train_stage1.sh --model_name_or_path M --vision_tower V --data_path D --image_folder I --output_dir O
 # Required:  MODEL  Yi language model, folder or hub id     VIT  ViT folder (CLIP of transformers, or open_clip)
 #            DATA  captions or rows (docs/data.md)          OUT  folder of the trained model
-# Optional:  IMAGES=.  folder of the pictures    GLOBAL_BATCH=4096  rows of a step    MICRO_BATCH=32  rows on a GPU
-#            devices and nodes: see scripts/launch.sh. Flags come last and win: python -m yivl.train --help.
+# Optional:  IMAGES=.  folder of the images    GLOBAL_BATCH=4096  samples per optimizer step    MICRO_BATCH=32  samples per GPU
+#            devices and nodes: see scripts/launch.sh. Flags come last and win; see python -m yivl.train --help.
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 flags=(--stage 1 --gradient_checkpointing True --vision_gradient_checkpointing True)
 [[ -n ${VIT:-} ]] && flags+=(--vision_tower "$VIT")
-# 4096: Yi-VL model card, "Training"; the rest of the published numbers is in yivl/train/stages.py.
+# 4096: Yi-VL model card, "Training"; the other published settings are in yivl/train/stages.py.
 launch "$ROOT/scripts/zero2.json" "${GLOBAL_BATCH:-4096}" "${MICRO_BATCH:-32}" "${flags[@]}" -- "$@"

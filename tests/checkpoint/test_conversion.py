@@ -52,7 +52,7 @@ def test_nothing_to_convert_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_conversion_replaces_neither_its_source_nor_other_peoples_files(tmp_path: Path) -> None:
+def test_a_conversion_replaces_neither_its_source_nor_unrelated_files(tmp_path: Path) -> None:
     source = shutil.copytree(CHECKPOINT, tmp_path / "models/yi")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/precious.txt").write_text("precious")
@@ -71,10 +71,10 @@ def test_a_conversion_replaces_neither_its_source_nor_other_peoples_files(tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_damaged_file_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_damaged_file_leaves_no_target(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source/pytorch_model.bin").write_bytes(b"cut off")
-    with pytest.raises(CheckpointError, match="damaged, cut off"):
+    with pytest.raises(CheckpointError, match="damaged, truncated"):
         bin_to_safetensors(tmp_path / "source", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -1,4 +1,4 @@
-"""The published layout, written atomically, read back by us and by transformers' own readers."""
+"""The Yi-VL checkpoint format, written atomically, read back by us and by transformers' own readers."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from support.golden import CHECKPOINT
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig
 
+from yivl.checkpoint.format import read_config
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.saving import checkpoint_dir, save_checkpoint
 from yivl.errors import CheckpointError
-from yivl.model.configuration import YiVLConfig
 
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
 PROMPT = torch.tensor([[294, 332, 725, -200, 19, 748]])
@@ -206,7 +206,7 @@ def test_rope_scaling_survives(tmp_path: Path) -> None:
     fields = json.loads((CHECKPOINT / "config.json").read_text()) | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "scaled"))
     (source / "config.json").write_text(json.dumps(fields))
-    assert YiVLConfig.from_folder(source).to_published_dict()["rope_scaling"] == fields["rope_scaling"]
+    assert read_config(source).to_published_dict()["rope_scaling"] == fields["rope_scaling"]
 
 
 def test_what_is_saved_has_the_permissions_of_other_files(saved: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files: every value in them, and llama.cpp's ids, picture features and answers beside ours."""
+"""GGUF files: every value in them, and llama.cpp's ids, image features and answers compared with ours."""
 
 import base64
 import ctypes
@@ -247,7 +247,7 @@ def test_added_and_missing_tokens_have_their_place(tmp_path: Path) -> None:
 
 CONVERSATIONS = {
     "open": [Turn("What is it?")],
-    "picture": [Turn("图里有什么？", num_images=1)],
+    "image": [Turn("图里有什么？", num_images=1)],
     "turns": [Turn("Hi", "Hello\nyou", 2), Turn("{{ bye }}")],
 }
 
@@ -296,7 +296,7 @@ def test_the_vit_is_that_of_its_own_folder(tmp_path: Path) -> None:
     assert torch.equal(read_tensors(path)["v.class_embd"], torch.full((48,), 3.0))
 
 
-def test_what_old_transformers_saved_beside_the_weights_is_left_out(tmp_path: Path, files: Files) -> None:
+def test_buffers_that_old_transformers_saved_are_left_out(tmp_path: Path, files: Files) -> None:
     source = copy_of_checkpoint(tmp_path)
     shard = source / "pytorch_model-00001-of-00002.bin"
     key = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -328,10 +328,10 @@ def copy_of_checkpoint(folder: Path, **fields: Any) -> Path:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' cannot be exported"),
         (
             {"num_hidden_layers": 5},
-            r"do not fit config.json, such as model\.layers\.4\.input_layernorm\.weight: missing",
+            r"do not fit config.json: missing model\.layers\.4\.input_layernorm\.weight",
         ),
-        ({"num_hidden_layers": 3}, r"such as model\.layers\.3\.input_layernorm\.weight: \[64\], expected none"),
-        ({"vocab_size": 1000}, r"such as lm_head.weight: \[1024, 64\], expected \[1000, 64\]"),
+        ({"num_hidden_layers": 3}, r"unexpected model\.layers\.3\.input_layernorm\.weight"),
+        ({"vocab_size": 1000}, r"lm_head.weight is \[1024, 64\], expected \[1000, 64\]"),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
         export_gguf(CHECKPOINT, tmp_path, dtype="int8")  # type: ignore[arg-type]
 
 
-def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = GGUFWriter.write_tensor_data
 
     def fail(self: GGUFWriter, tensor: np.ndarray, *_: object) -> None:
@@ -394,7 +394,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-# Beside llama.cpp, which is imported late: whoever has no compiler for it can run the rest.
+# Compared with llama.cpp, imported late: the tests above run without it.
 
 
 TEXTS = [
@@ -463,7 +463,7 @@ class LlamaCpp:
         self.llama.close()
 
     def read(self, prompt: list[str], image: Image.Image | None) -> list[Any]:
-        """Return a prompt in llama.cpp's parts, the picture between chunks."""
+        """Return a prompt in llama.cpp's parts, the image between chunks."""
         text = self.mtmd.mtmd_default_marker().decode().join(prompt).encode()
         bitmaps: list[Any] = []
         if image is not None:
@@ -476,24 +476,24 @@ class LlamaCpp:
         assert self.mtmd.mtmd_tokenize(self.vision, parts, ctypes.byref(settings), array, len(bitmaps)) == 0
         return [self.mtmd.mtmd_input_chunks_get(parts, i) for i in range(self.mtmd.mtmd_input_chunks_size(parts))]
 
-    def is_picture(self, part: Any) -> bool:
+    def is_image_part(self, part: Any) -> bool:
         return bool(self.mtmd.mtmd_input_chunk_get_type(part) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
 
     def encode(self, image: Image.Image) -> torch.Tensor:
-        """Return what llama.cpp's ViT and projector make of a picture, ``(num_patches, hidden)``."""
-        (part,) = filter(self.is_picture, self.read(["", ""], image))
+        """Return what llama.cpp's ViT and projector make of a image, ``(num_patches, hidden)``."""
+        (part,) = filter(self.is_image_part, self.read(["", ""], image))
         assert self.mtmd.mtmd_encode_chunk(self.vision, part) == 0
         shape = self.mtmd.mtmd_input_chunk_get_n_tokens(part), self.llama.n_embd()
         return torch.from_numpy(np.ctypeslib.as_array(self.mtmd.mtmd_get_output_embd(self.vision), shape).copy())
 
     def answer(self, prompt: list[str], image: Image.Image | None, features: torch.Tensor | None = None) -> list[int]:
-        """Return the greedy ids after a prompt, with other features of the picture if given."""
+        """Return the greedy ids after a prompt, with other features of the image if given."""
         context = self.llama.ctx
         self.llama_cpp.llama_memory_clear(self.llama_cpp.llama_get_memory(context), True)
         position = self.llama_cpp.llama_pos(0)
         for part in self.read(prompt, image):
             after = ctypes.byref(position)
-            if features is not None and self.is_picture(part):
+            if features is not None and self.is_image_part(part):
                 array = np.ctypeslib.as_ctypes(features.flatten().numpy())
                 no_callback = self.mtmd.mtmd_helper_post_decode_callback()
                 status = self.mtmd.mtmd_helper_decode_image_chunk(
@@ -526,9 +526,9 @@ MAX_NEW_TOKENS = 40
 def pair(request: pytest.FixtureRequest, files: Files) -> Iterator[tuple[LoadedModel, LlamaCpp]]:
     """A model here and in llama.cpp."""
     source, dtype = request.param
-    beside = LlamaCpp(*files[source, dtype])
-    yield load_model(source, device="cpu", dtype=dtype), beside
-    beside.close()
+    llama = LlamaCpp(*files[source, dtype])
+    yield load_model(source, device="cpu", dtype=dtype), llama
+    llama.close()
 
 
 def our_answer(model: LoadedModel, chunks: list[str], pixel_values: torch.Tensor | None) -> list[int]:
@@ -544,28 +544,28 @@ QUESTIONS = ["What is in this image?", "Describe the cats and what they are doin
 
 @pytest.mark.slow
 def test_llama_cpp_answers_text_as_we_do(pair: tuple[LoadedModel, LlamaCpp]) -> None:
-    model, beside = pair
+    model, llama = pair
     for question in QUESTIONS:
         chunks = render_chunks(Turn(question).messages())
-        assert beside.answer(chunks, None) == our_answer(model, chunks, None)
+        assert llama.answer(chunks, None) == our_answer(model, chunks, None)
 
 
 @pytest.mark.slow
 def test_llama_cpp_answers_as_we_do_when_it_sees_what_we_see(pair: tuple[LoadedModel, LlamaCpp]) -> None:
-    """Our features instead of its own: the decoder reads a picture between two texts as ours does."""
-    model, beside = pair
+    """Our features instead of its own: the decoder reads an image between two texts as ours does."""
+    model, llama = pair
     image = load_image(PHOTO)
     pixel_values = model.image_processor([image])
     features = model.model.encode_images(pixel_values)[0].float().detach()
     for question in QUESTIONS:
         chunks = render_chunks(Turn(question, num_images=1).messages())
-        assert beside.answer(chunks, image, features) == our_answer(model, chunks, pixel_values)
+        assert llama.answer(chunks, image, features) == our_answer(model, chunks, pixel_values)
 
 
 def class_token_last(model: LoadedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the features of a ViT whose class token comes after the patches, ``(num_patches, hidden)``.
 
-    The position table is not moved with it, and the first of what comes out is dropped, which then is a patch. That
+    The position embeddings are not shifted with it, and the first feature, by then a patch, is dropped. That
     is what llama.cpp computes since its pull request 13321; 25844 would correct it (docs/interop.md).
     """
     tower = model.model.get_vision_tower()
@@ -581,13 +581,13 @@ def class_token_last(model: LoadedModel, pixel_values: torch.Tensor) -> torch.Te
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_llama_cpp_sees_a_square_picture_as_we_do_but_for_its_class_token(pair: tuple[LoadedModel, LlamaCpp]) -> None:
+def test_llama_cpp_sees_a_square_image_as_we_do_but_for_its_class_token(pair: tuple[LoadedModel, LlamaCpp]) -> None:
     """It resizes as Pillow does; GELU by tanh and pixels in float16 are left as difference."""
-    model, beside = pair
+    model, llama = pair
     for size in (model.image_processor.image_size, 672):
         image = load_image(CATS).resize((size, size))
         pixel_values = model.image_processor([image])
-        theirs = beside.encode(image)
+        theirs = llama.encode(image)
         right = model.model.encode_images(pixel_values)[0]
         differences = [
             float((theirs - ours.float()).norm() / theirs.norm())
@@ -599,7 +599,7 @@ def test_llama_cpp_sees_a_square_picture_as_we_do_but_for_its_class_token(pair: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_llama_cpp_chats_about_a_picture_as_we_do(dtype: Dtype, files: Files) -> None:
+def test_llama_cpp_chats_about_an_image_as_we_do(dtype: Dtype, files: Files) -> None:
     """From the two files alone: template, stop, sampling off."""
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import MTMDChatHandler
@@ -609,14 +609,14 @@ def test_llama_cpp_chats_about_a_picture_as_we_do(dtype: Dtype, files: Files) ->
     llama = Llama(str(language), chat_handler=handler, n_ctx=1024, n_threads=1, verbose=False)
     buffer = io.BytesIO()
     load_image(CATS).save(buffer, "PNG")
-    picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     chat = Chat(load_model(EMBEDDED, device="cpu", dtype=dtype))
     questions = [*QUESTIONS, "Is there a dog?"]
     messages: list[dict[str, Any]] = []
     for index, question in enumerate(questions):
         content: Any = question
         if not index:
-            content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": f"\n{question}"}]
+            content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": f"\n{question}"}]
         messages.append({"role": "user", "content": content})
         reply = llama.create_chat_completion(messages, temperature=0, repeat_penalty=1.0, max_tokens=MAX_NEW_TOKENS)
         (choice,) = reply["choices"]

@@ -1,4 +1,4 @@
-"""The published layout and the ``-hf`` layout: nothing is lost either way, and transformers' own LLaVA agrees."""
+"""Conversion to and from the ``-hf`` format is lossless, and transformers' own LLaVA agrees."""
 
 import json
 import shutil
@@ -128,17 +128,17 @@ def test_the_processor_gives_prompt_and_pixels_of_a_chat(
     processor = AutoProcessor.from_pretrained(hf, backend="pil")
     content = [{"type": "image"}, {"type": "text", "text": "图中有几只猫？"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    picture = Image.radial_gradient("L").convert("RGB").resize((56, 56))  # square: the port crops, we pad
-    batch = processor(images=picture, text=prompt, return_tensors="pt")
-    reply = chat.begin("图中有几只猫？", picture)
+    image = Image.radial_gradient("L").convert("RGB").resize((56, 56))  # square: the port crops, we pad
+    batch = processor(images=image, text=prompt, return_tensors="pt")
+    reply = chat.begin("图中有几只猫？", image)
     patches = chat.loaded.model.config.num_patches
     spread = [token for id in reply.input_ids for token in ([IDS] * patches if id == IMAGE_TOKEN_INDEX else [id])]
     assert batch["input_ids"][0].tolist() == spread
-    torch.testing.assert_close(batch["pixel_values"], chat.loaded.image_processor([picture]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(batch["pixel_values"], chat.loaded.image_processor([image]), atol=1e-6, rtol=0)
     with torch.inference_mode():
         tokens = llava.generate(**batch, do_sample=False, max_new_tokens=8)[0, len(spread) :]
     chat.reset()
-    assert chat.ask("图中有几只猫？", picture, temperature=0, max_new_tokens=8) == chat.loaded.tokenizer.decode(
+    assert chat.ask("图中有几只猫？", image, temperature=0, max_new_tokens=8) == chat.loaded.tokenizer.decode(
         tokens, skip_special_tokens=True
     )
 
@@ -202,9 +202,9 @@ def test_what_transformers_saves_comes_back_too(
     shutil.copyfile(hf / "tokenizer.model", tmp_path / "hf/tokenizer.model")
     from_hf(tmp_path / "hf", tmp_path / "back")
     again = Chat(load_model(tmp_path / "back", device="cpu"))
-    question, picture = "What is it?", Image.radial_gradient("L")
-    wanted = chat.ask(question, picture, temperature=0, max_new_tokens=12)
-    assert again.ask(question, picture, temperature=0, max_new_tokens=12) == wanted
+    question, image = "What is it?", Image.radial_gradient("L")
+    wanted = chat.ask(question, image, temperature=0, max_new_tokens=12)
+    assert again.ask(question, image, temperature=0, max_new_tokens=12) == wanted
 
 
 @pytest.mark.parametrize("spelling", ["since 4.52", "without vision_model"])
@@ -249,9 +249,9 @@ def broken(hf: Path, folder: Path, what: str) -> Path:
     ("what", "said"),
     [
         ("no tokenizer.model", "no tokenizer.model; copy that of the Yi model there"),
-        ("a published folder", "config.json: not the -hf layout of a Yi-VL model .*text_config"),
-        ("a missing tensor", r"1 tensors do not fit config.json, such as model.mm_projector.4.bias: missing"),
-        ("another shape", r"such as model.mm_projector.3.weight: \[2, 2\], expected \[64, 64\]"),
+        ("a published folder", "config.json: not the -hf format of a Yi-VL model .*text_config"),
+        ("a missing tensor", r"the weights do not fit config.json: missing model.mm_projector.4.bias$"),
+        ("another shape", r"model.mm_projector.3.weight is \[2, 2\], expected \[64, 64\]"),
     ],
 )
 def test_a_broken_folder_is_one_clear_line_and_nothing_is_written(

@@ -1,4 +1,4 @@
-"""Rows to LLaMA-Factory's data sets and back: the same training examples, and one line for what cannot be said."""
+"""Rows to LLaMA-Factory's datasets and back: the same training examples, and one error line for unsupported rows."""
 
 import json
 import tempfile
@@ -20,7 +20,7 @@ from yivl.export.llamafactory import from_llamafactory, to_llamafactory
 
 IMAGES = GOLDEN / "images"
 
-# What the demo of LLaMA-Factory with pictures declares.
+# What the demo of LLaMA-Factory with images declares.
 OPENAI = {
     "formatting": "sharegpt",
     "columns": {"messages": "messages", "images": "images"},
@@ -39,7 +39,7 @@ def read(path: Path) -> Any:
 
 
 def declare(folder: Path, declared: dict[str, Any], rows: list[Any], file_name: str = "rows.json") -> Path:
-    """Write a data set as LLaMA-Factory keeps it; return its ``dataset_info.json``."""
+    """Write a dataset as LLaMA-Factory keeps it; return its ``dataset_info.json``."""
     lines = "\n".join(json.dumps(row) for row in rows)
     (folder / file_name).write_text(lines if file_name.endswith("l") else json.dumps(rows), encoding="utf-8")
     return write(folder / "dataset_info.json", {"mine": {"file_name": file_name} | declared})
@@ -147,7 +147,7 @@ def test_any_row_is_trained_as_before_after_the_way_there_and_back(turns: list[A
     row = {"image": images, "conversations": messages}
     with tempfile.TemporaryDirectory() as folder:
         (there,), (back,) = there_and_back([row], Path(folder))
-    # The rules of LLaMA-Factory: roles in turn, as many tokens as pictures.
+    # The rules of LLaMA-Factory: roles in turn, as many placeholders as images.
     assert [message["role"] for message in there["messages"]] == ["user", "assistant"] * len(turns)
     assert sum(message["content"].count("<image>") for message in there["messages"]) == len(there["images"])
     assert there["images"] == images
@@ -195,7 +195,7 @@ def test_both_spellings_of_messages_are_read(file_name: str, with_defaults: bool
     assert row == {"id": "a", "image": "x/1.png", "conversations": ours}
 
 
-def test_a_data_set_that_declares_nothing_has_the_default_columns(tmp_path: Path) -> None:
+def test_a_dataset_that_declares_nothing_has_the_default_columns(tmp_path: Path) -> None:
     sharegpt = {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]}
     alpaca = {"instruction": "Who?", "input": "", "output": "I."}
     for declared, row in (({"formatting": "sharegpt"}, sharegpt), ({}, alpaca)):
@@ -204,7 +204,7 @@ def test_a_data_set_that_declares_nothing_has_the_default_columns(tmp_path: Path
         assert here == {"conversations": [{"from": "human", "value": "Who?"}, {"from": "assistant", "value": "I."}]}
 
 
-def test_instructions_with_a_history_and_pictures_are_read(tmp_path: Path) -> None:
+def test_instructions_with_a_history_and_images_are_read(tmp_path: Path) -> None:
     columns = {"prompt": "ask", "query": "more", "response": "say", "history": "past", "images": "pictures"}
     row = {"ask": "And", "more": "<image>?", "say": "B.", "past": [["<image>What?", "A."]], "pictures": ["1", "2"]}
     alone = {"ask": "Who?", "say": "I.", "past": 1}  # which LLaMA-Factory passes over
@@ -264,16 +264,16 @@ SAID = {"from": "gpt", "value": "I."}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"conversations": [ASKED, SAID | {"value": "an <image> tag"}]}, "take the text '<image>' for a picture"),
-        ({"conversations": [ASKED | {"value": "<video>"}, SAID]}, "take the text '<video>' for"),
-        ({"conversations": [ASKED | {"value": "{{image}}"}, SAID]}, "take the text '{{image}}' for"),
-        ({"image": "1.png", "text": "<audio>"}, "take the text '<audio>' for"),
+        ({"conversations": [ASKED, SAID | {"value": "an <image> tag"}]}, "read the text '<image>' as a placeholder"),
+        ({"conversations": [ASKED | {"value": "<video>"}, SAID]}, "read the text '<video>' as"),
+        ({"conversations": [ASKED | {"value": "{{image}}"}, SAID]}, "read the text '{{image}}' as"),
+        ({"image": "1.png", "text": "<audio>"}, "read the text '<audio>' as"),
         ({"conversations": [ASKED]}, "the last question has no answer"),
-        ({"conversations": [ASKED, SAID], "images": ["1.png"]}, "the key 'images' means something else"),
-        ({"conversations": [ASKED, SAID], "messages": []}, "the key 'messages' means something else"),
+        ({"conversations": [ASKED, SAID], "images": ["1.png"]}, "the key 'images' has another meaning"),
+        ({"conversations": [ASKED, SAID], "messages": []}, "the key 'messages' has another meaning"),
     ],
 )
-def test_a_row_that_cannot_be_said_there_is_one_line_and_nothing_is_written(
+def test_a_row_that_llamafactory_cannot_express_is_one_line_and_nothing_is_written(
     row: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "source.json", [{"conversations": [ASKED, SAID]}, row])
@@ -294,13 +294,13 @@ ANSWER = {"role": "assistant", "content": "I."}
     [
         (
             {"messages": [USER, {"role": "function_call", "content": "{}"}]},
-            "role 'function_call' has no place in a row",
+            "role 'function_call' is not supported",
         ),
         (
             {"messages": [USER, ANSWER, {"role": "observation", "content": ""}, ANSWER]},
-            "role 'observation' has no place",
+            "role 'observation' is not supported",
         ),
-        ({"messages": [USER, ANSWER, {"role": "system", "content": ""}]}, "role 'system' has no place"),
+        ({"messages": [USER, ANSWER, {"role": "system", "content": ""}]}, "role 'system' is not supported"),
         ({"messages": [USER, ANSWER, USER]}, "the last question has no answer"),
         ({"messages": [ANSWER, USER]}, "role 'assistant' out of turn"),
         ({"messages": []}, "'conversations' is not a list of messages"),
@@ -311,11 +311,11 @@ ANSWER = {"role": "assistant", "content": "I."}
             "message 0 without a text in 'role' and 'cont",
         ),
         ({"messages": ["Who?"]}, "message 0 without a text"),
-        ({"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]}, "a system message of its own"),
-        ({"messages": [USER, ANSWER], "sys": "Be brief."}, "a system message of its own"),
+        ({"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]}, "another system message"),
+        ({"messages": [USER, ANSWER], "sys": "Be brief."}, "another system message"),
         (
             {"messages": [USER | {"content": DEFAULT_IMAGE_TOKEN}, ANSWER]},
-            "'<image_placeholder>' would become a picture",
+            "'<image_placeholder>' would be read as an image",
         ),
         ({"messages": [USER | {"content": "<image>"}, ANSWER]}, "1 image placeholders but 0 images"),
         (
@@ -324,15 +324,15 @@ ANSWER = {"role": "assistant", "content": "I."}
         ),
         ({"messages": [USER, ANSWER | {"content": "<image>"}], "images": ["1"]}, "an image placeholder in an answer"),
         ({"messages": [USER, ANSWER], "images": [{"bytes": ""}]}, "'image' is not a path or a list of paths"),
-        ({"messages": [USER, ANSWER], "videos": ["1.mp4"]}, "videos have no place in a row"),
-        ({"messages": [USER, ANSWER], "audios": ["1.wav"]}, "audios have no place in a row"),
-        ({"messages": [USER, ANSWER], "tools": "[{}]"}, "tools have no place in a row"),
-        ({"messages": [USER, ANSWER], "image": "1.png"}, "the key 'image' means something else"),
-        ({"messages": [USER, ANSWER], "conversations": 1}, "the key 'conversations' means something else"),
+        ({"messages": [USER, ANSWER], "videos": ["1.mp4"]}, "videos are not supported"),
+        ({"messages": [USER, ANSWER], "audios": ["1.wav"]}, "audios are not supported"),
+        ({"messages": [USER, ANSWER], "tools": "[{}]"}, "tools are not supported"),
+        ({"messages": [USER, ANSWER], "image": "1.png"}, "the key 'image' has another meaning"),
+        ({"messages": [USER, ANSWER], "conversations": 1}, "the key 'conversations' has another meaning"),
     ],
 )
 @pytest.mark.parametrize("file_name", ["rows.json", "rows.jsonl"])
-def test_a_row_that_cannot_be_said_here_is_one_line_and_nothing_is_written(
+def test_a_row_that_is_not_supported_here_is_one_line_and_nothing_is_written(
     fields: dict[str, Any], message: str, file_name: str, tmp_path: Path
 ) -> None:
     columns = OPENAI["columns"] | {key: key for key in ("videos", "audios", "tools")} | {"system": "sys"}
@@ -373,15 +373,15 @@ def test_an_instruction_that_is_no_text_is_one_line(row: dict[str, Any], tmp_pat
         ({"file_name": "folder"}, r"folder is not a \.json or \.jsonl file"),
         ({"file_name": "gone.json"}, r"gone\.json: cannot be read"),
         ({"formatting": "openai"}, "formatting 'openai'; expected alpaca or sharegpt"),
-        ({"ranking": True}, r"preferences \(ranking\)"),
-        (OPENAI | {"columns": {"messages": "messages", "kto_tag": "label"}}, r"preferences \(kto_tag\)"),
+        ({"ranking": True}, r"preference data \(ranking\)"),
+        (OPENAI | {"columns": {"messages": "messages", "kto_tag": "label"}}, r"preference data \(kto_tag\)"),
         ({"formatting": "sharegpt", "columns": {"images": "images"}}, "the columns do not name 'messages'"),
         ({"columns": {"prompt": "text"}}, "the columns do not name 'response'"),
-        ({"columns": ["text"]}, "'columns' and 'tags' give names to names"),
-        ({"formatting": "sharegpt", "tags": {"role_tag": 1}}, "'columns' and 'tags' give names to names"),
+        ({"columns": ["text"]}, "'columns' and 'tags' must map strings"),
+        ({"formatting": "sharegpt", "tags": {"role_tag": 1}}, "'columns' and 'tags' must map strings"),
     ],
 )
-def test_a_data_set_that_cannot_be_read_is_one_line(declared: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_dataset_that_cannot_be_read_is_one_line(declared: dict[str, Any], message: str, tmp_path: Path) -> None:
     info = declare(tmp_path, declared, [])
     with pytest.raises(RowError, match=message):
         from_llamafactory(info, "mine", tmp_path / "here.json")
@@ -395,9 +395,9 @@ def test_a_missing_or_broken_declaration_is_one_line(tmp_path: Path) -> None:
         from_llamafactory(info, "mine", target)
     write(info, {"mine": 1})
     for name in ("mine", "yours"):
-        with pytest.raises(RowError, match=rf"dataset_info\.json '{name}': no such data set"):
+        with pytest.raises(RowError, match=rf"dataset_info\.json '{name}': no such dataset"):
             from_llamafactory(info, name, target)
-    for text, message in (("[]", "expected a JSON object of data sets"), ("{", "not valid JSON")):
+    for text, message in (("[]", "expected a JSON object of datasets"), ("{", "not valid JSON")):
         info.write_text(text)
         with pytest.raises(RowError, match=message):
             from_llamafactory(info, "mine", target)
@@ -414,20 +414,20 @@ def test_nothing_that_is_there_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "yours.json", [])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for name, message in (
-        ("mine", "holds another data set 'mine'; give another name"),
-        ("yours", "holds another data set 'yours'; give another name"),
-        ("source", r"source\.json: would be replaced; give another name"),
-        ("dataset_info", "not the name of a data set"),
-        ("a,b", "not the name of a data set"),
-        ("../a", "not the name of a data set"),
-        ("", "not the name of a data set"),
+        ("mine", "holds another dataset 'mine'; give another name"),
+        ("yours", "holds another dataset 'yours'; give another name"),
+        ("source", r"source\.json: would be overwritten; give another name"),
+        ("dataset_info", "not a name for a dataset"),
+        ("a,b", "not a name for a dataset"),
+        ("../a", "not a name for a dataset"),
+        ("", "not a name for a dataset"),
     ):
         with pytest.raises(RowError, match=message):
             to_llamafactory(source, tmp_path, name=name)
     to_llamafactory(source, tmp_path / "data", name="mine")
     info = tmp_path / "data/dataset_info.json"
     for target in (tmp_path / "data/mine.json", info):
-        with pytest.raises(RowError, match="would replace what it is made of"):
+        with pytest.raises(RowError, match="would overwrite its source"):
             from_llamafactory(info, "mine", target)
     with pytest.raises(RowError, match=r"a name that ends in \.json"):
         from_llamafactory(info, "mine", tmp_path / "rows.jsonl")

@@ -1,6 +1,6 @@
 """SGLang's folder, read as its Yi-VL class reads it: every field it asks for, every tensor in its place, same features.
 
-The reading below is that of sgl-project/sglang, python/sglang/srt/models/yivl.py and llava.py, written anew in small:
+The reading below is that of sgl-project/sglang, python/sglang/srt/models/yivl.py and llava.py, reimplemented in small:
 SGLang itself needs a GPU.
 """
 
@@ -127,7 +127,7 @@ def test_logits_are_equal(chat: Chat, reader: Reader) -> None:
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
-def test_the_template_gives_the_ids_of_a_chat_with_the_picture_at_its_token(chat: Chat, folder: Path) -> None:
+def test_the_template_gives_the_ids_of_a_chat_with_the_image_at_its_token(chat: Chat, folder: Path) -> None:
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     tokenizer, index = processor.tokenizer, AutoConfig.from_pretrained(folder).image_token_index
     content = [{"type": "image"}, {"type": "text", "text": "图中有什么？"}]

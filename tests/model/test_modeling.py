@@ -9,11 +9,11 @@ import torch
 from support.golden import CHECKPOINT, GOLDEN
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from yivl.checkpoint.format import read_config
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.constants import IGNORE_INDEX
 from yivl.image_processing import load_image
 from yivl.inference.cpu import native_matrix_vector
-from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 
 PROMPTS = [
@@ -190,7 +190,7 @@ def test_only_the_selected_layers_run(loaded: LoadedModel) -> None:
 
 
 def test_the_class_token_is_kept_if_asked() -> None:
-    config = YiVLConfig.from_folder(CHECKPOINT)
+    config = read_config(CHECKPOINT)
     config.mm_vision_select_feature = "cls_patch"
     model = YiVLForCausalLM(config).eval()
     assert config.num_patches == 17

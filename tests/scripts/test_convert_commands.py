@@ -71,7 +71,7 @@ def test_the_card_of_a_folder(run) -> None:
     ("arguments", "said"),
     [
         (["convert.py", "to-hf", "nowhere", "out"], "nowhere: no such folder, and no model of that name"),
-        (["convert.py", "from-hf", str(CHECKPOINT), "out"], "config.json: not the -hf layout of a Yi-VL model"),
+        (["convert.py", "from-hf", str(CHECKPOINT), "out"], "config.json: not the -hf format of a Yi-VL model"),
         (["hub.py", "upload", "nowhere", "me/model"], "nowhere: no such folder; give a checkpoint or an adapter"),
     ],
     ids=["no source", "another layout", "nothing to upload"],

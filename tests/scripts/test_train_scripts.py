@@ -1,4 +1,4 @@
-"""The shell scripts, run for real at tiny scale: stages, fine-tuning, merging, several processes, several nodes."""
+"""The shell scripts at tiny scale: stages, fine-tuning, merging, several processes, several nodes."""
 
 import json
 import os
@@ -32,7 +32,8 @@ from support.training import (
 
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.inference.chat import Chat
-from yivl.train.arguments import parse_arguments
+from yivl.train.arguments import Arguments, parse_arguments
+from yivl.train.plan import RunPlan, trainer_arguments
 from yivl.train.run_log import read_log
 
 SCRIPTS = [
@@ -74,28 +75,34 @@ def ask(model: Path, question: str, image: str | None = None) -> str:
     return str(json.loads(result.stdout)["outputs"])
 
 
-# What is printed before anything runs.
+# The printed command.
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("gpus", [0, 8])
-def test_the_printed_command_parses_with_the_real_flags_and_those_of_the_user_win(script: str, gpus: int) -> None:
+def test_the_printed_command_parses_and_flags_of_the_user_win(
+    script: str, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     typed = ["--learning_rate", "7e-3", *flags(Path("M"), "D", Path("O"))]
     printed = run_script(script, *typed, DRY_RUN=1, GPUS=gpus)
     command = shlex.split(printed)
     arguments = command[command.index("yivl.train") + 1 :]
     if gpus:
         assert "--nproc-per-node" in command
-        # What only a GPU can do is checked there; the rest is.
-        for name in ("--bf16", "--tf32", "--deepspeed"):
-            if name in arguments:
-                del arguments[arguments.index(name) : arguments.index(name) + 2]
+        monkeypatch.setenv("WORLD_SIZE", "8")
     model, data, training = parse_arguments(arguments)
+    RunPlan.of(Arguments(model, data, training))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("--bf16", "--tf32", "--deepspeed"):  # without a GPU, transformers refuses them
+        if name in arguments:
+            del arguments[arguments.index(name) : arguments.index(name) + 2]
+    cpu_arguments = parse_arguments(arguments)
+    trainer_arguments(cpu_arguments, RunPlan.of(cpu_arguments))
     assert (model.model_name_or_path, data.data_path, training.output_dir) == ("M", "D", "O")
     assert training.learning_rate == 7e-3
 
 
-def test_environment_variables_name_the_inputs_and_flags_win_over_them() -> None:
+def test_environment_variables_set_the_inputs_and_flags_win() -> None:
     environment = {"MODEL": "m", "DATA": "d e.json", "IMAGES": "i", "OUT": "o", "VIT": "v", "DRY_RUN": 1}
     printed = shlex.split(run_script("train_stage1.sh", "--data_path", "typed", **environment))
     model, data, training = parse_arguments(printed[printed.index("yivl.train") + 1 :])
@@ -104,7 +111,7 @@ def test_environment_variables_name_the_inputs_and_flags_win_over_them() -> None
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_global_batch_that_does_not_divide_is_refused_before_anything_runs(script: str) -> None:
+def test_an_indivisible_global_batch_size_is_refused_before_training(script: str) -> None:
     result = subprocess.run(
         [f"scripts/{script}"],
         cwd=ROOT,
@@ -133,12 +140,12 @@ def test_a_missing_input_is_one_line_and_exit_code_2(script: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("zero*.json")), ids=lambda path: path.name)
-def test_deepspeed_settings_are_what_their_name_says(path: Path) -> None:
+def test_deepspeed_configurations_match_their_names(path: Path) -> None:
     settings = json.loads(path.read_text())
     zero = settings["zero_optimization"]
     assert path.name.startswith(f"zero{zero['stage']}")
     assert ("offload_optimizer" in zero) == ("offload" in path.name)
-    assert "optimizer" not in settings  # DeepSpeed would give every part of the model the same learning rate
+    assert "optimizer" not in settings  # DeepSpeed's optimizer has one learning rate for all parts of the model
     if zero["stage"] == 3:
         assert zero["stage3_gather_16bit_weights_on_model_save"]
 
@@ -147,7 +154,7 @@ def test_deepspeed_settings_are_what_their_name_says(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_paths_are_those_of_the_caller(tmp_path: Path) -> None:
+def test_relative_paths_start_at_the_working_directory(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.json", [conversation(None, "q", "a")])
     result = subprocess.run(
         [
@@ -170,7 +177,7 @@ def test_paths_are_those_of_the_caller(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_three_stages_one_after_the_other_and_the_result_answers(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_three_stages_in_sequence_yield_a_model_that_answers(loaded: LoadedModel, tmp_path: Path) -> None:
     language_model = write_language_model(tmp_path / "llm", loaded.model)
     shards = write_shards(tmp_path / "shards", 2, 8)
     (tmp_path / "mixture.yaml").write_text(
@@ -204,7 +211,7 @@ def test_the_three_stages_one_after_the_other_and_the_result_answers(loaded: Loa
 
 
 @pytest.mark.slow
-def test_fine_tuning_learns_eight_rows_to_exact_answers_and_the_entry_script_gives_them(tmp_path: Path) -> None:
+def test_fine_tuning_overfits_eight_samples_and_the_entry_script_answers_them(tmp_path: Path) -> None:
     out, rows = tmp_path / "out", write_rows(tmp_path / "rows.json")
     common: dict[str, Any] = {
         "num_train_epochs": 100,
@@ -228,7 +235,7 @@ def test_fine_tuning_learns_eight_rows_to_exact_answers_and_the_entry_script_giv
 
 
 @pytest.mark.slow
-def test_lora_is_trained_merged_and_asked(tmp_path: Path) -> None:
+def test_a_lora_adapter_is_trained_merged_and_answers(tmp_path: Path) -> None:
     out, merged, rows = tmp_path / "lora", tmp_path / "merged", write_rows(tmp_path / "rows.json")
     changes: dict[str, Any] = {
         "num_train_epochs": 20,
@@ -239,7 +246,7 @@ def test_lora_is_trained_merged_and_asked(tmp_path: Path) -> None:
     run_script("finetune_lora.sh", *flags(CHECKPOINT, rows, out, **changes), GLOBAL_BATCH=8, MICRO_BATCH=8)
     assert losses(read_log(out / "log.jsonl"))[-1] < 4
     run_script("merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", out, "--save-model-path", merged)
-    for name in ("training_arguments.json", "training_run.json", "log.jsonl"):  # how it was trained, for its card
+    for name in ("training_arguments.json", "training_run.json", "log.jsonl"):  # for the model card
         assert (merged / name).read_bytes() == (out / name).read_bytes()
     ids, images = torch.tensor([[294, 332, -200, 19, 748]]), torch.randn(1, 3, 56, 56)
     with torch.no_grad():
@@ -250,7 +257,7 @@ def test_lora_is_trained_merged_and_asked(tmp_path: Path) -> None:
     torch.testing.assert_close(plain, adapted, atol=1e-5, rtol=1e-5)
     assert (plain - base).abs().max() > 0.1
     assert ask(merged, QUESTION, "photo_rgb.jpg") == ask(out, QUESTION, "photo_rgb.jpg")
-    # A checkpoint of the way is an adapter too, projector included.
+    # A checkpoint of the run is an adapter too, projector included.
     with torch.no_grad():
         midway = load_model(out / "checkpoint-10", device="cpu", dtype="float32").model(ids, images=images).logits
     assert (midway - adapted).abs().max() > 1e-3
@@ -267,8 +274,8 @@ def test_lora_is_trained_merged_and_asked(tmp_path: Path) -> None:
     assert "give another --save-model-path" in result.stderr
     other = tmp_path / "other"
     printed = run_script("merge_lora.sh", "--model-path", merged, "--lora-path", out, "--save-model-path", other)
-    assert f"the adapter says that it was trained on {CHECKPOINT}; it is merged into {merged}" in printed
-    with pytest.raises(AssertionError, match="no adapter folder: it has no adapter_config"):
+    assert f"the adapter was trained on {CHECKPOINT}, and is merged into {merged}" in printed
+    with pytest.raises(AssertionError, match=r"adapter_config\.json is missing"):
         run_script("merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", merged, "--save-model-path", other)
 
 
@@ -285,7 +292,7 @@ def test_qlora_is_trained_and_merged_into_the_unquantized_base(bits: int, tmp_pa
     )
     curve = losses(read_log(out / "log.jsonl"))
     assert curve[-1] < curve[0] - 1.5
-    assert not (out / "non_lora_trainables.safetensors").exists()  # the projector stayed as it was
+    assert not (out / "non_lora_trainables.safetensors").exists()  # the projector is frozen
     run_script("merge_lora.sh", "--model-path", wide, "--lora-path", out, "--save-model-path", merged)
     before, after = weights(wide), weights(merged)
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -295,7 +302,7 @@ def test_qlora_is_trained_and_merged_into_the_unquantized_base(bits: int, tmp_pa
     ask(merged, QUESTION, "photo_rgb.jpg")
 
 
-# Adam turns the rounding of gradients near zero into whole steps; with this epsilon it does not.
+# Adam normalizes gradients near zero, and so their rounding errors; a large epsilon avoids that.
 COMPARED: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2, "save_steps": 3, "adam_epsilon": 1e-2}
 
 
@@ -313,7 +320,7 @@ def run_zero(settings: str, out: Path, rows: Path, **changes: Any) -> list[float
 
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Rows with and without pictures, and the run of one process over them."""
+    """Rows with and without images, and the run of one process over them."""
     folder = tmp_path_factory.mktemp("single")
     rows = write_rows(folder / "rows.json")
     run_script(
@@ -328,7 +335,7 @@ def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("settings", ["", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_two_processes_take_the_steps_of_one_and_go_on_exactly(
+def test_two_ranks_match_one_and_resume_bit_exactly(
     settings: str, single_process: tuple[Path, Path], tmp_path: Path
 ) -> None:
     rows, single = single_process
@@ -353,7 +360,7 @@ def test_two_processes_take_the_steps_of_one_and_go_on_exactly(
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("settings", ["zero2", "zero3"])
-def test_adapters_train_under_deepspeed_and_go_on_exactly(settings: str, tmp_path: Path) -> None:
+def test_adapters_train_under_deepspeed_and_resume_bit_exactly(settings: str, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
 
     def run(out: Path, **changes: Any) -> list[float]:
@@ -386,8 +393,8 @@ def test_adapters_train_under_deepspeed_and_go_on_exactly(settings: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_nodes_under_slurm_are_one_run(tmp_path: Path) -> None:
-    """Stands in for Slurm with a srun that starts both nodes here, the scripts and torchrun are the real ones."""
+def test_two_nodes_under_slurm_train_as_one_run(tmp_path: Path) -> None:
+    """A stub of srun starts both nodes on this machine; scripts and torchrun are real."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
     (stubs / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
@@ -409,14 +416,14 @@ def test_two_nodes_under_slurm_are_one_run(tmp_path: Path) -> None:
     )
     assert "--nnodes 2 --node-rank 0" in printed
     lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
-    assert len(lines) == 2  # eight rows in steps of four, two a node
+    assert len(lines) == 2  # eight samples, global batch size four
     load_model(out, device="cpu")
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_hostfile_starts_deepspeeds_launcher(tmp_path: Path) -> None:
-    """The ssh that the launcher tries the hosts with is a stand-in; on one host it needs no other."""
+def test_a_hostfile_starts_the_deepspeed_launcher(tmp_path: Path) -> None:
+    """A stub of ssh answers the launcher's check of its hosts."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
     (stubs / "ssh").write_text("#!/bin/bash\necho localhost\n")
@@ -440,7 +447,7 @@ def test_a_hostfile_starts_deepspeeds_launcher(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["training.md", "data.md"])
-def test_the_commands_of_the_documents_on_the_tiny_model_run_as_typed(name: str, tmp_path: Path) -> None:
+def test_commands_of_the_documentation_run_as_written(name: str, tmp_path: Path) -> None:
     blocks = re.findall(
         r"^```bash\n(.*?)^```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
@@ -461,8 +468,8 @@ def test_the_commands_of_the_documents_on_the_tiny_model_run_as_typed(name: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_bad_row_in_a_worker_of_a_script_is_one_line(processes: int, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_a_bad_row_in_a_data_loading_worker_is_one_line(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
     rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")] * processes)
     result = subprocess.run(
         ["scripts/finetune.sh", *flags(CHECKPOINT, rows, tmp_path / "out"), "--dataloader_num_workers", "1"],

@@ -1,16 +1,28 @@
-"""The flags of training: stages set defaults, typed flags win, nothing is ignored."""
+"""The flags of training: stages set defaults, flags that are given win, no flag is ignored."""
 
+import argparse
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from support.training import ROOT
+from transformers import HfArgumentParser, TrainingArguments
 
 from yivl.errors import YiVLError
-from yivl.train.arguments import Arguments, DataArguments, ModelArguments, YiVLTrainingArguments, parse_arguments
+from yivl.train.arguments import (
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    YiVLTrainingArguments,
+    _make_parser,
+    parse_arguments,
+)
+from yivl.train.plan import RunPlan, as_dict, trainer_arguments
 from yivl.train.stages import STAGES
 
 NEEDED = {"model_name_or_path": "model", "data_path": "rows.json", "output_dir": "out"}
@@ -18,22 +30,94 @@ NEEDED = {"model_name_or_path": "model", "data_path": "rows.json", "output_dir":
 
 def parse(**changes: Any) -> Arguments:
     values = NEEDED | changes
-    return parse_arguments([text for name, value in values.items() for text in (f"--{name}", str(value))])
+    arguments = parse_arguments([text for name, value in values.items() for text in (f"--{name}", str(value))])
+    RunPlan.of(arguments)
+    return arguments
 
 
 @pytest.mark.parametrize("number", STAGES)
-def test_a_stage_sets_the_published_numbers_and_a_typed_flag_wins(number: int) -> None:
+def test_a_stage_sets_the_published_defaults_and_flags_that_are_given_win(number: int) -> None:
     stage = STAGES[number]
     model, data, training = parse(stage=number)
     assert (model.image_size, model.freeze_backbone) == (stage.image_size, not stage.train_language_model)
     assert model.unfreeze_mm_vision_tower
     assert data.max_rows_per_source == stage.max_rows_per_source
-    assert (training.learning_rate, training.max_grad_norm) == (stage.learning_rate, stage.max_grad_norm)
+    assert (training.learning_rate, training.others["max_grad_norm"]) == (stage.learning_rate, stage.max_grad_norm)
     assert training.num_train_epochs == stage.num_train_epochs
-    assert training.gradient_accumulation_steps == stage.global_batch_size
+    assert RunPlan.of(Arguments(model, data, training)).gradient_accumulation_steps == stage.global_batch_size
     changed = parse(stage=number, learning_rate=3e-4, image_size=56, global_batch_size=6, max_rows_per_source=7)
     assert (changed.training.learning_rate, changed.model.image_size) == (3e-4, 56)
-    assert (changed.training.gradient_accumulation_steps, changed.data.max_rows_per_source) == (6, 7)
+    assert (RunPlan.of(changed).gradient_accumulation_steps, changed.data.max_rows_per_source) == (6, 7)
+    assert RunPlan.of(parse(stage=number, gradient_accumulation_steps=3)).gradient_accumulation_steps == 3
+
+
+def test_parsed_flags_cannot_be_changed() -> None:
+    arguments = parse(max_grad_norm=0.5)
+    for group in arguments:
+        for field in dataclasses.fields(group):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(group, field.name, None)
+    with pytest.raises(TypeError):
+        arguments.training.others["max_grad_norm"] = 1  # type: ignore[index]
+
+
+def test_saved_flags_hold_gradient_checkpointing_as_given() -> None:
+    arguments = parse(gradient_checkpointing=True, vision_gradient_checkpointing=True, global_batch_size=4)
+    saved = as_dict(arguments, trainer_arguments(arguments, RunPlan.of(arguments)))
+    assert (saved["gradient_checkpointing"], saved["vision_gradient_checkpointing"]) == (True, True)
+    assert (saved["global_batch_size"], saved["gradient_accumulation_steps"], saved["world_size"]) == (4, 4, 1)
+    assert "others" not in saved
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("yivl.train.__main__", "--help"),
+        ("yivl.train.__main__", "--learn_rate 1"),
+        ("yivl.train.__main__", "--bits 4"),
+        ("yivl.train.launch", "--help"),
+        ("yivl.train.launch", "--nproc 2 --nope x.py"),
+        ("yivl.train.merge", "--help"),
+    ],
+)
+def test_help_and_wrong_flags_import_no_torch(module: str, argv: str) -> None:
+    code = (
+        f"import sys; sys.argv = {['program', *argv.split()]!r}\n"
+        f"from yivl import command_line; import {module} as module\n"
+        "try: command_line.run(module.main)\n"
+        "finally: assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "AssertionError" not in result.stderr
+    if argv == "--help":
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "usage: " in result.stdout
+    else:
+        assert result.returncode == 2
+        assert re.fullmatch(r"error: .*\n", result.stderr)
+
+
+def test_flags_of_transformers_are_parsed_as_transformers_does() -> None:
+    theirs, ours = HfArgumentParser(TrainingArguments), _make_parser()
+    own = {field.name for field in dataclasses.fields(YiVLTrainingArguments)}
+    checked = 0
+    for action in theirs._actions:
+        if action.dest in own | {"help", "debug", "parallelism_config", "liger_kernel_config"}:
+            continue  # the last three take other values
+        flag = next(option for option in action.option_strings if "-" not in option[2:])
+        values = [str(choice) for choice in action.choices or ("3", "0.5", "true")]
+        for value in values:
+            try:
+                expected = action.type(value) if callable(action.type) else action.const
+            except (ValueError, argparse.ArgumentTypeError):
+                with pytest.raises(YiVLError):
+                    ours.parse([flag, value])
+            else:
+                words = [flag] if action.nargs == 0 else [flag, value]
+                parsed = vars(ours.parse(words))[action.dest]
+                assert (parsed, type(parsed)) == (expected, type(expected)), flag
+            checked += 1
+    assert checked > 200
 
 
 def test_the_stage_table_is_the_model_cards() -> None:
@@ -54,11 +138,11 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"stage": 4}, "--stage 4: expected one of 1, 2, 3"),
         ({"bits": 4}, "--bits 4: quantized weights cannot be trained; add --lora_enable"),
         ({"bits": 5}, "argument --bits: invalid choice"),
-        ({"lora_enable": True, "freeze_backbone": True}, "--lora_enable puts adapters"),
-        ({"lora_vision_tower": True}, "--lora_vision_tower goes with --lora_enable"),
+        ({"lora_enable": True, "freeze_backbone": True}, "--lora_enable adds adapters"),
+        ({"lora_vision_tower": True}, "--lora_vision_tower needs --lora_enable"),
         (
             {"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True},
-            "--tune_mm_mlp_adapter trains the projector alone",
+            "--tune_mm_mlp_adapter trains the projector only",
         ),
         ({"model_name_or_path": ""}, "--model_name_or_path is missing"),
         ({"data_path": ""}, "--data_path is missing"),
@@ -69,8 +153,14 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint is not supported: use --resume"),
         ({"train_sampling_strategy": "group_by_length"}, "use --group_by_length"),
         ({"eval_data_path": "rows.json"}, "--eval_data_path and --eval_strategy"),
-        ({"lr_scheduler_type": "wavy"}, "wavy"),
-        ({"lora_r": 16}, "--lora_r says how adapters are made; add --lora_enable True"),
+        ({"lr_scheduler_type": "wavy"}, "argument --lr_scheduler_type: invalid choice: 'wavy'"),
+        ({"bf16": "maybe"}, "argument --bf16: invalid value 'maybe': expected True or False"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: cannot be read"),
+        (
+            {"lora_enable": True, "bits": 4, "deepspeed": ROOT / "scripts/zero3.json"},
+            "--bits 4: ZeRO-3 cannot partition quantized weights",
+        ),
+        ({"lora_r": 16}, "--lora_r has no effect without adapters; add --lora_enable True"),
         ({"lora_enable": True, "lora_r": 0}, "--lora_r 0 is not positive"),
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0 is not positive"),
         ({"global_batch_size": 0}, "--global_batch_size 0 is not positive"),
@@ -86,19 +176,19 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"zzz": 3}, "unknown flag --zzz; --help lists the flags"),
     ],
 )
-def test_contradictions_and_mistakes_are_one_line(changes: dict[str, Any], message: str) -> None:
+def test_wrong_flags_are_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(YiVLError, match=re.escape(message)) as error:
         parse(**changes)
     assert "\n" not in str(error.value)
 
 
-def test_a_pattern_that_the_shell_expanded_is_recognized() -> None:
-    with pytest.raises(YiVLError, match=r"b\.tar: which flag is it for\? A pattern .* needs quotes"):
+def test_a_pattern_that_the_shell_expanded_is_reported() -> None:
+    with pytest.raises(YiVLError, match=r"b\.tar: no flag takes this value; quote patterns"):
         parse_arguments([*["--model_name_or_path", "m", "--output_dir", "o", "--data_path", "a.tar", "b.tar"]])
 
 
-def test_flags_of_the_lineage_and_of_the_seed_recipe_mean_the_same() -> None:
-    model, data, training = parse(
+def test_flags_of_llava_and_of_the_lora_recipe_have_the_same_meaning() -> None:
+    arguments = parse(
         vision_tower="vit",
         lora_enable=True,
         lora_r=8,
@@ -107,33 +197,32 @@ def test_flags_of_the_lineage_and_of_the_seed_recipe_mean_the_same() -> None:
         freeze_mm_mlp_adapter=True,
         group_by_modality_length=True,
         image_aspect_ratio="pad",
-        image_folder="pictures",
+        image_folder="images",
         lr_scheduler_type="cosine",
         warmup_ratio=0.1,
         gradient_checkpointing=True,
     )
+    model, data, training = arguments
     assert (model.vision_tower, model.bits, training.mm_projector_lr) == ("vit", 4, 2e-5)
     assert data.group_by_modality_length
-    assert training.get_warmup_steps(50) == 5
-    assert training.recompute_language_model
-    assert not training.gradient_checkpointing  # chosen layer by layer, not by transformers
+    args = trainer_arguments(arguments, RunPlan.of(arguments))
+    assert args.get_warmup_steps(50) == 5
+    assert training.gradient_checkpointing
+    assert not args.gradient_checkpointing  # enabled per module, not by transformers
 
 
 def test_every_flag_is_read() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "yivl/train").glob("*.py"))
-    own: list[str] = []
-    for group in (ModelArguments, DataArguments, YiVLTrainingArguments):
-        inherited = (
-            {field.name for field in dataclasses.fields(group.__mro__[1])} if group.__mro__[1] is not object else set()
-        )
-        own += [field.name for field in dataclasses.fields(group) if field.name not in inherited]
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    groups: tuple[Any, ...] = (ModelArguments, DataArguments, YiVLTrainingArguments)
+    own = [field.name for group in groups for field in dataclasses.fields(group) if field.name not in theirs]
     assert len(own) > 30
     for name in own:
         uses = re.findall(rf"\b\w+\.{name}\b", code)
         assert uses, f"--{name} is never read"
 
 
-def test_the_mixture_in_the_documents_is_one_that_can_be_read(tmp_path: Path) -> None:
+def test_the_mixture_in_the_documentation_can_be_read(tmp_path: Path) -> None:
     from yivl.data.sources import DataSource
 
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.S)

@@ -1,4 +1,4 @@
-"""Several processes under DeepSpeed: every rank must run the same modules in the same order."""
+"""DeepSpeed on several ranks, which must all run the same modules in the same order."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from support.golden import CHECKPOINT
 
-# Ranks differ in whether their batch has a picture and in how many chunks of logits it takes (1 and 3).
+# Ranks differ in whether their batch has an image and in their number of logit chunks (1 and 3).
 WORKER = """
 import sys
 import deepspeed, torch
 from transformers import TrainingArguments
-from yivl.model.configuration import YiVLConfig
+from yivl.checkpoint.format import read_config
 from yivl.model.modeling import YiVLForCausalLM
 
 adam = {"type": "Adam", "params": {"lr": 1e-4, "torch_adam": True}}
@@ -24,7 +24,7 @@ config = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 2, "zero_opti
 arguments = TrainingArguments(output_dir=sys.argv[2], use_cpu=True, deepspeed=config, per_device_train_batch_size=1)
 deepspeed.init_distributed(dist_backend="gloo")
 with deepspeed.zero.Init(config_dict_or_path=config):
-    model = YiVLForCausalLM(YiVLConfig.from_folder(sys.argv[1]))
+    model = YiVLForCausalLM(read_config(sys.argv[1]))
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 rank = torch.distributed.get_rank()
 for step in range(3):
@@ -46,7 +46,7 @@ for step in range(3):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU operators with g++")
-def test_zero3_ranks_with_and_without_pictures_train_and_evaluate_together(tmp_path: Path) -> None:
+def test_zero3_ranks_with_and_without_images_train_and_evaluate_together(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     result = subprocess.run(

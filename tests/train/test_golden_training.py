@@ -12,7 +12,7 @@ from yivl.model.modeling import YiVLForCausalLM
 TRAINING = golden_json("train_batches")
 ARRAYS = golden_arrays("train_batches")
 PIXELS = golden_arrays("image_pixels")
-# Its recorded loss shows the mask bug of the reference (docs/fidelity.md); the correct values are recorded beside it.
+# Its recorded loss shows the mask bug of the reference (docs/fidelity.md); the correct values are recorded too.
 BUGGY = "two_images_padded"
 
 
@@ -22,7 +22,7 @@ def model() -> YiVLForCausalLM:
 
 
 def batch(name: str) -> dict[str, Any]:
-    """Inputs of a recorded batch; rows without a placeholder take no image here."""
+    """Return the inputs of a recorded batch; samples without a placeholder have no image."""
     input_ids, labels, mask = (ARRAYS[f"{name}__{key}"].long() for key in ("input_ids", "labels", "attention_mask"))
     keys = TRAINING["batches"][name]["image_of_each"]
     images = [PIXELS[key] for key, ids in zip(keys, input_ids, strict=True) if (ids == -200).any()]
@@ -37,7 +37,7 @@ def test_spliced_labels_mask_and_positions_equal_the_reference(name: str, model:
     )
     length = fused.inputs_embeds.shape[1]
     mask = ARRAYS[f"{name}__spliced_attention_mask"].long()
-    assert mask[:, length:].sum() == 0  # the reference may keep columns that are padding in every row
+    assert mask[:, length:].sum() == 0  # the reference may keep columns of padding
     torch.testing.assert_close(fused.attention_mask, mask[:, :length])
     torch.testing.assert_close(fused.labels, ARRAYS[f"{name}__spliced_labels"].long()[:, :length])
     torch.testing.assert_close(fused.position_ids, ARRAYS[f"{name}__position_ids"].long()[:, :length])
@@ -67,7 +67,7 @@ def test_loss_and_gradients_equal_the_reference(name: str, model: YiVLForCausalL
             torch.testing.assert_close(gradient, ARRAYS[array_name], atol=1e-4, rtol=1e-3)
 
 
-def test_full_logits_beside_the_loss_give_the_same_loss(model: YiVLForCausalLM) -> None:
+def test_full_logits_yield_the_same_loss(model: YiVLForCausalLM) -> None:
     inputs = batch("mixed")
     model.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What only a GPU can show: bfloat16, paged optimizers, DeepSpeed on NCCL, FlashAttention, every GPU there is."""
+"""Training on GPUs: bfloat16, paged optimizers, DeepSpeed on NCCL, FlashAttention, all GPUs of the machine."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def flags(model: Path, rows: Path, out: Path, **changes: Any) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("gpus", [1, torch.cuda.device_count()])
-def test_a_script_trains_on_gpus_in_bf16_and_goes_on_from_its_checkpoint(
+def test_a_script_trains_on_gpus_in_bf16_and_resumes(
     script: str, settings: str, changes: dict[str, Any], gpus: int, tmp_path: Path
 ) -> None:
     if "flash_attention_2" in changes.values() and not is_flash_attn_2_available():
@@ -55,5 +55,5 @@ def test_a_script_trains_on_gpus_in_bf16_and_goes_on_from_its_checkpoint(
         curves.append(losses(read_log(out / "log.jsonl")))
     whole, resumed = curves
     assert whole[-1] < whole[0] - 0.5
-    assert resumed == pytest.approx(whole[10:], rel=0.05)  # kernels on a GPU do not add up in one order
+    assert resumed == pytest.approx(whole[10:], rel=0.05)  # GPU kernels sum in varying order
     load_model(tmp_path / "whole", model_base=model if "lora" in script else None)

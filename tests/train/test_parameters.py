@@ -1,4 +1,4 @@
-"""What trains and what does not, in every stage and mode, before and after a real step."""
+"""Trainable and frozen parameters in every stage and mode, and the initialization of a run."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from yivl.train.arguments import parse_arguments
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.mm_projector."
 # The golden ViT has four layers and feeds the projector from the third.
-BEHIND = r"\.encoder\.layers\.3\.|post_layernorm"
+UNUSED = r"\.encoder\.layers\.3\.|post_layernorm"
 
 MODES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "stage 1": ({"stage": 1, "image_size": 56, "global_batch_size": 2}, {"tower", "projector"}),
@@ -39,16 +39,16 @@ MODES: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 def kind_of(name: str) -> str:
-    """The part a published key belongs to, written anew here so that the code is not its own judge."""
+    """The part of the model that a checkpoint key belongs to, independent of the code under test."""
     if ".lora_" in name:
         return "tower adapters" if "vision_tower" in name else "adapters"
     if name.startswith(TOWER):
-        return "behind" if re.search(BEHIND, name) else "tower"
+        return "unused" if re.search(UNUSED, name) else "tower"
     return "projector" if name.startswith(PROJECTOR) else "language model"
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_exactly_what_the_mode_says_moves_in_a_real_run(mode: str, tmp_path: Path) -> None:
+def test_a_step_changes_exactly_the_trainable_parameters(mode: str, tmp_path: Path) -> None:
     changes, expected = MODES[mode]
     train(
         tmp_path / "out", write_rows(tmp_path / "rows.json"), max_steps=2, learning_rate=1e-2, warmup_ratio=0, **changes
@@ -69,7 +69,7 @@ def test_exactly_what_the_mode_says_moves_in_a_real_run(mode: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_table_names_what_trains(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_table_names_the_trainable_parts(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from yivl.train.__main__ import main
 
     changes, expected = MODES[mode]
@@ -92,7 +92,7 @@ def arguments_of(**changes: Any) -> Any:
     return parse_arguments(flags(Path("out"), "rows.json", **changes))
 
 
-def test_parts_have_learning_rates_of_their_own(loaded: LoadedModel) -> None:
+def test_each_part_has_its_learning_rate(loaded: LoadedModel) -> None:
     model = copy.deepcopy(loaded.model)
     arguments = arguments_of(
         unfreeze_mm_vision_tower=True, mm_projector_lr=3e-4, mm_vision_tower_lr=2e-6, weight_decay=0.1
@@ -128,7 +128,7 @@ def test_the_schedule_and_the_clip_are_applied(tmp_path: Path) -> None:
     assert all(line["grad_norm"] > 0.5 for line in log if "grad_norm" in line)  # before the clip
 
 
-def test_frozen_modules_evaluate_and_their_layers_can_still_be_recomputed(loaded: LoadedModel) -> None:
+def test_frozen_modules_are_in_eval_mode_and_their_layers_can_be_checkpointed(loaded: LoadedModel) -> None:
     model = copy.deepcopy(loaded.model)
     model.model.layers[0].self_attn.attention_dropout = 0.9
     arguments = arguments_of(stage=1, image_size=56, global_batch_size=2)
@@ -139,12 +139,12 @@ def test_frozen_modules_evaluate_and_their_layers_can_still_be_recomputed(loaded
     assert model.model.mm_projector[0].training
     assert model.get_vision_tower().vit.encoder.layers[0].self_attn.training
     for layer in model.model.layers:
-        assert layer.training  # transformers recomputes it only so
+        assert layer.training  # transformers requires it for gradient checkpointing
         assert not any(module.training for module in layer.modules() if module is not layer)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_recomputed_layers_give_the_same_gradients_and_really_are_recomputed(frozen: bool, loaded: LoadedModel) -> None:
+def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(frozen: bool, loaded: LoadedModel) -> None:
     images = torch.randn(1, 3, 56, 56)
     ids = torch.tensor([[294, 332, -200, 19, 748, 694]])
     counts: list[int] = []
@@ -153,7 +153,7 @@ def test_recomputed_layers_give_the_same_gradients_and_really_are_recomputed(fro
         model = copy.deepcopy(loaded.model)
         arguments = arguments_of(unfreeze_mm_vision_tower=True, freeze_backbone=frozen)
         parameters.select_trainable(model, arguments.model, model.config.num_vision_layers)
-        parameters.recompute_layers(model, language_model=language_model, vision_tower=vision_tower)
+        parameters.enable_gradient_checkpointing(model, language_model=language_model, vision_tower=vision_tower)
         model.train()
         parameters.freeze_modes(parameters.frozen_modules(model))
         calls = 0
@@ -174,32 +174,32 @@ def test_recomputed_layers_give_the_same_gradients_and_really_are_recomputed(fro
             torch.testing.assert_close(gradient, found[0][name])
 
 
-def test_every_layer_that_can_be_recomputed_is_of_one_part(loaded: LoadedModel) -> None:
+def test_layers_with_gradient_checkpointing_belong_to_one_part(loaded: LoadedModel) -> None:
     layers = [name for name, m in loaded.model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
     assert sum(".vision_tower." in name for name in layers) == 4
     assert len(layers) == 4 + loaded.model.config.num_hidden_layers
 
 
-def test_16_bit_weights_that_train_are_kept_in_float32_and_frozen_ones_are_not(loaded: LoadedModel) -> None:
+def test_trainable_parameters_have_fp32_master_weights_and_frozen_ones_do_not(loaded: LoadedModel) -> None:
     model: nn.Module = copy.deepcopy(loaded.model).to(torch.bfloat16)
     parameters.select_trainable(model, arguments_of(tune_mm_mlp_adapter=True).model, 3)
-    parameters.keep_masters(model)
+    parameters.upcast_trainable_params(model)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name.startswith(PROJECTOR) else torch.bfloat16)
 
 
-def test_a_run_in_bf16_saves_bf16_at_the_end_and_float32_on_the_way(tmp_path: Path) -> None:
+def test_bf16_mixed_precision_saves_a_bf16_model_and_fp32_checkpoints(tmp_path: Path) -> None:
     train(tmp_path / "out", write_rows(tmp_path / "rows.json"), bf16=True, max_steps=3)
     assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.bfloat16}
-    on_the_way = weights(tmp_path / "out/checkpoint-3")
-    assert on_the_way["lm_head.weight"].dtype == torch.float32
-    assert on_the_way[f"{TOWER}vision_tower.vision_model.embeddings.class_embedding"].dtype == torch.bfloat16
+    checkpoint = weights(tmp_path / "out/checkpoint-3")
+    assert checkpoint["lm_head.weight"].dtype == torch.float32
+    assert checkpoint[f"{TOWER}vision_tower.vision_model.embeddings.class_embedding"].dtype == torch.bfloat16
 
 
-# What a run starts from.
+# Initialization.
 
 
-def test_stage_1_starts_from_a_language_model_a_vit_and_a_fresh_projector(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_stage_1_starts_from_a_language_model_a_vit_and_a_new_projector(loaded: LoadedModel, tmp_path: Path) -> None:
     language_model = write_language_model(tmp_path / "llm", loaded.model)
     train(
         tmp_path / "out",
@@ -224,7 +224,7 @@ def test_stage_1_starts_from_a_language_model_a_vit_and_a_fresh_projector(loaded
     assert (reloaded.config.num_patches, reloaded.config.mm_vision_tower) == (4, f"./vit/{VIT.name}")
 
 
-def test_stage_1_starts_from_an_open_clip_tower_too(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_stage_1_starts_from_an_open_clip_vit(loaded: LoadedModel, tmp_path: Path) -> None:
     visual = _build_vision_tower(64, CLIPVisionCfg(**OPEN_CLIP_VISION))
     vit = tmp_path / "open_clip"
     vit.mkdir()
@@ -258,7 +258,7 @@ def test_stage_1_starts_from_an_open_clip_tower_too(loaded: LoadedModel, tmp_pat
     assert result.image_processor.image_size == 56
 
 
-def test_the_position_table_is_interpolated_as_transformers_does(loaded: LoadedModel) -> None:
+def test_position_embeddings_are_interpolated_as_transformers_does(loaded: LoadedModel) -> None:
     model = copy.deepcopy(loaded.model)
     images = torch.randn(1, 3, 112, 112)
     embeddings = model.get_vision_tower().vit.embeddings
@@ -274,15 +274,12 @@ def test_the_position_table_is_interpolated_as_transformers_does(loaded: LoadedM
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 50}, "--image_size 50 is no multiple of the patch size 14"),
+        ({"image_size": 50}, "image_size 50 is not a multiple of the patch size 14"),
         ({"model_name_or_path": "nowhere"}, "nowhere: no such folder"),
-        ({"model_name_or_path": "LLM"}, "a language model alone; name the ViT"),
-        (
-            {"image_folder": "nowhere"},
-            r"none of its first 4 images exists, such as nowhere/photo_rgb.jpg; set",
-        ),
-        ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, "nothing would train"),
-        ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer is for a fresh start"),
+        ({"model_name_or_path": "LLM"}, "a language model without a ViT"),
+        ({"image_folder": "nowhere"}, r"none of its first 4 images exists, such as nowhere/photo_rgb.jpg; set"),
+        ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, "no parameter is trainable"),
+        ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer is for initialization from a language model"),
         ({"lora_enable": True, "bits": 4}, "4 bits on a CPU need layer widths"),
         ({"optim": "apollo_adamw"}, "--optim"),
         ({"eval_data_path": "EMPTY", "eval_strategy": "steps"}, "no row to evaluate on"),
@@ -292,7 +289,9 @@ def test_the_position_table_is_interpolated_as_transformers_does(loaded: LoadedM
         ({"resume": "nowhere"}, "nowhere: no checkpoint of a run"),
     ],
 )
-def test_what_cannot_start_says_why(changes: dict[str, Any], message: str, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_errors_before_training_name_the_reason(
+    changes: dict[str, Any], message: str, loaded: LoadedModel, tmp_path: Path
+) -> None:
     from yivl.errors import YiVLError
 
     if changes.get("model_name_or_path") == "LLM":

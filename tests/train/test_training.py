@@ -1,4 +1,4 @@
-"""Runs of the trainer: the loss it takes, going on exactly where it stopped, and what it leaves behind."""
+"""Runs of the trainer: the loss of a step, bit-exact resume, and the files of a run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from yivl.train.__main__ import main
 from yivl.train.resume import UNFINISHED, find_checkpoint, finished_checkpoints
 from yivl.train.run_log import read_log
 
-# Names of what a run may be; each must go on exactly.
+# Kinds of runs; each must resume bit-exactly.
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"unfreeze_mm_vision_tower": True},
     "lora": {"lora_enable": True, "lora_dropout": 0.1},
@@ -55,7 +55,7 @@ def data_for(changes: dict[str, Any], folder: Path) -> Path | str:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_exact(name: str, tmp_path: Path) -> None:
     changes = dict(RUNS[name])
     data = data_for(changes, tmp_path)
     if "eval_strategy" in changes:
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_bit_for_bit(name: str,
         torch.testing.assert_close(*(optimizer["state"] for optimizer in optimizers), atol=0, rtol=0)
 
 
-def test_one_of_four_rows_and_four_of_one_are_the_same_step(tmp_path: Path) -> None:
+def test_gradient_accumulation_does_not_change_a_step(tmp_path: Path) -> None:
     # Answers of different lengths: a mean of means would weigh them differently.
     rows = [conversation("photo_rgb.jpg" if i % 2 else None, f"q {i}", "word " * (1 + 5 * i)) for i in range(4)]
     data = write_rows(tmp_path / "rows.json", rows)
@@ -109,7 +109,7 @@ def test_packing_and_grouping_do_not_change_the_loss_of_a_step(tmp_path: Path) -
     assert grouped == pytest.approx(plain, rel=1e-4)
 
 
-def test_a_run_leaves_a_model_a_log_a_curve_and_its_flags(tmp_path: Path) -> None:
+def test_a_run_writes_a_model_a_log_a_loss_curve_and_its_flags(tmp_path: Path) -> None:
     out = tmp_path / "out"
     log = train(out, write_rows(tmp_path / "rows.json"), save_total_limit=2, report_to="tensorboard")
     lines = [line for line in log if "loss" in line]
@@ -119,13 +119,13 @@ def test_a_run_leaves_a_model_a_log_a_curve_and_its_flags(tmp_path: Path) -> Non
     assert results["train_samples_per_second"] > 0
     assert [path.name for path in finished_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
     assert not (out / UNFINISHED).exists()
-    with Image.open(out / "loss.png") as picture:
-        assert picture.size == (960, 540)
-        assert len(picture.convert("RGB").getcolors(100_000)) > 20  # not an empty frame
+    with Image.open(out / "loss.png") as image:
+        assert image.size == (960, 540)
+        assert len(image.convert("RGB").getcolors(100_000)) > 20  # not an empty frame
     saved = json.loads((out / "training_arguments.json").read_text())
     assert (saved["learning_rate"], saved["model_max_length"], saved["lora_enable"]) == (1e-3, 2048, False)
     assert list(out.glob("runs/*/events*"))
-    # The published layout, complete: the tokenizer and the ViT too.
+    # A complete checkpoint, with the tokenizer and the ViT.
     assert {"config.json", "tokenizer.model", "model.safetensors", "vit"} <= {path.name for path in out.iterdir()}
 
 
@@ -148,27 +148,34 @@ def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(tmp_path: Path)
             dataloader_num_workers=workers,
         )
         measured.append(next(line["eval_loss"] for line in log if "eval_loss" in line))
-        assert measured[-1] == pytest.approx(losses(log)[0], rel=1e-5)  # the same rows, before anything is learnt
+        assert measured[-1] == pytest.approx(losses(log)[0], rel=1e-5)  # the same samples, before the first update
     assert measured == pytest.approx([measured[0]] * 4, rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(YiVLError, match=r"step \d: the loss is (nan|inf); go on from a checkpoint before it"):
+def test_a_nan_loss_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(YiVLError, match=r"step \d: the loss is (nan|inf); resume from an earlier checkpoint"):
         train(tmp_path / "out", write_rows(tmp_path / "rows.json"), learning_rate=1e30, warmup_ratio=0, max_grad_norm=0)
     assert not (tmp_path / "out/config.json").exists()
 
 
-def test_a_run_goes_on_only_as_the_run_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_is_resumed_with_the_flags_that_decide_its_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = write_rows(tmp_path / "rows.json")
     out = tmp_path / "out"
     train(out, data, max_steps=6)
     for changes, message in (
-        ({"per_device_train_batch_size": 1}, "rows of a step was 2 when checkpoint-6 was written, and is 1 now"),
+        ({"per_device_train_batch_size": 1}, "global batch size was 2 when checkpoint-6 was written, and is 1 now"),
         ({"seed": 7}, "seed was 42"),
         ({"group_by_length": True}, "group_by_length was False"),
         ({"unfreeze_mm_vision_tower": True}, "unfreeze_mm_vision_tower was False"),
         ({"lora_enable": True}, "lora_enable was False"),
-        ({"max_steps": 4}, "has taken 6 steps, and the run is to take 4 in all"),
+        ({"max_steps": 4}, r"is of step 6, after the last step of this run \(4\)"),
+        ({"optim": "sgd"}, "optim was adamw_torch when"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_data_path": data},
+            "lr_scheduler_type was cosine",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             train(out, data, **{"max_steps": 8, "resume": "auto"} | changes)
@@ -177,15 +184,41 @@ def test_a_run_goes_on_only_as_the_run_it_was(tmp_path: Path, caplog: pytest.Log
     train(tmp_path / "other", data, max_steps=1)
     with pytest.raises(CheckpointError, match="holds checkpoint-1 of a run"):
         train(tmp_path / "other", data, max_steps=8, resume=out / "checkpoint-6")
-    # Two micro-batches of one row are the step of one of two; another learning rate is said, and allowed.
+    # Two micro-batches of one sample are the step of one of two.
     with caplog.at_level("WARNING"):
         changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 5e-4}
         train(out, data, **changes, max_steps=8, resume="auto")
     assert "learning_rate was 0.001 when checkpoint-6 was written, and is 0.0005 now" in caplog.messages
     train(tmp_path / "new", data, max_steps=8, resume=out / "checkpoint-6")  # a new folder branches off
+    (tmp_path / "new/checkpoint-8/optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match="holds no optimizer state to resume without DeepSpeed"):
+        train(tmp_path / "new", data, max_steps=9, resume="auto")
 
 
-def test_a_folder_with_a_run_or_a_model_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_resumed_run_applies_the_learning_rates_and_the_weight_decay_of_its_flags(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json")
+    out = tmp_path / "out"
+    before: dict[str, Any] = {"mm_projector_lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.99}
+    whole = train(out, data, **before, max_steps=8, save_total_limit=None)
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(out / "checkpoint-3", resumed / "checkpoint-3")
+    after: dict[str, Any] = {"learning_rate": 1e-4, "mm_projector_lr": 5e-3, "weight_decay": 0.2, "adam_beta2": 0.9}
+    log = train(resumed, data, **after, max_steps=8, resume="auto")
+
+    def rates(lines: list[dict[str, Any]]) -> list[float]:
+        return [line["learning_rate"] for line in lines if "loss" in line]
+
+    assert rates(log) == pytest.approx([rate / 10 for rate in rates(whole)[3:]])
+    assert losses(log)[0] == losses(whole)[3]
+    assert losses(log)[2:] != losses(whole)[5:]
+    groups = torch.load(resumed / "checkpoint-8/optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {1e-4, 5e-3}
+    assert {group["weight_decay"] for group in groups} == {0.2, 0.0}
+    assert {group["betas"] for group in groups} == {(0.9, 0.9)}
+
+
+def test_an_output_folder_with_a_run_or_a_model_is_not_overwritten(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.json")
     train(tmp_path / "out", data, max_steps=3)
     with pytest.raises(CheckpointError, match=r"holds checkpoint-3 of a run; add --resume auto"):
@@ -213,12 +246,12 @@ def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path: Path, caplog: 
 
 
 @pytest.mark.parametrize("writes", range(6))
-def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
+def test_an_interrupted_save_leaves_the_checkpoint_before(
     writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_rows(tmp_path / "rows.json")
     whole = train(tmp_path / "whole", data, max_steps=4, save_steps=2)
-    # A crash before the n-th file of the second checkpoint, or just before it is moved into its place.
+    # A crash before the n-th file of the second checkpoint, or just before it is moved.
     real_save, real_settle, remaining = torch.save, atomic._settle, writes
 
     class Crash(BaseException):
@@ -246,9 +279,7 @@ def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
     except Crash:
         pass
     else:
-        assert (
-            writes >= 5
-        )  # optimizer, schedule, random numbers, checkpoint, final model: then nothing is left to break
+        assert writes >= 5  # optimizer, scheduler, RNG states, checkpoint, final model
     monkeypatch.undo()
     finished = [path.name for path in finished_checkpoints(tmp_path / "out")]
     assert finished == (["checkpoint-2"] if writes < 4 else ["checkpoint-2", "checkpoint-4"])
@@ -258,7 +289,7 @@ def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_its_newest_checkpoint(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.json")
     whole = train(tmp_path / "whole", data, num_train_epochs=15, save_steps=2)
     out = tmp_path / "out"
@@ -286,8 +317,8 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None
     assert_same_folder(out, tmp_path / "whole")
 
 
-def test_bad_rows_stop_a_run_or_are_counted_at_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_bad_rows_stop_a_run_or_are_reported_at_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
     good = [conversation(None, f"q {index}", f"answer {index}") for index in range(6)]
     bad = [conversation(None, "q", "a", role="wizard"), conversation(str(tmp_path / "bad.png"), "q", "a")]
     data = write_rows(tmp_path / "rows.json", [*good, *bad])
@@ -304,16 +335,29 @@ def test_bad_rows_stop_a_run_or_are_counted_at_its_end(tmp_path: Path, caplog: p
     assert len(set(reasons)) == 2
 
 
-# Two deliberate failures of the kind that elsewhere trains on nothing, silently, with a loss of 0.
+# Failures that would otherwise train without target tokens, with a loss of 0.
 
 
-def test_rows_whose_answers_are_all_cut_off_are_an_error_and_never_a_loss_of_zero(tmp_path: Path) -> None:
+def test_truncated_answers_are_an_error_and_never_a_loss_of_zero(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.json")
     with pytest.raises(RowError, match="no answer left within 40 positions"):
         train(tmp_path / "error", data, model_max_length=40)
-    with pytest.raises(YiVLError, match="no target"):
+    with pytest.raises(YiVLError, match="no target token"):
         train(tmp_path / "skip", data, model_max_length=40, on_bad_row="skip")
     assert losses(read_log(tmp_path / "skip/log.jsonl")) == []
+
+
+def test_a_log_line_has_the_loss_of_its_steps_if_only_the_last_is_empty(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    # Row 0 is that of step 2.
+    rows = [conversation(str(tmp_path / "bad.png"), "q", "a"), *(conversation(None, "q", f"{i}") for i in range(3))]
+    changes: dict[str, Any] = {"logging_steps": 0.5, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    with caplog.at_level("WARNING"):
+        log = train(tmp_path / "out", write_rows(tmp_path / "rows.json", rows), **changes, on_bad_row="skip")
+    assert "step 2: no target token, all of its samples were left out" in caplog.messages
+    assert [line["step"] for line in log if "loss" in line] == [2, 4]
 
 
 def test_a_tokenizer_with_another_stop_token_is_refused(tmp_path: Path) -> None:
@@ -340,15 +384,15 @@ def test_a_tokenizer_with_another_stop_token_is_refused(tmp_path: Path) -> None:
         train(tmp_path / "out", write_rows(tmp_path / "rows.json"), model_name_or_path=model)
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dry_run_logs_the_plan_and_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_rows(tmp_path / "rows.json")
     with caplog.at_level("INFO"):
         main(flags(tmp_path / "out", data, dry_run=True, gradient_accumulation_steps=2))
     text = "\n".join(caplog.messages)
     assert "rows.json" in text
-    assert "4 steps of 4 rows (2 x 2 accumulated x 1 processes)" in text
-    assert "first batch: 2 rows" in text
-    assert "estimated memory of one GPU" in text
+    assert "4 steps, global batch size 4 (2 per device x 2 accumulation steps x 1 processes)" in text
+    assert "first batch: 2 samples" in text
+    assert "estimated memory per GPU" in text
     bad = write_rows(tmp_path / "bad.json", [conversation("missing.png", "q", "a"), conversation(*FACTS[0])])
     with pytest.raises(RowError, match=r"bad\.json row 0: .*missing\.png: no such file") as error:
         main(flags(tmp_path / "out", bad, dry_run=True, dataloader_num_workers=1))

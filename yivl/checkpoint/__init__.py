@@ -1,1 +1,1 @@
-"""What lies on disk: file formats, loading, saving, conversion."""
+"""Checkpoints and adapters: format, loading, saving, conversion, hub."""

@@ -1,4 +1,4 @@
-"""Checkpoint folders from one form to another; ``scripts/convert.py`` is the command."""
+"""Conversion of ``.bin`` and open_clip checkpoints; ``scripts/convert.py`` is the command."""
 
 import hashlib
 import json
@@ -9,26 +9,24 @@ from safetensors.torch import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.atomic import write_json
-from yivl.checkpoint.format import read_weights
-from yivl.checkpoint.saving import METADATA, check_apart, checkpoint_dir
+from yivl.checkpoint.format import METADATA, read_weights
+from yivl.checkpoint.saving import check_apart, checkpoint_dir
 from yivl.checkpoint.vit import open_clip_to_vit_weights, read_open_clip_config
 from yivl.errors import CheckpointError
 
-# A second, unused ViT at 224 pixels lies in the ViT folder of the release.
+# An unused ViT at 224 pixels in the ViT folder of the released checkpoints.
 _LEFT_OUT = ("open_clip_pytorch_model.bin", "open_clip_config.json")
 
 
 def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
-    """Write the checkpoint ``source`` to ``target`` with every ``.bin`` file as safetensors, shard by shard.
-
-    Values, shards and both copies of the ViT stay as they are; one shard is in memory at a time.
+    """Convert every ``.bin`` file of a checkpoint to safetensors, one at a time and with the same shards and values.
 
     Returns:
         SHA-256 of every weight file read and written, by its path.
 
     Raises:
         CheckpointError: If ``source`` holds no ``.bin`` weights, a file is damaged, or ``target`` would replace
-            ``source`` or something that is no checkpoint.
+            ``source`` or something other than a checkpoint.
     """
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
@@ -57,15 +55,15 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
 
 
 def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
-    """Write the visual tower of an open_clip checkpoint as a CLIP-vision folder, ready to start training from.
+    """Convert the visual tower of an open_clip checkpoint to a ViT folder for ``--vision_tower``.
 
     Args:
         weights: ``open_clip_pytorch_model.bin`` or ``open_clip_model.safetensors``.
-        config: The ``open_clip_config.json`` beside it.
+        config: The ``open_clip_config.json`` of the same model.
         target: Replaced if it exists.
 
     Raises:
-        CheckpointError: If a file cannot be read or the tower is no plain CLIP ViT.
+        CheckpointError: If a file cannot be read or the tower is not a plain CLIP ViT.
     """
     state_dict = read_weights(weights)
     vision = read_open_clip_config(config)

@@ -1,28 +1,144 @@
-"""Weight files: which belong to a folder, whether they are whole, and what they hold. Pickled code never runs."""
+"""The Yi-VL (LLaVA) checkpoint format: names of files and keys, reading them, and comparing keys and shapes.
+
+Code in pickled files never runs.
+"""
 
 import json
 import os
+import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig
 
 from yivl.errors import CheckpointError
+from yivl.model.configuration import YiVLConfig
 
 StateDict = dict[str, torch.Tensor]
 
+TOWER: Final = "model.vision_tower.vision_tower."
+"""Prefix of the ViT keys in the main files."""
+VIT: Final = f"{TOWER}vision_model."
+"""The same with the prefix of ``CLIPVisionModel``, which transformers 5.6 dropped in memory but not on disk."""
+PROJECTOR: Final = "model.mm_projector."
+
 BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")
-"""Tensors that old versions of transformers wrote and that are computed, not learned."""
+"""Suffixes of computed buffers that old versions of transformers saved."""
 
-# In the order of preference of transformers.
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
+"""In the order of preference of transformers."""
+TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""In addition to ``tokenizer.model``."""
+UNUSED_FILES: Final = ("*/open_clip_*", "*.png", ".gitattributes")
+"""Files no load reads. The ViT folder of the released checkpoints holds a second copy at 224 pixels of 3.9 GB."""
+METADATA: Final = {"format": "pt"}
+"""Of every safetensors file: transformers refuses files without it."""
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA_TRAINABLES: Final = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+"""Trained parameters of the base model. Source: haotian-liu/LLaVA, llava/train/train.py (the ``.bin``)."""
+ADAPTER_SETTINGS: Final = "yivl_adapter_config.json"
+"""``image_size`` and ``image_aspect_ratio`` an adapter was trained with. Source: ours; LLaVA adapters have none."""
+ADAPTER: Final = ".lora_"
+"""Part of the name of every LoRA parameter of peft."""
+
+ARGUMENTS: Final = "training_arguments.json"
+"""Resolved flags of a run, in its output folder and its checkpoints."""
+RECORD: Final = "training_run.json"
+"""Origin of a run: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
+LOG: Final = "log.jsonl"
+"""Log of a run, in its output folder."""
+
+_MAX_PROBLEMS: Final = 5  # named in a message
 
 
-def find_weights(folder: str | os.PathLike[str], names: tuple[str, ...] = _WHOLE) -> Path:
+def published_name(name: str) -> str:
+    """Return the checkpoint key of a parameter, also of one that peft has wrapped."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def adapter_key(name: str) -> str:
+    """Return the key of a LoRA parameter in the files of peft."""
+    return name.replace(".default.", ".")
+
+
+def check_keys(
+    source: str | os.PathLike[str],
+    expected: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    *,
+    fit: str = "config.json",
+) -> None:
+    """Compare keys and shapes of weights with those of a model.
+
+    Args:
+        source: File or folder of the weights.
+        expected: Of the model; parameters that ZeRO-3 has partitioned count with their full shape.
+        found: Of the weights.
+        fit: What the weights have to fit.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    problems = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]
+    for key in sorted(expected.keys() & found.keys()):
+        shape = list(getattr(expected[key], "ds_shape", expected[key].shape))
+        if shape != list(found[key].shape):
+            problems.append(f"{key} is {list(found[key].shape)}, expected {shape}")
+    if problems:
+        more = f"; {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        raise CheckpointError(f"{source}: the weights do not fit {fit}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: If the file is missing or holds no JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; a Yi-VL checkpoint has one")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return fields
+
+
+def read_config(folder: str | os.PathLike[str]) -> YiVLConfig:
+    """Return the configuration of a checkpoint: its ``config.json`` and that of the ViT it names.
+
+    Raises:
+        CheckpointError: If a file is missing, is not valid JSON or describes another kind of model.
+    """
+    fields = read_json(Path(folder) / "config.json")
+    if not isinstance(fields.get("mm_vision_tower"), str):
+        raise CheckpointError(f"{folder}/config.json: no mm_vision_tower; this is not a Yi-VL checkpoint")
+    vision = read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
+    for name in ("model_type", "text_config", "vision_config"):  # the last two are for SGLang
+        fields.pop(name, None)
+    try:
+        return YiVLConfig(**fields, vision_config=CLIPVisionConfig(**vision))
+    except (StrictDataclassError, CheckpointError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
+
+
+def vit_folder(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> Path:
+    """Return the ViT folder; a relative path starts at the checkpoint."""
+    return Path(checkpoint) / mm_vision_tower
+
+
+def find_weights(folder: str | os.PathLike[str], names: tuple[str, ...] = WEIGHTS) -> Path:
     """Return the first weight file of a folder among ``names``.
 
     Raises:
@@ -35,23 +151,40 @@ def find_weights(folder: str | os.PathLike[str], names: tuple[str, ...] = _WHOLE
 
 
 def read_weights(path: Path) -> StateDict:
-    """Return the tensors of a safetensors or ``.bin`` file, the latter mapped into memory and without its code.
+    """Return the tensors of a safetensors or ``.bin`` file; a ``.bin`` file is memory-mapped.
 
     Raises:
-        CheckpointError: If the file is missing or damaged.
+        CheckpointError: If the file is missing, damaged, or pickles more than tensors.
     """
     check_weight_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights: StateDict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: holds more than tensors; use a file in safetensors format") from error
     except Exception as error:  # torch.load has no exception type of its own for damaged files
-        raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}); get it anew") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as weights ({type(error).__name__}); download it again"
+        ) from error
     return weights
 
 
+def read_shapes(path: Path) -> StateDict:
+    """Return the tensors of a weight file on the meta device, without reading their values.
+
+    Raises:
+        CheckpointError: As ``read_weights``.
+    """
+    if path.suffix != ".safetensors":
+        return {key: value.to("meta") for key, value in read_weights(path).items()}
+    check_weight_file(path)
+    with safe_open(path, framework="pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+
+
 def check_weight_file(path: Path) -> None:
-    """Look at the frame of a file, not at its tensors: a cut-off download is found at once.
+    """Check the header of a weight file, which an incomplete download lacks or contradicts.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
@@ -68,27 +201,40 @@ def check_weight_file(path: Path) -> None:
     else:
         is_whole = zipfile.is_zipfile(path)
     if not is_whole:
-        raise CheckpointError(f"{path}: damaged, cut off or a git-lfs pointer; download it again")
+        raise CheckpointError(f"{path}: damaged, truncated or a git-lfs pointer; download it again")
 
 
-def check_checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Check every main weight file that transformers would read from a checkpoint folder, and return them.
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the main weight files that transformers would read from a checkpoint folder, each checked.
 
     Raises:
         CheckpointError: If there is none, or one is missing or damaged.
     """
-    for name, index_name in zip(_WHOLE, _INDEXES, strict=True):
-        index = Path(folder) / index_name
-        if (Path(folder) / name).is_file():
-            check_weight_file(Path(folder) / name)
-            return [Path(folder) / name]
-        if index.is_file():
+    for name in WEIGHTS:
+        whole, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
+        if whole.is_file():
+            paths = [whole]
+        elif index.is_file():
             try:
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"{index}: not the index of a sharded checkpoint; download it again") from error
             paths = [Path(folder) / shard for shard in sorted(shards)]
-            for path in paths:
-                check_weight_file(path)
-            return paths
-    raise CheckpointError(f"{folder}: no weights; expected {' or '.join(_WHOLE)}, or shards with their index")
+        else:
+            continue
+        for path in paths:
+            check_weight_file(path)
+        return paths
+    raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHTS)}, or shards with their index")
+
+
+def read_main_weights(folder: str | os.PathLike[str]) -> StateDict:
+    """Return the tensors of the main weight files of a checkpoint, without computed buffers.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    weights: StateDict = {}
+    for path in weight_files(folder):
+        weights |= read_weights(path)
+    return {key: value for key, value in weights.items() if not key.endswith(BUFFERS)}

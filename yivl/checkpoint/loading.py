@@ -1,6 +1,8 @@
-"""A checkpoint folder, hub id or LoRA adapter to a model ready to answer: device, dtype, quantization."""
+"""Loading of checkpoints, hub ids and LoRA adapters: device, dtype, quantization, image settings."""
 
+import logging
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -9,23 +11,34 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import BitsAndBytesConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
-from yivl.checkpoint.format import StateDict, find_weights, read_weights
+from yivl.checkpoint.format import (
+    ADAPTER_CONFIG,
+    BUFFERS,
+    PROJECTOR,
+    TOWER,
+    UNUSED_FILES,
+    StateDict,
+    check_keys,
+    read_config,
+    read_shapes,
+    vit_folder,
+    weight_files,
+)
+from yivl.checkpoint.vit import copy_vit_weights, read_vit_weights
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
-from yivl.model.configuration import YiVLConfig, read_json, vit_folder
+from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tokenization import YiTokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
-
-NON_LORA_TRAINABLES: Final = "non_lora_trainables.safetensors"
-"""What was trained beside an adapter. Source: haotian-liu/LLaVA, llava/train/train.py (there ``.bin``)."""
-
-UNUSED_FILES: Final = ("*/open_clip_*", "*.png", ".gitattributes")
-"""What no load reads. The ViT folder of the release carries a second copy at 224 pixels of 3.9 GB."""
+Device = str | dict[str, Any]
 
 UNQUANTIZED_MODULES: Final = ["model.vision_tower", "model.mm_projector", "lm_head"]
 """Kept in full precision under 4 and 8 bits: small, and the features are sensitive. Source: ours."""
@@ -33,58 +46,66 @@ UNQUANTIZED_MODULES: Final = ["model.vision_tower", "model.mm_projector", "lm_he
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything a checkpoint folder holds."""
+    """Model, tokenizer and image processor of a checkpoint."""
 
     model: YiVLForCausalLM
     tokenizer: YiTokenizer
     image_processor: ImageProcessor
     name: str
-    """Last part of the path or hub id, for people to read."""
+    """Last part of the path or hub id, for display."""
 
 
 def load_model(
     model_path: str | os.PathLike[str],
     *,
     model_base: str | os.PathLike[str] | None = None,
-    device: str | dict[str, Any] = "auto",
+    device: Device = "auto",
     dtype: Dtype | torch.dtype = "auto",
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     attn_implementation: Attention = "sdpa",
+    merge_adapter: bool = False,
 ) -> LoadedModel:
     """Return model, tokenizer and image processor of a checkpoint, in eval mode.
 
     Args:
-        model_path: Folder in the published layout, hub id, or LoRA adapter folder.
-        model_base: The checkpoint an adapter was trained on; by default the one its ``adapter_config.json`` names.
+        model_path: Checkpoint folder, hub id, or LoRA adapter folder.
+        model_base: The base model of an adapter; by default the one its ``adapter_config.json`` names.
         device: ``auto`` (all GPUs, else MPS, else CPU), a torch device such as ``cpu``, ``mps``, ``cuda:1``, or a
             map of module names to devices.
-        dtype: ``auto`` keeps the dtype the checkpoint was published in.
+        dtype: ``auto`` keeps the dtype of the checkpoint.
         load_in_4bit: nf4 with double quantization (bitsandbytes).
         load_in_8bit: int8 (bitsandbytes).
         attn_implementation: Attention of the decoder and the ViT.
+        merge_adapter: Merge the adapter into the weights, so that the model can be saved as a checkpoint.
 
     Raises:
         CheckpointError: If a folder or file is missing, no hub id matches, or the weights do not fit.
-        YiVLError: If the device or the attention kernels are not to be had here, or arguments contradict each other.
+        YiVLError: If the device or the attention kernels are not available, or arguments contradict each other.
     """
     if load_in_4bit and load_in_8bit:
         raise YiVLError("load_in_4bit and load_in_8bit exclude each other")
     if isinstance(dtype, str) and dtype not in get_args(Dtype):
         raise YiVLError(f"dtype={dtype!r}; expected one of {', '.join(get_args(Dtype))}")
-    folder, adapter = resolve_model(model_path, model_base)
-    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
-    # The small files first: what is wrong with them is known before minutes of loading.
+    # The small files first: their errors show before minutes of loading.
+    folder, adapter, image_settings = resolve_model(model_path, model_base)
     config, tokenizer, image_processor = read_small_files(folder)
-    if load_in_4bit and _device_map(device) == {"": "cpu"}:
-        check_widths(config)
-    kwargs: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
-    if load_in_4bit or load_in_8bit:
-        kwargs["quantization_config"] = quantization_config(four_bits=load_in_4bit, dtype=dtype, folder=folder)
-    model = YiVLForCausalLM.from_pretrained(folder, config=config, attn_implementation=attn_implementation, **kwargs)
+    image_processor = set_images(config, image_processor.clip_processor, **image_settings)
+    device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
+    check_support(config, attn_implementation, bits=bits, on_cpu=device_map == {"": "cpu"})
+    model = YiVLForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        bits=bits,
+        image_size=image_settings.get("image_size"),
+        dtype=dtype,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+    )
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        from yivl.checkpoint import adapters  # imports peft, which is slow
+
+        model = adapters.load_adapter(model, adapter, merge=merge_adapter)
     return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
 
 
@@ -96,39 +117,143 @@ def load_processors(
     Raises:
         CheckpointError: If a folder or file is missing, or no hub id matches.
     """
-    folder, _ = resolve_model(model_path, model_base)
-    return read_small_files(folder)
+    folder, _, image_settings = resolve_model(model_path, model_base)
+    config, tokenizer, image_processor = read_small_files(folder)
+    return config, tokenizer, set_images(config, image_processor.clip_processor, **image_settings)
 
 
 def resolve_model(
     model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None
-) -> tuple[Path, Path | None]:
-    """Return the local folders of the checkpoint and, if ``model_path`` is a LoRA adapter, of the adapter.
+) -> tuple[Path, Path | None, dict[str, Any]]:
+    """Return the folder of the checkpoint, and of a LoRA adapter its folder and image settings.
 
     Raises:
         CheckpointError: If a folder or hub id does not exist, or ``model_base`` is given without an adapter.
     """
     folder = resolve_checkpoint(model_path)
-    if (folder / "adapter_config.json").is_file():
-        return resolve_checkpoint(model_base or _adapter_base(folder)), folder
+    if (folder / ADAPTER_CONFIG).is_file():
+        from yivl.checkpoint import adapters  # imports peft, which is slow
+
+        return resolve_checkpoint(model_base or adapters.base_of(folder)), folder, adapters.read_image_settings(folder)
     if model_base is not None:
-        raise CheckpointError(f"{model_path}: no adapter_config.json; --model-base goes with a LoRA adapter folder")
-    return folder, None
+        raise CheckpointError(f"{model_path}: no {ADAPTER_CONFIG}; --model-base goes with a LoRA adapter folder")
+    return folder, None, {}
 
 
 def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
-    """Return what a checkpoint folder holds beside its weights.
+    """Return configuration, tokenizer and image processor of a checkpoint.
 
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
-    config, tokenizer = YiVLConfig.from_folder(folder), load_tokenizer(folder)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
     clip_processor = load_clip_processor(vit_folder(folder, config.mm_vision_tower))
     return config, tokenizer, ImageProcessor(clip_processor, config.image_aspect_ratio)
 
 
+def set_images(
+    config: YiVLConfig,
+    clip_processor: CLIPImageProcessorPil,
+    *,
+    image_size: int | None = None,
+    image_aspect_ratio: str | None = None,
+) -> ImageProcessor:
+    """Return an image processor with other settings than those of the checkpoint.
+
+    Args:
+        config: Its aspect ratio is set in place; its image size stays that of the weights until they are resized.
+        clip_processor: Its size is set in place.
+        image_size: Side of the ViT input in pixels; ``None`` keeps that of ``clip_processor``.
+        image_aspect_ratio: ``pad`` or ``square``; ``None`` keeps that of ``config``.
+
+    Raises:
+        CheckpointError: If a value is not possible.
+    """
+    if image_aspect_ratio is not None:
+        config.image_aspect_ratio = image_aspect_ratio
+    if image_size is not None:
+        if image_size % config.vision_config.patch_size:
+            raise CheckpointError(
+                f"image_size {image_size} is not a multiple of the patch size {config.vision_config.patch_size}"
+            )
+        clip_processor.size = {"shortest_edge": image_size}
+        clip_processor.crop_size = {"height": image_size, "width": image_size}
+    return ImageProcessor(clip_processor, config.image_aspect_ratio)
+
+
+def check_support(config: YiVLConfig, attn_implementation: str, *, bits: int, on_cpu: bool) -> None:
+    """Check that this machine can run a model in the given form.
+
+    Raises:
+        YiVLError: If FlashAttention is not installed.
+        CheckpointError: If bitsandbytes cannot pack the layers on a CPU with AVX512-BF16.
+    """
+    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
+    key_value = config.num_key_value_heads * config.head_dim
+    for width in (config.hidden_size, config.intermediate_size, key_value):
+        if bits == 4 and on_cpu and width % 64:
+            raise CheckpointError(
+                f"4 bits on a CPU need layer widths that are multiples of 64, this model has {width}; use 8 bits"
+            )
+
+
+def load_pretrained(
+    load: Callable[..., YiVLForCausalLM],
+    folder: str | os.PathLike[str],
+    *,
+    config: YiVLConfig | None = None,
+    bits: int = 16,
+    image_size: int | None = None,
+    vit_weights: StateDict | None = None,
+    fresh_projector: bool = False,
+    **kwargs: Any,
+) -> YiVLForCausalLM:
+    """Return a model with its weights: ``YiVLForCausalLM.from_pretrained``, where the arguments are documented.
+
+    Keys and shapes are compared with the configuration before any weight is read.
+
+    Args:
+        load: ``from_pretrained`` of transformers.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
+    """
+    config = read_config(folder) if config is None else config
+    expected = _without_tower(empty_model(config).state_dict())
+    found: StateDict = {}
+    for path in weight_files(folder):
+        found |= _without_tower(read_shapes(path))
+    if fresh_projector:
+        expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
+    check_keys(folder, expected, found)
+    vit = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
+    if bits != 16:
+        kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
+    # The copy of the ViT in the main files may be of any shape: it is replaced.
+    model = load(os.fspath(folder), config=config, ignore_mismatched_sizes=True, **kwargs)
+    # The published 4,096 is the context length, which generate() takes from config.json.
+    model.generation_config.max_length = None
+    num_different = copy_vit_weights(model.get_vision_tower().vit, vit, source=str(folder))
+    if num_different and vit_weights is None:
+        logger.info(
+            "%d ViT tensors in %s differ from those in the main files and are used, as in the reference implementation",
+            num_different,
+            config.mm_vision_tower,
+        )
+    if image_size is not None:
+        model.resize_images(image_size)
+    return model
+
+
+def empty_model(config: YiVLConfig) -> YiVLForCausalLM:
+    """Return a model on the meta device, without memory for its weights."""
+    with torch.device("meta"):
+        return YiVLForCausalLM(config)
+
+
 def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
-    """Return the local folder of a checkpoint, downloading a hub id.
+    """Return the local folder of a checkpoint, after downloading a hub id.
 
     Raises:
         CheckpointError: If there is no such folder and no such repository can be reached.
@@ -142,113 +267,46 @@ def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(os.fspath(model_path), ignore_patterns=[*UNUSED_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{model_path}: no such folder, and no model of that name could be downloaded; give a checkpoint folder in "
-            f"the published layout or a hub id such as 01-ai/Yi-VL-6B ({reason_of(error)})"
+            f"{model_path}: no such folder, and no model of that name could be downloaded; give a Yi-VL checkpoint "
+            f"folder or a hub id such as 01-ai/Yi-VL-6B ({reason_of(error)})"
         ) from error
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why a download failed: the first error of the chain, in one line."""
+    """Return the root cause of a failed download in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no further word'}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
 
 
-def quantization_config(*, four_bits: bool, dtype: Dtype | torch.dtype, folder: Path) -> BitsAndBytesConfig:
-    """Return the bitsandbytes settings; vision tower, projector and ``lm_head`` stay unquantized."""
-    if not four_bits:
+def _without_tower(weights: Mapping[str, torch.Tensor]) -> StateDict:
+    return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(BUFFERS)}
+
+
+def _quantization_config(config: YiVLConfig, bits: int, dtype: Dtype | torch.dtype) -> BitsAndBytesConfig:
+    if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
-    published = read_json(folder / "config.json").get("torch_dtype", "float32")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=published if dtype == "auto" else dtype,
+        bnb_4bit_compute_dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
         llm_int8_skip_modules=UNQUANTIZED_MODULES,
     )
 
 
-def check_widths(config: YiVLConfig) -> None:
-    """Refuse what bitsandbytes cannot pack on a CPU with AVX512-BF16: widths that are no multiples of 64."""
-    key_value = config.num_key_value_heads * config.head_dim
-    for width in (config.hidden_size, config.intermediate_size, key_value):
-        if width % 64:
-            raise CheckpointError(
-                f"4 bits on a CPU need layer widths that are multiples of 64, this model has {width}; use 8 bits"
-            )
-
-
-def load_adapter(model: YiVLForCausalLM, folder: str | os.PathLike[str], *, merge: bool = False) -> YiVLForCausalLM:
-    """Put a LoRA adapter on the model, in place, with whatever else was trained beside it.
-
-    The folder holds peft's files and, if more than the adapter was trained, ``non_lora_trainables.safetensors`` (or
-    the lineage's ``.bin``) with published key names.
-
-    Args:
-        model: The base, unquantized if the adapter is to be merged.
-        folder: The adapter.
-        merge: Add the adapter to the weights, so that the model is a plain one again.
-
-    Raises:
-        CheckpointError: If the folder holds no adapter of this model, or a trained tensor has no place in it.
-    """
-    from peft import PeftConfig, PeftModel  # slow to import, and few loads need it
-
-    weights = read_weights(find_weights(folder, ("adapter_model.safetensors", "adapter_model.bin")))
-    try:
-        config = PeftConfig.from_pretrained(os.fspath(folder))
-        if not any("vision_tower" in key for key in weights):
-            # The lineage names targets by their last part, which the ViT shares; its adapters never held the ViT.
-            config.exclude_modules = r".*vision_tower.*"
-        adapted = PeftModel.from_pretrained(model, os.fspath(folder), config=config)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{folder}: not an adapter of this model ({error})") from error
-    wanted = {key.replace(".default.", ".") for key, _ in adapted.named_parameters() if ".lora_" in key}
-    if wanted != weights.keys():
-        strange = sorted(wanted ^ weights.keys())
-        raise CheckpointError(
-            f"{folder}: not an adapter of this model: {len(strange)} keys differ, such as {strange[0]}"
-        )
-    model = adapted.merge_and_unload() if merge else adapted.get_base_model()
-    trained = _non_lora_trainables(Path(folder))
-    own = dict(model.named_parameters())
-    # peft wraps a module that carries an adapter; its own weight then sits one level deeper.
-    own |= {key.replace(".base_layer.", "."): value for key, value in own.items() if ".base_layer." in key}
-    for key, value in trained.items():
-        key = key.removeprefix("base_model.model.")
-        if key not in own or own[key].shape != value.shape:
-            raise CheckpointError(f"{folder}: {key} {list(value.shape)} has no place in the base model")
-        with torch.no_grad():
-            own[key].copy_(value)
-    return model
-
-
-def _non_lora_trainables(folder: Path) -> StateDict:
-    for path in (folder / NON_LORA_TRAINABLES, (folder / NON_LORA_TRAINABLES).with_suffix(".bin")):
-        if path.is_file():
-            return read_weights(path)
-    return {}
-
-
-def _adapter_base(folder: Path) -> str:
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
-    return str(base)
-
-
-def _device_map(device: str | dict[str, Any]) -> str | dict[str, Any]:
+def _device_map(device: Device) -> Device:
     if isinstance(device, dict):
         return device
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return "auto" if has["cuda"] else {"": "mps" if has["mps"] else "cpu"}
+        return "auto" if available["cuda"] else {"": "mps" if available["mps"] else "cpu"}
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise YiVLError(f"device={device!r}; expected auto, cpu, mps, cuda or cuda:N") from error
-    if not has.get(kind, True):
-        raise YiVLError(f"device={device!r}: PyTorch finds no such device here; use --device cpu")
+    if not available.get(kind, True):
+        raise YiVLError(f"device={device!r}: PyTorch finds no such device on this machine; use --device cpu")
     return {"": device}
 
 

@@ -1,4 +1,4 @@
-"""A model to a checkpoint folder in the published layout, written beside its place and moved there in one step."""
+"""Saving of checkpoints in the Yi-VL format."""
 
 import os
 import shutil
@@ -14,12 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from yivl.checkpoint.atomic import atomic_dir, write_json
+from yivl.checkpoint.format import ADAPTER, METADATA, TOWER
 from yivl.errors import CheckpointError
 
-TOWER: Final = "model.vision_tower.vision_tower."
-"""What the names of the ViT begin with in the main files."""
-METADATA: Final = {"format": "pt"}  # transformers refuses safetensors files without it
-# Weights, and what tells of them; in a folder that another model takes over it would tell of the wrong one.
+# Weights and records about them, which a replaced checkpoint must not pass on to the next model.
 _OF_THE_MODEL: Final = (
     *("*.safetensors", "*.bin", "*.index.json", "published.json"),
     *("training_*.json", "train_results.json", "log.jsonl", "loss.png"),
@@ -43,10 +41,10 @@ def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
-    """Refuse to replace what is no checkpoint, or holds more than one (``checkpoint-100/`` of a training run).
+    """Refuse to replace a folder that is not one checkpoint; the output folder of a run holds several.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, or holds something beside a checkpoint.
+        CheckpointError: If ``folder`` is a file, or holds something other than one checkpoint.
     """
     target = Path(folder)
     if not target.exists():
@@ -59,7 +57,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
 
 
 def check_apart(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Refuse to replace what is read.
+    """Refuse a target that would overwrite the source.
 
     Raises:
         CheckpointError: If ``target`` is ``source``, or contains it.
@@ -70,7 +68,7 @@ def check_apart(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Copy the files of ``old`` that do not speak of its weights and have no successor in ``new``."""
+    """Copy the files of ``old`` that do not describe its weights and that ``new`` lacks."""
     for path in old.rglob("*") if old.is_dir() else ():
         place = new / path.relative_to(old)
         is_stale = any(path.match(pattern) for pattern in _OF_THE_MODEL)
@@ -118,7 +116,7 @@ def write_checkpoint(
     weights = {
         key: value.contiguous() for key, value in (model.state_dict() if state_dict is None else state_dict).items()
     }
-    if any(".lora_" in key for key in weights):
+    if any(ADAPTER in key for key in weights):
         raise CheckpointError("a model with an adapter cannot be saved as a checkpoint; merge the adapter first")
     config, vit = model.config, folder / "vit" / model.config.vit_name
     vit.mkdir(parents=True)

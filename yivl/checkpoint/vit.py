@@ -1,7 +1,6 @@
 """ViT weights in files: the ``vit/`` folder of a checkpoint, a CLIP folder, an open_clip checkpoint.
 
-Everything is brought to the names of ``CLIPVisionModel`` without its ``vision_model.`` prefix, which transformers
-5.6 dropped in memory but not on disk.
+Keys become those of ``CLIPVisionModel`` without ``vision_model.``, a prefix that transformers 5.6 dropped in memory.
 """
 
 import json
@@ -14,9 +13,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig
 
-from yivl.checkpoint.format import StateDict, find_weights, read_weights
+from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights, vit_folder
 from yivl.errors import CheckpointError
-from yivl.model.configuration import read_json, vit_folder
 from yivl.model.zero import gathered
 
 _PREFIX = "vision_model."
@@ -40,7 +38,7 @@ _OPEN_CLIP_BLOCK_NAMES = {
 
 
 def read_vit_weights(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> StateDict:
-    """Return the ViT of a published checkpoint folder, from ``model.safetensors`` or ``pytorch_model.bin``.
+    """Return the ViT weights of a checkpoint.
 
     Raises:
         CheckpointError: If the ViT folder holds neither.
@@ -49,9 +47,9 @@ def read_vit_weights(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -
 
 
 def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
-    """Return the vision tensors of a CLIP or CLIP-vision folder; text tensors of a whole CLIP are left out.
+    """Return the ViT weights of a CLIP, CLIP-vision or open_clip folder.
 
-    An open_clip folder will do, if it holds nothing else (the ViT folder of the release holds both).
+    Where a folder holds both forms, as in the released checkpoints, that of transformers is read.
 
     Raises:
         CheckpointError: If the folder holds no weights.
@@ -73,36 +71,26 @@ def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
     if is_open_clip(folder):
         return read_open_clip_config(Path(folder) / "open_clip_config.json")
     if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no ViT; expected a folder of CLIP (config.json) or open_clip_config.json")
+        raise CheckpointError(f"{folder}: no ViT; expected config.json (CLIP of transformers) or open_clip_config.json")
     fields = read_json(Path(folder) / "config.json")
     return CLIPVisionConfig(**fields.get("vision_config", fields))
 
 
 def is_open_clip(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a model of open_clip and none of transformers."""
+    """Whether a folder holds an open_clip model and no model of transformers."""
     return (Path(folder) / "open_clip_config.json").is_file() and not (Path(folder) / "config.json").is_file()
 
 
 def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> int:
-    """Copy ``weights`` into the ViT and return how many tensors it held before in another value.
+    """Copy ``weights`` into the ViT and return the number of tensors that changed.
 
     Raises:
-        CheckpointError: If a key is missing, unexpected or of a wrong shape, or the ViT was offloaded; nothing is
-            copied then.
+        CheckpointError: If a key is missing, unexpected or of a wrong shape, or the ViT was offloaded.
     """
     own = dict(vit.named_parameters())
-    shapes = {key: getattr(parameter, "ds_shape", parameter.shape) for key, parameter in own.items()}  # ZeRO-3: whole
     if any(parameter.device.type == "meta" for parameter in own.values()):
         raise CheckpointError(f"{source}: the device has no memory for the ViT; quantize the model or use --device cpu")
-    problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
-    problems += [f"unexpected {key}" for key in sorted(weights.keys() - own.keys())]
-    problems += [
-        f"{key} is {list(weights[key].shape)}, expected {list(shapes[key])}"
-        for key in sorted(own.keys() & weights.keys())
-        if shapes[key] != weights[key].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{source}: the ViT weights do not fit its config.json: {'; '.join(problems)}")
+    check_keys(source, own, weights, fit="the configuration of the ViT")
     num_different = 0
     with gathered(own.values()), torch.no_grad():
         for key, parameter in own.items():
@@ -113,19 +101,19 @@ def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, sou
 
 
 def open_clip_to_vit_weights(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """Return the visual tower of an open_clip checkpoint under the names used here.
+    """Return the visual tower of an open_clip checkpoint under the keys of this module.
 
     Args:
         state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone.
 
     Raises:
-        CheckpointError: If a visual key is unknown: the tower is no plain CLIP ViT.
+        CheckpointError: If a key is unknown: the tower is not a plain CLIP ViT.
     """
     if any(key.startswith("visual.") for key in state_dict):
         state_dict = {key.removeprefix("visual."): v for key, v in state_dict.items() if key.startswith("visual.")}
     weights: StateDict = {}
     for key, value in state_dict.items():
-        if key == "proj":  # the projection to the contrastive space has no place in a vision tower
+        if key == "proj":  # the projection to the contrastive space
             continue
         if key.startswith("transformer.resblocks."):
             _, _, index, rest = key.split(".", 3)
@@ -152,7 +140,7 @@ def _rename(key: str, names: Mapping[str, str], full_key: str) -> str:
 
 
 def read_open_clip_config(path: Path) -> CLIPVisionConfig:
-    """Return the configuration of the visual tower an ``open_clip_config.json`` describes.
+    """Return the configuration of the visual tower in an ``open_clip_config.json``.
 
     Raises:
         CheckpointError: If it does not describe a ViT.

@@ -88,9 +88,9 @@ def _load(arguments: argparse.Namespace) -> "LoadedModel":
 
 def _adapter_base(model_path: str) -> Any:
     """Return the base model that an adapter folder names, if any."""
-    from yivl.model.configuration import read_json
+    from yivl.checkpoint.format import ADAPTER_CONFIG, read_json
 
-    path = Path(model_path).expanduser() / "adapter_config.json"
+    path = Path(model_path).expanduser() / ADAPTER_CONFIG
     return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
 

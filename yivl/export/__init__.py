@@ -1,1 +1,1 @@
-"""Models and data in the forms of other tools."""
+"""Export to other programs, import from them, and the model card."""

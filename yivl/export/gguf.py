@@ -1,6 +1,6 @@
-"""A checkpoint to the two GGUF files that llama.cpp reads: the language model, and ViT with projector (``mmproj``).
+"""Export for llama.cpp: one GGUF file of the language model, one of ViT and projector (``mmproj``).
 
-llama.cpp's picture path is not ours to the last digit, whatever the file holds: docs/interop.md lists how it differs.
+llama.cpp does not process images exactly as this package does: docs/interop.md lists the differences.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,28 +23,23 @@ from gguf import (
 )
 
 from yivl.checkpoint.atomic import atomic_file
-from yivl.checkpoint.format import BUFFERS, StateDict, check_checkpoint_files, read_weights
-from yivl.checkpoint.loading import read_small_files, resolve_checkpoint
-from yivl.checkpoint.saving import TOWER
+from yivl.checkpoint.format import BUFFERS, PROJECTOR, TOWER, VIT, StateDict, check_keys, read_weights, weight_files
+from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
 from yivl.checkpoint.vit import read_vit_weights
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError, YiVLError
-from yivl.export.published import check_weights, empty_model
-from yivl.export.template import chat_template
+from yivl.export.llava import chat_template
 from yivl.image_processing import ImageProcessor
 from yivl.model.configuration import YiVLConfig
 from yivl.tokenization import YiTokenizer, tokenize_chunks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-_VIT: Final = f"{TOWER}vision_model."
-_PROJECTOR: Final = "model.mm_projector."
-
 _PROJECTORS: Final = ("mlp2x_gelu_Norm", "mlp2x_gelu")
-"""What llama.cpp computes. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
+"""Supported by llama.cpp. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
 
 _EPS: Final = 1e-5
-"""Of the projector's LayerNorms, where llama.cpp uses the ViT's. Source: torch.nn.LayerNorm; llama.cpp, as above."""
+"""Of the projector's LayerNorms; llama.cpp uses the ViT's. Source: torch.nn.LayerNorm; llama.cpp, as above."""
 
 _FORMATS: Final = {
     "float32": (torch.float32, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -52,26 +47,26 @@ _FORMATS: Final = {
     "bfloat16": (torch.bfloat16, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
 
-Source = Callable[[], StateDict]
-"""Reads one weight file, mapped into memory."""
+Reader = Callable[[], StateDict]
+"""Reads one weight file, memory-mapped."""
 
 Convert = Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
-"""Checkpoint key and tensor to GGUF name and tensor; ``None`` where the file leaves it out."""
+"""Checkpoint key and tensor to GGUF name and tensor; ``None`` if the file does not hold it."""
 
 
 def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, Path]:
     """Write ``<name>-<dtype>.gguf`` and ``mmproj-<name>-<dtype>.gguf`` and return their paths.
 
-    One weight file is mapped into memory and one tensor converted at a time. The ViT is that of ``vit/``, without the
-    layers that never run.
+    Weight files are memory-mapped one at a time and tensors converted one at a time. The ViT is that of ``vit/``,
+    without the layers that never run.
 
     Args:
-        checkpoint: Folder in the published layout, or hub id; its last part is the name.
-        folder: Where the files go; made if it is not there.
-        dtype: Of the matrices; vectors and the ViT's position table stay float32, as llama.cpp wants them.
+        checkpoint: Checkpoint folder or hub id; its last part is the name.
+        folder: Created if it does not exist.
+        dtype: Of the matrices; llama.cpp wants vectors and the position embeddings of the ViT in float32.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged or has what llama.cpp cannot compute, or a target exists.
+        CheckpointError: If the checkpoint is damaged or not supported by llama.cpp, or a target exists.
         YiVLError: If the dtype is unknown.
     """
     if dtype not in _FORMATS:
@@ -84,24 +79,23 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
     source = resolve_checkpoint(checkpoint)
     config, tokenizer, image_processor = read_small_files(source)
     _check_supported(source, config)
-    sources = _weight_sources(source, config)
-    # On the meta device: shapes alone, and nothing stays in memory.
-    found = {key: value.to("meta") for read in sources for key, value in read().items()}
-    check_weights(source, empty_model(config), found)
+    readers = _weight_readers(source, config)
+    found = {key: value.to("meta") for read in readers for key, value in read().items()}
+    check_keys(source, empty_model(config).state_dict(), found)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
         with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
             _add_language_fields(writer, config)
             _add_vocabulary(writer, config, tokenizer)
-            _write_tensors(writer, sources, _language_tensors(config), dtype)
+            _write_tensors(writer, readers, _language_tensors(config), dtype)
         with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
             _add_vision_fields(writer, config, image_processor)
-            _write_tensors(writer, sources, _vision_tensors(config), dtype)
+            _write_tensors(writer, readers, _vision_tensors(config), dtype)
     return targets
 
 
 def _check_supported(source: Path, config: YiVLConfig) -> None:
-    """Refuse what llama.cpp would compute differently without a word."""
+    """Refuse what llama.cpp would silently compute differently."""
     vision = config.vision_config
     supported: dict[str, tuple[object, tuple[object, ...]]] = {
         "mm_projector_type": (config.mm_projector_type, _PROJECTORS),
@@ -121,26 +115,22 @@ def _check_supported(source: Path, config: YiVLConfig) -> None:
             )
 
 
-def _weight_sources(source: Path, config: YiVLConfig) -> list[Source]:
-    """Return the readers of the main shards, without their copy of the ViT, and of ``vit/``."""
+def _weight_readers(source: Path, config: YiVLConfig) -> list[Reader]:
+    """Return readers of the main files, without their copy of the ViT, and of ``vit/``."""
 
     def read_shard(path: Path) -> StateDict:
         weights = read_weights(path)
-        return {
-            key: value
-            for key, value in weights.items()
-            if not key.startswith("model.vision_tower.") and not key.endswith(BUFFERS)
-        }
+        return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(BUFFERS)}
 
     def read_vit() -> StateDict:
-        return {f"{_VIT}{key}": value for key, value in read_vit_weights(source, config.mm_vision_tower).items()}
+        return {f"{VIT}{key}": value for key, value in read_vit_weights(source, config.mm_vision_tower).items()}
 
-    return [*(partial(read_shard, path) for path in check_checkpoint_files(source)), read_vit]
+    return [*(partial(read_shard, path) for path in weight_files(source)), read_vit]
 
 
 @contextmanager
 def _writer(path: Path, arch: MODEL_ARCH, kind: str, name: str, dtype: Dtype) -> Iterator[GGUFWriter]:
-    """Yield a writer with the general fields."""
+    """Yield a writer with the fields that both files have."""
     with closing(GGUFWriter(path, MODEL_ARCH_NAMES[arch])) as writer:
         writer.add_type(kind)
         writer.add_name(name)
@@ -162,7 +152,7 @@ def _add_language_fields(writer: GGUFWriter, config: YiVLConfig) -> None:
 
 
 def _add_vocabulary(writer: GGUFWriter, config: YiVLConfig, tokenizer: YiTokenizer) -> None:
-    """Add the tokens so that llama.cpp splits text as ``tokenize_chunks`` does, and ends an answer at ``###``."""
+    """Add the vocabulary, so that llama.cpp tokenizes as ``tokenize_chunks`` does and stops at ``###``."""
     tokens = [_token(index, tokenizer) for index in range(config.vocab_size)]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -174,7 +164,7 @@ def _add_vocabulary(writer: GGUFWriter, config: YiVLConfig, tokenizer: YiTokeniz
     writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     stop_ids = tokenize_chunks([STOP_STRING], tokenizer)
-    if len(stop_ids) == 1:  # as in every vocabulary of Yi; llama.cpp can stop at a token, not at a text
+    if len(stop_ids) == 1:  # as in every Yi vocabulary; llama.cpp stops at a token, not at a string
         writer.add_eot_token_id(stop_ids[0])
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
@@ -197,9 +187,9 @@ def _token(index: int, tokenizer: YiTokenizer) -> tuple[str, float, TokenType]:
     elif pieces.is_byte(index):
         kind = TokenType.BYTE
     elif pieces.is_control(index) or pieces.is_unused(index):
-        kind = TokenType.UNUSED  # no text ever becomes it, special or not
+        kind = TokenType.UNUSED  # never the result of tokenization, special or not
     else:
-        # What SentencePiece calls user-defined too: our tokenizer does not look for it in text.
+        # Also SentencePiece's user-defined pieces, which our tokenizer does not match in text.
         kind = TokenType.NORMAL
     return text, pieces.get_score(index), kind
 
@@ -207,7 +197,7 @@ def _token(index: int, tokenizer: YiTokenizer) -> tuple[str, float, TokenType]:
 def _add_vision_fields(writer: GGUFWriter, config: YiVLConfig, image_processor: ImageProcessor) -> None:
     vision, clip = config.vision_config, image_processor.clip_processor
     writer.add_clip_has_vision_encoder(True)
-    writer.add_clip_projector_type("mlp")  # that there are LayerNorms, llama.cpp sees from the tensors
+    writer.add_clip_projector_type("mlp")  # llama.cpp detects the LayerNorms from the tensors
     writer.add_vision_projection_dim(config.hidden_size)
     writer.add_vision_image_size(vision.image_size)
     writer.add_vision_patch_size(vision.patch_size)
@@ -218,7 +208,7 @@ def _add_vision_fields(writer: GGUFWriter, config: YiVLConfig, image_processor: 
     writer.add_vision_use_gelu(vision.hidden_act == "gelu")
     writer.add_vision_image_mean(clip.image_mean)
     writer.add_vision_image_std(clip.image_std)
-    # Without the second field llama.cpp leaves out one more layer than the file holds.
+    # Without the second field llama.cpp skips the last layer of the file.
     writer.add_vision_block_count(config.num_vision_layers)
     writer.add_array("clip.vision.feature_layer", [config.num_vision_layers])
 
@@ -227,19 +217,19 @@ def _language_tensors(config: YiVLConfig) -> Convert:
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
 
     def convert(key: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        if key.startswith((_VIT, _PROJECTOR)):
+        if key.startswith((VIT, PROJECTOR)):
             return None
         if key.endswith((".q_proj.weight", ".k_proj.weight")):
             tensor = _interleave_halves(tensor, config.head_dim)
-        return cast(str, names.get_name(key, try_suffixes=(".weight",))), tensor  # without biases all have a name
+        return cast(str, names.get_name(key, try_suffixes=(".weight",))), tensor  # without biases every key has a name
 
     return convert
 
 
 def _interleave_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Return a query or key projection, ``(heads * head_dim, hidden)``, with the rows of each head reordered.
+    """Return a query or key projection, ``(heads * head_dim, hidden)``, with the rows of each head interleaved.
 
-    transformers rotates dimension ``i`` with ``i + head_dim / 2``, llama.cpp its neighbour.
+    RoPE pairs dimension ``i`` with ``i + head_dim / 2`` in transformers and with ``i + 1`` in llama.cpp.
     Source: llama.cpp, conversion/llama.py.
     """
     return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
@@ -249,23 +239,23 @@ def _vision_tensors(config: YiVLConfig) -> Convert:
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, config.num_vision_layers)
 
     def convert(key: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        if key.startswith(_PROJECTOR):
-            return f"mm.{key.removeprefix(_PROJECTOR)}", tensor
-        # llama.cpp applies post_layernorm where it finds one, which the features are taken before.
-        if not key.startswith(_VIT) or "post_layernorm" in key:
+        if key.startswith(PROJECTOR):
+            return f"mm.{key.removeprefix(PROJECTOR)}", tensor
+        # llama.cpp would apply post_layernorm, which comes after mm_vision_select_layer.
+        if not key.startswith(VIT) or "post_layernorm" in key:
             return None
-        name = key.replace(_VIT, "vision_tower.vision_model.")
+        name = key.replace(VIT, "vision_tower.vision_model.")
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        return None if found is None else (found, tensor)  # no name: a layer beyond those that run
+        return None if found is None else (found, tensor)  # no name: a layer that never runs
 
     return convert
 
 
-def _write_tensors(writer: GGUFWriter, sources: Sequence[Source], convert: Convert, dtype: Dtype) -> None:
-    """Write the file: fields, then the description of all tensors, then the tensors one by one."""
+def _write_tensors(writer: GGUFWriter, readers: Sequence[Reader], convert: Convert, dtype: Dtype) -> None:
+    """Write the file: fields, then the headers of all tensors, then the tensors one by one."""
 
     def tensors(*, shapes_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        for read in sources:
+        for read in readers:
             for key, value in read().items():
                 converted = convert(key, value.to("meta") if shapes_only else value)
                 if converted is not None:
@@ -274,14 +264,14 @@ def _write_tensors(writer: GGUFWriter, sources: Sequence[Source], convert: Conve
     for name, tensor in tensors(shapes_only=True):
         torch_dtype, kind = _storage(name, tensor, dtype)
         num_bytes = tensor.numel() * torch_dtype.itemsize
-        # The NumPy type counts for nothing beside the raw one.
+        # The raw dtype overrides the NumPy one.
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in tensors(shapes_only=False):
         stored = tensor.to(_storage(name, tensor, dtype)[0])
-        # NumPy has no bfloat16: its bits go through an integer type.
+        # NumPy has no bfloat16; int16 carries the bits.
         bits = stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored
         writer.write_tensor_data(bits.numpy())
 
@@ -289,7 +279,7 @@ def _write_tensors(writer: GGUFWriter, sources: Sequence[Source], convert: Conve
 def _storage(name: str, tensor: torch.Tensor, dtype: Dtype) -> tuple[torch.dtype, GGMLQuantizationType]:
     """Return how a tensor is stored. Source: llama.cpp, conversion/base.py."""
     is_matrix = tensor.ndim > 1 and name != "v.position_embd.weight"
-    # The convolution has no bfloat16.
+    # llama.cpp has no bfloat16 convolution.
     if not is_matrix or (dtype == "bfloat16" and name == "v.patch_embd.weight"):
         dtype = "float32"
     torch_dtype, kind, _ = _FORMATS[dtype]

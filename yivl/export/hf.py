@@ -1,6 +1,6 @@
-"""The published layout and the ``-hf`` layout of Yi-VL-6B-hf, both ways, without loss.
+"""Conversion between Yi-VL checkpoints and the ``-hf`` format of Yi-VL-6B-hf, in both directions and without loss.
 
-The ``-hf`` layout is that of transformers' LLaVA before 4.52, with a projector of four layers, two of them LayerNorms,
+The ``-hf`` format is that of transformers' LLaVA before 4.52, with a projector of four layers, two of them LayerNorms,
 and with two more tokens. Source: BUAADreamer/Yi-VL-6B-hf, config.json and README.
 """
 
@@ -16,45 +16,43 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.atomic import write_json
-from yivl.checkpoint.saving import TOWER, check_apart, checkpoint_dir, save_checkpoint, save_shards
+from yivl.checkpoint.format import PROJECTOR, TOKENIZER_FILES, TOWER, VIT, check_keys, read_json, read_main_weights
+from yivl.checkpoint.loading import empty_model
+from yivl.checkpoint.saving import check_apart, checkpoint_dir, save_checkpoint, save_shards
 from yivl.errors import CheckpointError
-from yivl.export.published import (
+from yivl.export.llava import (
     STRATEGIES,
     TEXT_FIELDS,
-    TOKENIZER_FILES,
-    check_weights,
-    empty_model,
-    read_main_weights,
-    read_published,
+    read_checkpoint,
     text_config,
     vision_config,
     write_processor,
     write_tokenizer,
 )
 from yivl.image_processing import load_clip_processor
-from yivl.model.configuration import YiVLConfig, read_json
+from yivl.model.configuration import YiVLConfig
 from yivl.tokenization import load_tokenizer
 
 IMAGE_TOKEN: Final = "<image>"
-"""Takes the first id behind the vocabulary; in a prompt it stands once for each patch. Source: as above."""
+"""The first id after the vocabulary; repeated in a prompt for each patch. Source: as above."""
 
 PAD_TOKEN: Final = "<pad>"
-"""Takes the next id. Source: as above."""
+"""The next id. Source: as above."""
 
-_MULTIPLE: Final = 64  # of which the vocabulary is one: 64,000 and two tokens are 64,064. Source: as above.
+_MULTIPLE: Final = 64  # the vocabulary is padded to one: 64,002 to 64,064. Source: as above.
 _VOCABULARY: Final = ("model.embed_tokens.weight", "lm_head.weight")
 
-# Ours and theirs; the first that fits is taken. Source: as above, model.safetensors.index.json.
+# Prefixes of Yi-VL and of -hf; the first match counts. Source: as above, model.safetensors.index.json.
 _NAMES: Final = (
-    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
-    ("model.mm_projector.1.", "multi_modal_projector.linear_2."),
-    ("model.mm_projector.3.", "multi_modal_projector.linear_3."),
-    ("model.mm_projector.4.", "multi_modal_projector.linear_4."),
+    (f"{PROJECTOR}0.", "multi_modal_projector.linear_1."),
+    (f"{PROJECTOR}1.", "multi_modal_projector.linear_2."),
+    (f"{PROJECTOR}3.", "multi_modal_projector.linear_3."),
+    (f"{PROJECTOR}4.", "multi_modal_projector.linear_4."),
     (TOWER, "vision_tower."),
     ("model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
-# What transformers has written since 4.52, and the same before. Source: transformers 5, conversion_mapping.py.
+# Prefixes of transformers since 4.52, and before. Source: transformers 5, conversion_mapping.py.
 _SINCE: Final = (
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),
@@ -62,46 +60,46 @@ _SINCE: Final = (
     ("lm_head.", "language_model.lm_head."),
 )
 
-_PUBLISHED: Final = "published.json"  # the small published files as they were, by name, for the way back
+_ORIGINALS: Final = "published.json"  # the small files of the source by name, for the conversion back
 
 
 def to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write a checkpoint in the ``-hf`` layout; memory for the whole model is needed.
+    """Convert a checkpoint to the ``-hf`` format; memory for the whole model is needed.
 
-    Rows of the new tokens, and those that pad the vocabulary, are copies of the row of ``<unk>``, so that none of them
-    is ever more likely than ``<unk>``. The small published files go along in ``published.json``.
+    The rows of the embeddings for added tokens and padding are copies of the row of ``<unk>``, so that none of them is
+    ever more likely than ``<unk>``. The small files of the source are kept in ``published.json``.
 
     Args:
-        source: Folder in the published layout, or hub id.
+        source: Checkpoint folder or hub id.
         target: Replaced if it holds a checkpoint.
 
     Raises:
         CheckpointError: If the projector is not that of Yi-VL, weights are missing, or ``target`` may not be replaced.
     """
     check_apart(source, target)
-    published = read_published(source)
-    config, weights = published.config, published.weights
+    checkpoint = read_checkpoint(source)
+    config, weights = checkpoint.config, checkpoint.weights
     rows = -(-(config.vocab_size + 2) // _MULTIPLE) * _MULTIPLE
     for key in _VOCABULARY:
         weights[key] = torch.cat([weights[key], weights[key][:1].expand(rows - config.vocab_size, -1)])
     with checkpoint_dir(target) as new:
         save_shards({_renamed(key, _NAMES): value.contiguous() for key, value in weights.items()}, new, "5GB")
-        write_json(new / "config.json", _their_config(config, rows, weights["lm_head.weight"].dtype))
-        write_json(new / _PUBLISHED, published.small_files)
-        generation = published.small_files.get("generation_config.json", {})
+        write_json(new / "config.json", _hf_config(config, rows, weights["lm_head.weight"].dtype))
+        write_json(new / _ORIGINALS, checkpoint.small_files)
+        generation = checkpoint.small_files.get("generation_config.json", {})
         write_json(new / "generation_config.json", generation | {"pad_token_id": config.vocab_size + 1})
         added = {IMAGE_TOKEN: config.vocab_size, PAD_TOKEN: config.vocab_size + 1}
-        write_tokenizer(published, new, added, {"pad_token": PAD_TOKEN})
-        write_processor(published, new, IMAGE_TOKEN)
+        write_tokenizer(checkpoint, new, added, {"pad_token": PAD_TOKEN})
+        write_processor(checkpoint, new, IMAGE_TOKEN)
 
 
 def from_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write a checkpoint in the published layout; memory for the whole model is needed.
+    """Convert a folder in the ``-hf`` format to a Yi-VL checkpoint; memory for the whole model is needed.
 
-    What ``config.json`` does not say is taken from ``published.json``, and without that from the released models.
+    Fields that its ``config.json`` lacks come from ``published.json``, or else from the released models.
 
     Args:
-        source: Folder in the ``-hf`` layout as Yi-VL-6B-hf, this module or a later version of transformers write it.
+        source: Folder as written by Yi-VL-6B-hf, this module or a later version of transformers.
         target: Replaced if it holds a checkpoint.
 
     Raises:
@@ -109,21 +107,21 @@ def from_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
     """
     check_apart(source, target)
     folder = Path(source)
-    published = read_json(folder / _PUBLISHED) if (folder / _PUBLISHED).is_file() else {}
-    config = _our_config(folder, published.get("config.json", {}))
+    originals = read_json(folder / _ORIGINALS) if (folder / _ORIGINALS).is_file() else {}
+    config = _yivl_config(folder, originals.get("config.json", {}))
     if not (folder / "tokenizer.model").is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model; copy that of the Yi model there")
-    weights = {_to_ours(key): value for key, value in read_main_weights(folder).items()}
+    weights = {_yivl_key(key): value for key, value in read_main_weights(folder).items()}
     for key in set(_VOCABULARY) & weights.keys():
         weights[key] = weights[key][: config.vocab_size].clone()
     model = empty_model(config)
-    check_weights(folder, model, weights)
-    if "generation_config.json" in published:
-        model.generation_config = GenerationConfig(**published["generation_config.json"])
-    with tempfile.TemporaryDirectory() as own:
-        shutil.copyfile(folder / "tokenizer.model", Path(own) / "tokenizer.model")
-        _write_our_tokenizer(folder, Path(own), published, config.vocab_size)
-        tokenizer, image_processor = load_tokenizer(own), _clip_processor(folder)
+    check_keys(folder, model.state_dict(), weights)
+    if "generation_config.json" in originals:
+        model.generation_config = GenerationConfig(**originals["generation_config.json"])
+    with tempfile.TemporaryDirectory() as temporary:
+        shutil.copyfile(folder / "tokenizer.model", Path(temporary) / "tokenizer.model")
+        _write_yivl_tokenizer(folder, Path(temporary), originals, config.vocab_size)
+        tokenizer, image_processor = load_tokenizer(temporary), _clip_processor(folder)
         save_checkpoint(model, target, tokenizer=tokenizer, image_processor=image_processor, state_dict=weights)
 
 
@@ -131,18 +129,14 @@ def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:
     return next((new + key.removeprefix(old) for old, new in names if key.startswith(old)), key)
 
 
-def _to_ours(key: str) -> str:
-    key = _renamed(_renamed(key, _SINCE), [(theirs, ours) for ours, theirs in _NAMES])
-    # transformers 5.6 dropped this part in memory, and programs that save from there do too.
-    return (
-        key
-        if not key.startswith(TOWER)
-        else f"{TOWER}vision_model.{key.removeprefix(TOWER).removeprefix('vision_model.')}"
-    )
+def _yivl_key(key: str) -> str:
+    key = _renamed(_renamed(key, _SINCE), [(hf, yivl) for yivl, hf in _NAMES])
+    # Programs that save the keys of transformers 5.6 in memory leave out the last part of this prefix.
+    return f"{VIT}{key.removeprefix(VIT).removeprefix(TOWER)}" if key.startswith(TOWER) else key
 
 
-def _their_config(config: YiVLConfig, rows: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the fields of ``config.json``; those of Yi-VL-6B-hf, and the number of patches that newer readers use."""
+def _hf_config(config: YiVLConfig, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return ``config.json``: the fields of Yi-VL-6B-hf, and the number of patches that newer versions read."""
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -162,18 +156,18 @@ def _their_config(config: YiVLConfig, rows: int, dtype: torch.dtype) -> dict[str
     }
 
 
-def _our_config(folder: Path, published: Mapping[str, Any]) -> YiVLConfig:
+def _yivl_config(folder: Path, original: Mapping[str, Any]) -> YiVLConfig:
     fields = read_json(folder / "config.json")
     try:
         text = LlamaConfig(**fields["text_config"]).to_dict()
         vision = CLIPVisionConfig(**fields["vision_config"])
         [select_feature] = [
-            ours for ours, theirs in STRATEGIES.items() if theirs == fields["vision_feature_select_strategy"]
+            feature for feature, name in STRATEGIES.items() if name == fields["vision_feature_select_strategy"]
         ]
-        ours = {
+        config = {
             "image_aspect_ratio": "pad",  # as in the released models
             "mm_vision_tower": "./vit/clip-vit",
-            **published,
+            **original,
             **{name: text[name] for name in (*TEXT_FIELDS, "rope_parameters")},
             "mm_hidden_size": vision.hidden_size,
             "mm_vision_select_feature": select_feature,
@@ -182,15 +176,15 @@ def _our_config(folder: Path, published: Mapping[str, Any]) -> YiVLConfig:
             "vocab_size": fields["image_token_index"],
         }
         for name in ("model_type", "rope_theta", "rope_scaling"):  # the last two are in rope_parameters
-            ours.pop(name, None)
-        return YiVLConfig(**ours)
+            config.pop(name, None)
+        return YiVLConfig(**config)
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}/config.json: not the -hf layout of a Yi-VL model ({reason})") from error
+        raise CheckpointError(f"{folder}/config.json: not the -hf format of a Yi-VL model ({reason})") from error
 
 
 def _clip_processor(folder: Path) -> CLIPImageProcessorPil:
-    """Return the CLIP preprocessing, from the file of its own or that of transformers 5 for all of a processor."""
+    """Return the CLIP preprocessing from its own file, or from the one that transformers 5 writes for a processor."""
     if not (folder / "preprocessor_config.json").is_file() and (folder / "processor_config.json").is_file():
         fields = read_json(folder / "processor_config.json").get("image_processor")
         if isinstance(fields, dict):
@@ -198,11 +192,11 @@ def _clip_processor(folder: Path) -> CLIPImageProcessorPil:
     return load_clip_processor(folder)
 
 
-def _write_our_tokenizer(folder: Path, new: Path, published: Mapping[str, Any], vocabulary: int) -> None:
-    """Write the tokenizer's small files: the published ones, or else theirs without the two tokens."""
-    if TOKENIZER_FILES[0] in published:
-        for name in set(TOKENIZER_FILES) & published.keys():
-            write_json(new / name, published[name])
+def _write_yivl_tokenizer(folder: Path, target: Path, originals: Mapping[str, Any], vocabulary: int) -> None:
+    """Write the small files of the tokenizer: the originals, or else those of ``folder`` without the two tokens."""
+    if TOKENIZER_FILES[0] in originals:
+        for name in set(TOKENIZER_FILES) & originals.keys():
+            write_json(target / name, originals[name])
         return
     config, special, known = (read_json(folder / name) if (folder / name).is_file() else {} for name in TOKENIZER_FILES)
     decoder = config.get("added_tokens_decoder", {})
@@ -215,6 +209,6 @@ def _write_our_tokenizer(folder: Path, new: Path, published: Mapping[str, Any], 
     }
     for name in ("chat_template", "extra_special_tokens", "image_token", "processor_class"):
         config.pop(name, None)
-    write_json(new / "tokenizer_config.json", config)
-    write_json(new / "special_tokens_map.json", special | {"pad_token": "<unk>"})
-    write_json(new / "added_tokens.json", {token: index for token, index in known.items() if index < vocabulary})
+    write_json(target / "tokenizer_config.json", config)
+    write_json(target / "special_tokens_map.json", special | {"pad_token": "<unk>"})
+    write_json(target / "added_tokens.json", {token: index for token, index in known.items() if index < vocabulary})

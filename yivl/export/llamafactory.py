@@ -1,7 +1,7 @@
-"""Training rows to and from the data sets of LLaMA-Factory: a file of rows, declared in ``dataset_info.json``.
+"""Conversion of training data to and from LLaMA-Factory, which declares its datasets in ``dataset_info.json``.
 
-Both mark a picture in the text, ``<image_placeholder>`` here and ``<image>`` there. Paths are kept as they are:
-relative ones start at the image folder here and at ``media_dir`` there, by default the folder of ``dataset_info.json``.
+Image paths are not changed: relative ones start at ``--image_folder`` here and at ``media_dir`` there, by default the
+folder of ``dataset_info.json``.
 """
 
 import json
@@ -17,16 +17,16 @@ from yivl.conversation import Turn
 from yivl.data.rows import RowError, parse_row, read_rows
 
 IMAGE: Final = "<image>"
-"""Text that stands for one image. Source: hiyouga/LLaMA-Factory, src/llamafactory/extras/constants.py."""
+"""Placeholder of one image. Source: hiyouga/LLaMA-Factory, src/llamafactory/extras/constants.py."""
 
 _MEDIA: Final = (IMAGE, "<video>", "<audio>", "{{image}}")
-"""Text that LLaMA-Factory takes for media, wherever it stands. Source: there, src/llamafactory/data/mm_plugin.py."""
+"""Placeholders of media anywhere in a text. Source: as above, src/llamafactory/data/mm_plugin.py."""
 
 _DEFAULT_COLUMNS: Final = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
     "sharegpt": {"messages": "conversations"},
 }
-"""Columns of a data set that declares none; one that declares some has no others.
+"""Columns of a dataset that declares none.
 Source: hiyouga/LLaMA-Factory, src/llamafactory/data/parser.py."""
 
 _DEFAULT_TAGS: Final = {
@@ -39,37 +39,37 @@ _DEFAULT_TAGS: Final = {
 """Source: hiyouga/LLaMA-Factory, data/README.md."""
 
 _OPENAI_TAGS: Final = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-"""What its own picture data sets declare. Source: hiyouga/LLaMA-Factory, data/dataset_info.json, ``mllm_demo``."""
+"""Of its image datasets. Source: hiyouga/LLaMA-Factory, data/dataset_info.json, ``mllm_demo``."""
 
-_ELSEWHERE: Final = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_REMOTE: Final = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _PREFERENCES: Final = ("chosen", "rejected", "kto_tag")
-_NO_PLACE: Final = ("tools", "videos", "audios")
+_UNSUPPORTED: Final = ("tools", "videos", "audios")
 
 
 def to_llamafactory(source: Path, folder: Path, *, name: str) -> int:
-    """Write rows as the data set ``name`` of LLaMA-Factory: ``<name>.json``, declared in ``dataset_info.json``.
+    """Write training data as the dataset ``<name>.json`` and declare it in ``dataset_info.json``.
 
-    Other data sets of that file stay as they are. Keys of a row that neither side reads are kept.
+    Other datasets in that file are kept, and so are keys of a row that neither program reads.
 
     Args:
         source: ``.json`` or ``.jsonl`` rows.
         folder: The ``dataset_dir`` of LLaMA-Factory.
-        name: Replaced if it was written by this function.
+        name: Of the dataset; replaced if this function wrote it.
 
     Returns:
         Number of rows.
 
     Raises:
-        RowError: If a row cannot be trained on or cannot be said in that form, or something else has that name.
+        RowError: If a row is invalid or cannot be expressed there, or another dataset has that name.
     """
     if not re.fullmatch(r"[\w.-]+", name) or name == "dataset_info":
-        raise RowError(f"{name!r}: not the name of a data set; use letters, digits, '.', '-' and '_'")
+        raise RowError(f"{name!r}: not a name for a dataset; use letters, digits, '.', '-' and '_'")
     rows = [_to_row(fields, origin) for origin, fields in read_rows(source)]
     if not rows:
         raise RowError(f"{source}: no rows")
     info_path, data_path = folder / "dataset_info.json", folder / f"{name}.json"
     if source.resolve() == data_path.resolve():
-        raise RowError(f"{source}: would be replaced; give another name")
+        raise RowError(f"{source}: would be overwritten; give another name")
     info = _read_info(info_path) if info_path.exists() else {}
     declared = {
         "file_name": data_path.name,
@@ -78,9 +78,9 @@ def to_llamafactory(source: Path, folder: Path, *, name: str) -> int:
         "tags": _OPENAI_TAGS,
     }
     if info.get(name, declared) != declared or (name not in info and data_path.exists()):
-        raise RowError(f"{folder}: holds another data set {name!r}; give another name")
+        raise RowError(f"{folder}: holds another dataset {name!r}; give another name")
     folder.mkdir(parents=True, exist_ok=True)
-    # The rows first: a data set that is declared is there.
+    # The rows first: a declared dataset must exist.
     write_text(data_path, _json_list(rows))
     write_json(info_path, info | {name: declared}, sort_keys=False)
     return len(rows)
@@ -95,7 +95,7 @@ def _to_row(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
     messages = []
     for turn, question, answer in zip(row.turns, texts[::2], texts[1::2], strict=True):
         if found := next((token for token in _MEDIA for text in (question, answer) if token in text), None):
-            raise RowError(f"{origin}: LLaMA-Factory would take the text {found!r} for a picture or a sound; reword it")
+            raise RowError(f"{origin}: LLaMA-Factory would read the text {found!r} as a placeholder; reword it")
         messages.append({"role": "user", "content": _to_question(turn, question)})
         messages.append({"role": "assistant", "content": answer})
     images = fields.get("image") or []
@@ -105,7 +105,7 @@ def _to_row(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _to_question(turn: Turn, text: str) -> str:
-    """Return a question with its pictures where they stood; those in front as the prompt shows them."""
+    """Return a question with its placeholders in place; those before the text as in the prompt."""
     pieces = text.split(DEFAULT_IMAGE_TOKEN)
     if any(piece.strip() for piece in pieces[:-1]):
         return IMAGE.join(pieces).strip()
@@ -113,55 +113,55 @@ def _to_question(turn: Turn, text: str) -> str:
 
 
 def from_llamafactory(dataset_info: Path, name: str, target: Path) -> int:
-    """Write a data set of LLaMA-Factory, ``alpaca`` or ``sharegpt``, as rows that ``yivl`` trains on.
+    """Write a dataset of LLaMA-Factory, ``alpaca`` or ``sharegpt``, as training data of this package.
 
-    Keys of a row that neither side reads are kept.
+    Keys of a row that neither program reads are kept.
 
     Args:
-        dataset_info: The ``dataset_info.json`` that declares it, beside the file of rows.
-        name: Its name there.
+        dataset_info: The ``dataset_info.json`` that declares it, in the folder of its rows.
+        name: Of the dataset.
         target: ``.json`` file, replaced if it exists.
 
     Returns:
         Number of rows.
 
     Raises:
-        RowError: If the data set is not declared, not in a ``.json`` or ``.jsonl`` file, or not supervised; if a row
-            holds what a row here cannot (another system message, tools, videos, sounds), or is wrong on either side.
+        RowError: If the dataset is not declared, not in a ``.json`` or ``.jsonl`` file, or not supervised; if a row
+            is invalid, or has what is not supported here (another system message, tools, video, audio).
     """
-    data_set = _read_declaration(dataset_info, name)
+    dataset = _read_declaration(dataset_info, name)
     if target.suffix != ".json":
         raise RowError(f"{target}: the rows are a JSON list; give a name that ends in .json")
-    if target.resolve() in (data_set.file.resolve(), dataset_info.resolve()):
-        raise RowError(f"{target}: would replace what it is made of; give another file")
-    rows = [_from_row(fields, data_set, origin) for origin, fields in read_rows(data_set.file)]
+    if target.resolve() in (dataset.file.resolve(), dataset_info.resolve()):
+        raise RowError(f"{target}: would overwrite its source; give another file")
+    rows = [_from_row(fields, dataset, origin) for origin, fields in read_rows(dataset.file)]
     if not rows:
-        raise RowError(f"{data_set.file}: no rows")
+        raise RowError(f"{dataset.file}: no rows")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, _json_list(rows))
     return len(rows)
 
 
 @dataclass(frozen=True)
-class _DataSet:
-    """What ``dataset_info.json`` says of a data set."""
+class _Dataset:
+    """One dataset of ``dataset_info.json``."""
 
     file: Path
     columns: Mapping[str, str]
-    """Keys of a row by their meaning; what is missing is not there."""
+    """Keys of a row by their role."""
     tags: Mapping[str, str] | None
     """Keys and roles of a message in ``sharegpt``; ``None`` is ``alpaca``."""
 
 
-def _read_declaration(dataset_info: Path, name: str) -> _DataSet:
+def _read_declaration(dataset_info: Path, name: str) -> _Dataset:
     declared = _read_info(dataset_info).get(name)
     origin = f"{dataset_info} {name!r}"
     if not isinstance(declared, dict):
-        raise RowError(f"{origin}: no such data set")
-    elsewhere = next((key for key in _ELSEWHERE if key in declared), None)
+        raise RowError(f"{origin}: no such dataset")
+    remote = next((key for key in _REMOTE if key in declared), None)
     file = declared.get("file_name")
-    if elsewhere is not None or not isinstance(file, str):
-        raise RowError(f"{origin}: no local file ({elsewhere or 'no file_name'}); download it and declare a file_name")
+    if remote is not None or not isinstance(file, str):
+        raise RowError(f"{origin}: no local file ({remote or 'no file_name'}); download it and declare a file_name")
     if not file.endswith((".json", ".jsonl")):
         raise RowError(f"{origin}: {file} is not a .json or .jsonl file")
     formatting = declared.get("formatting", "alpaca")
@@ -170,36 +170,36 @@ def _read_declaration(dataset_info: Path, name: str) -> _DataSet:
     columns, tags = declared.get("columns", _DEFAULT_COLUMNS[formatting]), declared.get("tags", {})
     for names in (columns, tags):
         if not isinstance(names, dict) or not all(isinstance(value, str | None) for value in names.values()):
-            raise RowError(f"{origin}: 'columns' and 'tags' give names to names")
+            raise RowError(f"{origin}: 'columns' and 'tags' must map strings to strings")
     columns = {key: column for key, column in columns.items() if column}
     preferences = [key for key in _PREFERENCES if key in columns] + ["ranking"] * bool(declared.get("ranking"))
     if preferences:
-        raise RowError(f"{origin}: preferences ({preferences[0]}); only supervised data can be trained on here")
+        raise RowError(f"{origin}: preference data ({preferences[0]}); only supervised data is supported")
     needed = "messages" if formatting == "sharegpt" else "response"
     if needed not in columns:
         raise RowError(f"{origin}: the columns do not name {needed!r}")
-    return _DataSet(dataset_info.parent / file, columns, _DEFAULT_TAGS | tags if formatting == "sharegpt" else None)
+    return _Dataset(dataset_info.parent / file, columns, _DEFAULT_TAGS | tags if formatting == "sharegpt" else None)
 
 
-def _from_row(fields: Mapping[str, Any], data_set: _DataSet, origin: str) -> dict[str, Any]:
-    values = {key: fields.get(column) for key, column in data_set.columns.items()}
+def _from_row(fields: Mapping[str, Any], dataset: _Dataset, origin: str) -> dict[str, Any]:
+    values = {key: fields.get(column) for key, column in dataset.columns.items()}
     try:
-        messages = list(_alpaca(values) if data_set.tags is None else _sharegpt(values["messages"], data_set.tags))
+        messages = list(_alpaca(values) if dataset.tags is None else _sharegpt(values["messages"], dataset.tags))
         system = messages.pop(0)[1] if messages and messages[0][0] == "system" else values.get("system")
         if system and str(system).strip() != SYSTEM_PROMPT:
-            raise RowError("a system message of its own; that of Yi-VL is part of every prompt, remove it")
-        if found := next((key for key in _NO_PLACE if values.get(key) not in (None, "", "[]", [])), None):
-            raise RowError(f"{found} have no place in a row; remove them")
+            raise RowError("another system message; every prompt has that of Yi-VL, remove it")
+        if found := next((key for key in _UNSUPPORTED if values.get(key) not in (None, "", "[]", [])), None):
+            raise RowError(f"{found} are not supported; remove them")
         conversations = []
         for role, text in messages:
             if DEFAULT_IMAGE_TOKEN in text:
-                raise RowError(f"the text {DEFAULT_IMAGE_TOKEN!r} would become a picture; reword it")
+                raise RowError(f"the text {DEFAULT_IMAGE_TOKEN!r} would be read as an image; reword it")
             conversations.append({"from": role, "value": text.replace(IMAGE, DEFAULT_IMAGE_TOKEN)})
         images = values.get("images") or []
         images = images if isinstance(images, list) else [images]
     except RowError as error:
         raise RowError(f"{origin}: {error}") from error
-    row = _other_keys(fields, data_set.columns.values(), ("image", "conversations"), origin)
+    row = _other_keys(fields, dataset.columns.values(), ("image", "conversations"), origin)
     if images:
         row["image"] = images[0] if len(images) == 1 else images
     row["conversations"] = conversations
@@ -209,9 +209,9 @@ def _from_row(fields: Mapping[str, Any], data_set: _DataSet, origin: str) -> dic
 
 
 def _keep_outer_blanks(conversations: Sequence[dict[str, str]], num_images: int) -> None:
-    """Keep the blanks around a question in training, as LLaMA-Factory does, where all pictures stand before it.
+    """Keep blanks around a question whose images all precede it, as LLaMA-Factory does.
 
-    ``parse_row`` drops them where there is a placeholder; without one it shows the pictures in the same place.
+    ``parse_row`` strips them if there is a placeholder; without one it puts the images in the same place.
     """
     question = conversations[0]["value"].removeprefix(f"{DEFAULT_IMAGE_TOKEN * num_images}\n")
     if num_images and question != question.strip():
@@ -219,7 +219,7 @@ def _keep_outer_blanks(conversations: Sequence[dict[str, str]], num_images: int)
 
 
 def _sharegpt(messages: Any, tags: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield role and text of every message; the system message, if there is one, first."""
+    """Yield role and text of every message."""
     if not isinstance(messages, list):
         raise RowError("the messages are not a list")
     roles = {tags["user_tag"]: "human", tags["assistant_tag"]: "assistant"}
@@ -234,11 +234,11 @@ def _sharegpt(messages: Any, tags: Mapping[str, str]) -> Iterator[tuple[str, str
         elif role in roles:
             yield roles[role], text
         else:
-            raise RowError(f"role {role!r} has no place in a row; known are {', '.join(roles)}")
+            raise RowError(f"role {role!r} is not supported; expected {' or '.join(roles)}")
 
 
 def _alpaca(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield role and text of every message of an instruction with its history."""
+    """Yield role and text of every message of an instruction and its history."""
     asked = [text for key in ("prompt", "query") if (text := values.get(key))]
     question = "\n".join(asked) if all(isinstance(text, str) for text in asked) else None
     history = values.get("history")
@@ -250,11 +250,11 @@ def _alpaca(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _other_keys(fields: Mapping[str, Any], read: Iterable[str], written: Sequence[str], origin: str) -> dict[str, Any]:
-    """Return what a row holds beside the keys that were read, none of which may be one that is written."""
+    """Return the keys of a row that were not read; none may be a key that is written."""
     read = set(read)
     others = {key: value for key, value in fields.items() if key not in read}
     if clash := next((key for key in written if key in others), None):
-        raise RowError(f"{origin}: the key {clash!r} means something else on the other side; rename or remove it")
+        raise RowError(f"{origin}: the key {clash!r} has another meaning in the target format; rename or remove it")
     return others
 
 
@@ -266,7 +266,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RowError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(info, dict):
-        raise RowError(f"{path}: expected a JSON object of data sets")
+        raise RowError(f"{path}: expected a JSON object of datasets")
     return info
 
 

@@ -1,21 +1,18 @@
 """The configuration of a Yi-VL checkpoint: Llama fields, ``mm_*`` fields, and the ViT's own configuration."""
 
-import json
-import os
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from yivl.errors import CheckpointError
 
 PUBLISHED_ARCHITECTURE: Final = "LlavaLlamaForCausalLM"
-"""Class name every published checkpoint carries. Source: 01-ai/Yi-VL-6B, config.json."""
+"""Class name in the released checkpoints. Source: 01-ai/Yi-VL-6B, config.json."""
 
-# Bookkeeping of transformers or of this process that has no place in a published config.json.
+# Fields of transformers or of this process that a checkpoint does not record.
 _UNPUBLISHED: Final = (
     "vision_config",
     "rope_parameters",
@@ -23,16 +20,16 @@ _UNPUBLISHED: Final = (
     "mlp_bias",
     "dtype",
     "use_cache",
-    "_name_or_path",  # where it was loaded from, on this machine
+    "_name_or_path",  # a local path
 )
 
 
 @strict
 class YiVLConfig(LlamaConfig):  # type: ignore[misc]
-    """Fields of the published ``config.json`` plus ``vision_config``, read from the ViT folder it names.
+    """Fields of ``config.json`` plus ``vision_config``, the configuration of the ViT.
 
-    ``model_type`` is the published ``llava``. It collides with a class of transformers, so this class is used directly
-    and never looked up through ``AutoConfig``. Unknown published fields (``moe_mode``, ...) are carried along.
+    ``model_type`` is ``llava``, as in the released checkpoints. transformers has another class of that type, so this
+    class is never looked up through ``AutoConfig``. Unknown fields (``moe_mode``, ...) are kept.
 
     Raises:
         CheckpointError: If a field has a value this code does not support.
@@ -49,7 +46,7 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
     mm_hidden_size: int = 1280
     """Width of the ViT features. Source: 01-ai/Yi-VL-6B, config.json."""
     mm_vision_select_layer: int = -2
-    """Which ViT hidden state feeds the projector; 0 is the embedding, -1 the last layer."""
+    """Hidden state of the ViT that feeds the projector; 0 is the embedding, -1 the last layer."""
     mm_vision_select_feature: str = "patch"
     """``patch`` drops the class token, ``cls_patch`` keeps it."""
     mm_use_im_start_end: bool = False
@@ -69,7 +66,7 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
 
     @property
     def num_patches(self) -> int:
-        """Positions one image takes in the decoder: 1,024 for the released models."""
+        """Image tokens per image in the decoder: 1,024 for the released models."""
         side = self.vision_config.image_size // self.vision_config.patch_size
         return int(side * side + (self.mm_vision_select_feature == "cls_patch"))
 
@@ -86,28 +83,8 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
             raise CheckpointError(f"mm_vision_select_layer={self.mm_vision_select_layer} of a ViT with {layers} layers")
         return index
 
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> "YiVLConfig":
-        """Read a published checkpoint folder: its ``config.json`` and that of the ViT it names.
-
-        Raises:
-            CheckpointError: If a file is missing, is not valid JSON or describes another kind of model.
-        """
-        fields = read_json(Path(folder) / "config.json")
-        if not isinstance(fields.get("mm_vision_tower"), str):
-            raise CheckpointError(
-                f"{folder}/config.json: no mm_vision_tower; this is no checkpoint in the Yi-VL layout"
-            )
-        vision = read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
-        for name in ("model_type", "text_config", "vision_config"):  # the last two are for SGLang
-            fields.pop(name, None)
-        try:
-            return cls(**fields, vision_config=CLIPVisionConfig(**vision))
-        except (StrictDataclassError, CheckpointError, TypeError) as error:
-            raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
-
     def to_published_dict(self) -> dict[str, Any]:
-        """Return the fields of a published ``config.json``, readable by old transformers too (``rope_theta``)."""
+        """Return the fields of ``config.json``, with ``rope_theta`` for old versions of transformers."""
         rope = dict(self.rope_parameters)
         kind = rope.pop("rope_type", "default")
         fields = {key: value for key, value in self.to_dict().items() if key not in _UNPUBLISHED}
@@ -126,25 +103,3 @@ class YiVLConfig(LlamaConfig):  # type: ignore[misc]
     def vit_name(self) -> str:
         """Name of the ViT folder below ``vit/``."""
         return PurePosixPath(self.mm_vision_tower).name or "clip-vit"
-
-
-def vit_folder(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> Path:
-    """Return the ViT folder: relative paths start at the checkpoint, absolute ones stay as they are."""
-    return Path(checkpoint) / mm_vision_tower
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: If the file is missing or holds no JSON object.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; a checkpoint in the Yi-VL layout has one")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return fields

@@ -6,7 +6,6 @@ and generation are the library's own.
 
 import logging
 import os
-import pickle
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,11 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from yivl.checkpoint.format import BUFFERS, StateDict, check_checkpoint_files
-from yivl.checkpoint.saving import save_checkpoint
-from yivl.checkpoint.vit import copy_vit_weights, read_vit_weights
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from yivl.errors import CheckpointError
 from yivl.inference.cpu import explicit_mask, native_matrix_vector
 from yivl.inference.kv_cache import make_cache
 from yivl.model.configuration import YiVLConfig
@@ -336,68 +331,36 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return output
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        vit_weights: StateDict | None = None,
-        fresh_projector: bool = False,
-        **kwargs: Any,
-    ) -> "YiVLForCausalLM":
-        """Load a local checkpoint folder in the published layout; the ViT in ``vit/`` wins over the main shards.
+    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> "YiVLForCausalLM":
+        """Load a local checkpoint folder; the ViT in ``vit/`` takes precedence over the copy in the main files.
 
         Args:
             folder: A local folder.
-            vit_weights: The ViT to use instead of that in ``vit/``.
-            fresh_projector: Whether the folder may hold no projector, which then starts from random weights: the
-                folder of a plain language model, together with ``vit_weights``.
-            **kwargs: Arguments of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ...).
+            **kwargs: Of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ``config``, ...), and:
+                ``bits``: 8 or 4 quantize with bitsandbytes;
+                ``image_size``: side of the ViT input in pixels, to which the position embeddings are interpolated;
+                ``vit_weights``: a state dict that replaces the ViT in ``vit/``;
+                ``fresh_projector``: initialize the projector at random if the folder, that of a language model, has
+                none.
 
         Raises:
-            CheckpointError: If a file of the layout is missing, or keys are missing, unexpected or of a wrong shape.
+            CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
         """
-        config = kwargs.pop("config", None) or YiVLConfig.from_folder(folder)
-        check_checkpoint_files(folder)
-        is_own = vit_weights is None
-        vit_weights = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
-        try:
-            model, info = super().from_pretrained(
-                os.fspath(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{folder}: a .bin shard holds more than tensors; it was not read") from error
-        # The published 4,096 is the context length, which generate() takes from config.json.
-        model.generation_config.max_length = None
-        tower = "model.vision_tower."
-        may_miss = (tower, "model.mm_projector.") if fresh_projector else (tower,)
-        problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not key.startswith(may_miss)]
-        problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"]) if not key.endswith(BUFFERS)]
-        problems += [
-            f"{key} is {list(found)}, expected {list(expected)}"
-            for key, found, expected in sorted(info["mismatched_keys"])
-            if not key.startswith(tower)
-        ]
-        if problems:
-            raise CheckpointError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-        num_different = copy_vit_weights(model.get_vision_tower().vit, vit_weights, source=str(folder))
-        if num_different and is_own:
-            logger.info(
-                "%d ViT tensors in %s differ from the main shards; using those of %s, as the release does",
-                num_different,
-                config.mm_vision_tower,
-                config.mm_vision_tower,
-            )
-        return model  # type: ignore[no-any-return]
+        from yivl.checkpoint.loading import load_pretrained  # the one import from a layer above
+
+        return load_pretrained(super().from_pretrained, folder, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Write the published layout atomically; see ``yivl.checkpoint.saving.save_checkpoint``.
+        """Write a checkpoint atomically; see ``yivl.checkpoint.saving.save_checkpoint``.
 
         Args:
             save_directory: Replaced if it holds a checkpoint.
-            is_main_process: Only the main process of a distributed run writes.
+            is_main_process: Only rank 0 of a distributed run writes.
             **kwargs: Of ``save_checkpoint``.
         """
+        from yivl.checkpoint.saving import save_checkpoint  # as above
+
         if is_main_process:
             save_checkpoint(self, save_directory, **kwargs)

@@ -1,20 +1,19 @@
-"""The flags of ``python -m yivl.train``: those of the LLaVA lineage, and all of transformers' ``TrainingArguments``."""
+"""The flags of ``python -m yivl.train``: those of LLaVA, and all of transformers' ``TrainingArguments``.
+
+Only the standard library is imported, so that ``--help`` and wrong flags answer at once.
+"""
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
-import os
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, NoReturn
-
-import torch
-from transformers import HfArgumentParser, TrainingArguments
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from yivl.errors import YiVLError
+from yivl.train.flags import Parser, add_flag, dataclass_flags, transformers_flags
 from yivl.train.stages import STAGES
 
 
@@ -22,38 +21,38 @@ def _flag(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text} | metadata)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
-    """Which weights to start from, and which of them train.
+    """The initialization of a run, and which parameters are trainable.
 
     Raises:
         YiVLError: If flags contradict each other.
     """
 
     model_name_or_path: str = _flag(
-        "", "Yi-VL checkpoint (folder or hub id), or the folder of a Yi language model to start stage 1 from"
+        "", "Yi-VL checkpoint (folder or hub id), or the folder of a Yi language model to initialize stage 1 from"
     )
     stage: int | None = _flag(None, "published stage 1, 2 or 3; sets the defaults of other flags (docs/training.md)")
     vision_tower: str | None = _flag(
         None, "ViT folder: CLIP of transformers, or open_clip with open_clip_config.json; default: the checkpoint's"
     )
-    image_size: int | None = _flag(None, "pixels on a side of the ViT input; default: the checkpoint's, or the ViT's")
-    image_aspect_ratio: str | None = _flag(None, "pad or square; default: the checkpoint's, or pad")
-    mm_projector_type: str = _flag("mlp2x_gelu_Norm", "projector of a fresh start from a language model")
-    mm_vision_select_layer: int = _flag(-2, "ViT layer of a fresh start that feeds the projector")
-    mm_vision_select_feature: str = _flag("patch", "patch or cls_patch, of a fresh start")
-    attn_implementation: str = _flag(
-        "sdpa", "sdpa, eager or flash_attention_2", choices=["sdpa", "eager", "flash_attention_2"]
+    image_size: int | None = _flag(
+        None, "height and width of the ViT input in pixels; default: the checkpoint's, or the ViT's"
     )
+    image_aspect_ratio: str | None = _flag(None, "pad or square; default: the checkpoint's, or pad")
+    mm_projector_type: str = _flag("mlp2x_gelu_Norm", "type of a new projector, for a language model and a ViT")
+    mm_vision_select_layer: int = _flag(-2, "ViT layer whose output feeds a new projector")
+    mm_vision_select_feature: str = _flag("patch", "patch or cls_patch: ViT tokens that feed a new projector")
+    attn_implementation: str = _flag("sdpa", "attention kernels", choices=["sdpa", "eager", "flash_attention_2"])
     freeze_backbone: bool = _flag(False, "freeze the language model")
-    tune_mm_mlp_adapter: bool = _flag(False, "train the projector and nothing else")
+    tune_mm_mlp_adapter: bool = _flag(False, "train the projector only")
     freeze_mm_mlp_adapter: bool = _flag(False, "freeze the projector")
     unfreeze_mm_vision_tower: bool = _flag(False, "train the ViT")
     lora_enable: bool = _flag(False, "train LoRA adapters on all linear layers of the language model instead of it")
     lora_r: int = _flag(8, "rank")
-    lora_alpha: int = _flag(16, "scale, times 1 / rank")
-    lora_dropout: float = _flag(0.0, "dropout in front of the adapters")
-    lora_vision_tower: bool = _flag(False, "put adapters on the linear layers of the ViT too")
+    lora_alpha: int = _flag(16, "the adapters are scaled by lora_alpha / lora_r")
+    lora_dropout: float = _flag(0.0, "dropout before the adapters")
+    lora_vision_tower: bool = _flag(False, "add adapters to the linear layers of the ViT too")
     bits: int = _flag(16, "16, or 8 or 4 for a quantized language model under LoRA (QLoRA)", choices=[16, 8, 4])
 
     def __post_init__(self) -> None:
@@ -64,252 +63,197 @@ class ModelArguments:
         if self.tune_mm_mlp_adapter and (
             self.freeze_mm_mlp_adapter or self.unfreeze_mm_vision_tower or self.lora_enable
         ):
-            raise YiVLError("--tune_mm_mlp_adapter trains the projector alone; drop the flags that say otherwise")
+            raise YiVLError("--tune_mm_mlp_adapter trains the projector only; drop the flags that contradict it")
         if self.bits != 16 and not self.lora_enable:
             raise YiVLError(f"--bits {self.bits}: quantized weights cannot be trained; add --lora_enable")
         if self.lora_enable and self.freeze_backbone:
-            raise YiVLError("--lora_enable puts adapters on the language model, --freeze_backbone freezes it; drop one")
+            raise YiVLError("--lora_enable adds adapters to the language model, --freeze_backbone freezes it; drop one")
         if self.lora_r < 1:
             raise YiVLError(f"--lora_r {self.lora_r} is not positive")
-        typed = [
-            name
-            for name in ("lora_r", "lora_alpha", "lora_dropout")
-            if getattr(self, name) != getattr(type(self), name)
-        ]
-        if typed and not self.lora_enable:
-            raise YiVLError(f"--{typed[0]} says how adapters are made; add --lora_enable True, or drop it")
+        for name in ("lora_r", "lora_alpha", "lora_dropout"):
+            if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
+                raise YiVLError(f"--{name} has no effect without adapters; add --lora_enable True, or drop it")
         if self.lora_vision_tower and (not self.lora_enable or self.unfreeze_mm_vision_tower):
-            raise YiVLError("--lora_vision_tower goes with --lora_enable and without --unfreeze_mm_vision_tower")
+            raise YiVLError("--lora_vision_tower needs --lora_enable, and excludes --unfreeze_mm_vision_tower")
 
     @property
     def trains_language_model(self) -> bool:
-        """Whether the language model itself trains (and not adapters on it)."""
+        """Whether the weights of the language model are trainable, as opposed to adapters on it."""
         return not (self.freeze_backbone or self.tune_mm_mlp_adapter or self.lora_enable)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
-    """What to learn from.
+    """The training data.
 
     Raises:
         YiVLError: If a flag is missing or out of range.
     """
 
     data_path: str = _flag("", "rows (.json, .jsonl), tar shards ({00000..00099}.tar) or a mixture of them (.yaml)")
-    image_folder: str = _flag(".", "where relative picture paths start")
-    eval_data_path: str | None = _flag(None, "rows whose loss is measured; goes with --eval_strategy")
-    model_max_length: int = _flag(2048, "positions of a row, pictures expanded; longer rows are cut on the right")
+    image_folder: str = _flag(".", "folder that relative image paths start from")
+    eval_data_path: str | None = _flag(None, "rows to compute the evaluation loss on; needs --eval_strategy")
+    model_max_length: int = _flag(2048, "sequence length, image patches included; longer samples are truncated")
     max_rows_per_source: int | None = _flag(
-        None, "rows of one file at most, drawn at random, unless a mixture sets its own"
+        None, "random subsample of each file, in rows, unless a mixture sets its own"
     )
     on_bad_row: str = _flag("error", "error stops at a bad row, skip leaves it out", choices=["error", "skip"])
-    packing: bool = _flag(False, "put the rows of a batch into one sequence without padding")
-    group_by_length: bool = _flag(False, "batches of rows of similar length")
-    group_by_modality_length: bool = _flag(False, "the same, and rows with and without pictures apart")
-    shuffle_buffer: int = _flag(1000, "rows of a stream that are shuffled at a time")
+    packing: bool = _flag(False, "pack the samples of a batch into one sequence without padding")
+    group_by_length: bool = _flag(False, "batch samples of similar length")
+    group_by_modality_length: bool = _flag(False, "the same, and samples with and without images apart")
+    shuffle_buffer: int = _flag(1000, "shuffle buffer of streamed data, in samples")
 
     def __post_init__(self) -> None:
         if not self.data_path:
-            raise YiVLError("--data_path is missing; docs/data.md says what it can be")
+            raise YiVLError("--data_path is missing; see docs/data.md")
         for name in ("model_max_length", "shuffle_buffer"):
             if getattr(self, name) < 1:
                 raise YiVLError(f"--{name} {getattr(self, name)} is not positive")
 
 
-# Flags of transformers that would be read but change nothing here, and what does the same.
+# Flags of transformers that would have no effect or a wrong one here, and what to use instead.
 _REFUSED: Final = {
     "activation_checkpointing": "use --gradient_checkpointing and --vision_gradient_checkpointing",
     "resume_from_checkpoint": "use --resume",
-    "dataloader_drop_last": "all rows are used",
-    "auto_find_batch_size": "--dry_run says what fits",
+    "dataloader_drop_last": "all samples are used",
+    "auto_find_batch_size": "use --dry_run to see what fits",
     "load_best_model_at_end": "checkpoints stay in --output_dir",
     "metric_for_best_model": "compare the evaluation losses in log.jsonl",
-    "save_only_model": "a checkpoint without its optimizer cannot be gone on from",
-    "ignore_data_skip": "a resumed run goes on where it stopped",
-    "label_smoothing_factor": "it needs the logits of every position",
+    "save_only_model": "a checkpoint without its optimizer cannot be resumed",
+    "ignore_data_skip": "a resumed run continues with the next batch",
+    "label_smoothing_factor": "it needs the logits of the whole sequence",
+    "label_names": "the labels are those of the conversations",
     "data_seed": "use --seed",
-    "push_to_hub": "upload the finished folder",
+    "push_to_hub": "upload the finished folder with scripts/hub.py",
     "fsdp": "use --deepspeed scripts/zero3.json",
 }
 
 
-@dataclass
-class YiVLTrainingArguments(TrainingArguments):  # type: ignore[misc]
-    """The flags of transformers, with our defaults, and a few more.
+@dataclass(frozen=True)
+class YiVLTrainingArguments:
+    """Flags of training that yivl adds, that have other defaults than in transformers, or that yivl reads.
 
     Raises:
-        YiVLError: If flags contradict each other, or one would not be read.
+        YiVLError: If flags contradict each other, or one would have no effect.
     """
 
     output_dir: str = _flag("", "folder of the trained model, its checkpoints and logs")
-    learning_rate: float = _flag(2e-5, "of the language model, and of all that has no rate of its own")
-    mm_projector_lr: float | None = _flag(None, "learning rate of the projector")
-    mm_vision_tower_lr: float | None = _flag(None, "learning rate of the ViT")
-    per_device_train_batch_size: int = _flag(1, "rows of one process at a time")
-    global_batch_size: int | None = _flag(None, "rows of one optimizer step over all processes; sets the accumulation")
-    lr_scheduler_type: str = _flag("cosine", "schedule of the learning rate")
-    warmup_ratio: float | None = _flag(None, "share of the steps that warm up; instead of --warmup_steps")
-    warmup_steps: float = _flag(0.03, "steps that warm up; below 1 it is a share of all")
-    gradient_checkpointing: bool | None = _flag(
-        False, "recompute the layers of the language model in the backward pass"
+    learning_rate: float = _flag(2e-5, "peak learning rate of the language model, and of parts without their own")
+    mm_projector_lr: float | None = _flag(None, "peak learning rate of the projector")
+    mm_vision_tower_lr: float | None = _flag(None, "peak learning rate of the ViT")
+    num_train_epochs: float = _flag(3.0, "number of epochs")
+    max_steps: int = _flag(-1, "number of optimizer steps; positive values override --num_train_epochs")
+    per_device_train_batch_size: int = _flag(1, "micro-batch size of a process, in samples")
+    global_batch_size: int | None = _flag(
+        None, "samples per optimizer step over all processes; sets --gradient_accumulation_steps"
     )
-    vision_gradient_checkpointing: bool = _flag(False, "recompute the ViT's layers in the backward pass")
-    disable_tqdm: bool | None = _flag(False, "no progress bar in a terminal, but lines as elsewhere")
-    dataloader_persistent_workers: bool = _flag(True, "keep the processes that read data from epoch to epoch")
-    logging_nan_inf_filter: bool = _flag(False, "show the last good loss in place of one that is no number")
-    logging_steps: float = _flag(1, "steps between two lines of the log")
-    save_steps: float = _flag(200, "steps between two checkpoints")
-    save_total_limit: int | None = _flag(3, "checkpoints that are kept")
-    report_to: None | str | list[str] = _flag(  # noqa: RUF036 (the parser of transformers wants this order)
-        "tensorboard", "tensorboard, wandb or none"
-    )
-    dataloader_num_workers: int = _flag(2, "processes that read data for one training process")
-    ddp_find_unused_parameters: bool | None = _flag(False, "every parameter that trains is used in every step")
-    resume: str | None = _flag(None, "a checkpoint folder to go on from, or auto: the newest in --output_dir")
-    dry_run: bool = _flag(False, "print the plan (parameters, data, steps, memory) and stop")
+    gradient_accumulation_steps: int = _flag(1, "micro-batches per optimizer step")
+    weight_decay: float = _flag(0.0, "weight decay; biases and norms have none")
+    lr_scheduler_type: str = _flag("cosine", "learning rate schedule")
+    warmup_ratio: float | None = _flag(None, "warmup as a fraction of all steps; replaces --warmup_steps")
+    warmup_steps: float = _flag(0.03, "warmup steps; below 1 a fraction of all steps")
+    bf16: bool = _flag(False, "bf16 mixed precision")
+    fp16: bool = _flag(False, "fp16 mixed precision with loss scaling")
+    gradient_checkpointing: bool = _flag(False, "gradient checkpointing of the language model's layers")
+    vision_gradient_checkpointing: bool = _flag(False, "gradient checkpointing of the ViT's layers")
+    deepspeed: str | None = _flag(None, "DeepSpeed configuration, such as scripts/zero2.json")
+    seed: int = _flag(42, "seed of the initialization, the dropout and the order of the data")
+    disable_tqdm: bool = _flag(False, "log lines instead of a progress bar, also in a terminal")
+    dataloader_num_workers: int = _flag(2, "data loading workers of a process")
+    dataloader_persistent_workers: bool = _flag(True, "keep data loading workers between epochs")
+    logging_steps: float = _flag(1, "steps between log lines")
+    logging_nan_inf_filter: bool = _flag(False, "log the last finite loss instead of NaN or infinity")
+    eval_strategy: str = _flag("no", "when to evaluate; needs --eval_data_path")
+    save_strategy: str = _flag("steps", "when to save checkpoints")
+    save_steps: float = _flag(200, "steps between checkpoints")
+    save_total_limit: int | None = _flag(3, "number of checkpoints to keep")
+    report_to: str = _flag("tensorboard", "tensorboard, wandb or none")
+    ddp_find_unused_parameters: bool = _flag(False, "search for parameters without gradients in every step")
+    resume: str | None = _flag(None, "checkpoint folder to resume from, or auto: the newest in --output_dir")
+    dry_run: bool = _flag(False, "print the run's parameters, data, steps and estimated memory, and stop")
+    others: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Flags of transformers that were given and are not listed above."""
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise YiVLError("--output_dir is missing; give a folder for the trained model")
         for name, instead in _REFUSED.items():
-            if getattr(self, name, None):
+            if self.others.get(name):
                 raise YiVLError(f"--{name} is not supported: {instead}")
         for name in ("per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise YiVLError(f"--{name} {getattr(self, name)} is not positive")
-        accumulated: int = getattr(self, "gradient_accumulation_steps")  # noqa: B009 (untyped in transformers)
-        if self.global_batch_size is not None and accumulated != 1:
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise YiVLError("--global_batch_size sets --gradient_accumulation_steps; drop one of them")
-        if not self.average_tokens_across_devices:
-            raise YiVLError("--average_tokens_across_devices False is not supported: a step is the mean of its tokens")
-        if str(self.save_strategy) in ("best", "SaveStrategy.BEST"):
-            raise YiVLError("--save_strategy best is not supported: compare the evaluation losses in log.jsonl")
-        if self.train_sampling_strategy != "random":
-            raise YiVLError("--train_sampling_strategy is not supported: use --group_by_length")
-        if self.report_to and "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
-            raise YiVLError(f"--report_to wandb needs a package: {sys.executable} -m pip install wandb")
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise YiVLError(f"--warmup_ratio {self.warmup_ratio} is not between 0 and 1")
-            self.warmup_steps = self.warmup_ratio
-        # The layers that recompute are chosen one by one (modules.py); transformers knows only all or none.
-        self.recompute_language_model = self.gradient_checkpointing
-        self.gradient_checkpointing = None
-        self.remove_unused_columns = False
-        # Without this, processes on CPUs would not find each other.
-        if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-            self.use_cpu = True
-        if self.global_batch_size is not None:
-            # Read from the launcher's environment, because DeepSpeed's settings are filled in with the result below.
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-            rows = self.per_device_train_batch_size * world_size
-            if self.global_batch_size % rows:
-                raise YiVLError(
-                    f"--global_batch_size {self.global_batch_size} is no multiple of {rows} "
-                    f"(--per_device_train_batch_size {self.per_device_train_batch_size} x {world_size} processes)"
-                )
-            self.gradient_accumulation_steps = self.global_batch_size // rows
-        super().__post_init__()
-        if self.n_gpu > 1:
+        if not self.others.get("average_tokens_across_devices", True):
             raise YiVLError(
-                f"{self.n_gpu} GPUs in one process: start one process each with a script of scripts/ or torchrun, or "
-                "choose one GPU by CUDA_VISIBLE_DEVICES"
+                "--average_tokens_across_devices False is not supported: the loss is the mean over the tokens of a step"
             )
-
-
-@dataclass(frozen=True)
-class Zero:
-    """How DeepSpeed spreads a run over GPUs."""
-
-    stage: int = 0
-    """0 without DeepSpeed."""
-    offloads_optimizer: bool = False
-    offloads_weights: bool = False
-
-    @classmethod
-    def of(cls, training: YiVLTrainingArguments) -> "Zero":
-        """Read it from the DeepSpeed configuration of a run."""
-        config = getattr(training, "hf_deepspeed_config", None)
-        if config is None:
-            return cls()
-        fields: dict[str, Any] = config.config.get("zero_optimization", {})
-        return cls(
-            int(fields.get("stage", 0)),
-            fields.get("offload_optimizer", {}).get("device", "none") != "none",
-            fields.get("offload_param", {}).get("device", "none") != "none",
-        )
+        if self.save_strategy == "best":
+            raise YiVLError("--save_strategy best is not supported: compare the evaluation losses in log.jsonl")
+        if self.others.get("train_sampling_strategy", "random") != "random":
+            raise YiVLError("--train_sampling_strategy is not supported: use --group_by_length")
+        if "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
+            raise YiVLError(f"--report_to wandb needs a package: {sys.executable} -m pip install wandb")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise YiVLError(f"--warmup_ratio {self.warmup_ratio} is not between 0 and 1")
 
 
 class Arguments(NamedTuple):
-    """All flags of a run."""
+    """All flags of a run, as given."""
 
     model: ModelArguments
     data: DataArguments
     training: YiVLTrainingArguments
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line; the usage of 150 flags would hide it."""
-        raise YiVLError(f"{message}; --help lists the flags")
-
-
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Return the checked flags of a command line; ``--stage`` sets the defaults of others first.
+    """Return the checked flags of a command line; ``--stage`` sets defaults, and flags that are given win.
 
     Raises:
-        YiVLError: If a flag is missing, out of range or contradicts another.
+        YiVLError: If a flag is missing, unknown, out of range or contradicts another.
     """
-    parser = _Parser(tuple(Arguments.__annotations__.values()), prog="python -m yivl.train", allow_abbrev=False)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--stage")
-    stages = {str(number): stage for number, stage in STAGES.items()}
-    stage = stages.get(first.parse_known_args(argv)[0].stage)
-    if stage is not None:
-        parser.set_defaults(**stage.flag_defaults())
-    try:
-        *groups, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
-        arguments = Arguments(*groups)
-    except YiVLError:
-        raise
-    except (ValueError, ImportError, OSError) as error:  # what TrainingArguments finds wrong
-        raise YiVLError(" ".join(str(error).split())) from error
-    if unknown:
-        raise YiVLError(_unknown(unknown[0], parser))
-    if arguments.model.bits != 16 and Zero.of(arguments.training).stage == 3:
-        raise YiVLError(
-            "--bits goes without ZeRO-3: quantized weights cannot be spread; use scripts/zero2.json or none"
-        )
+    given = vars(_make_parser().parse([_underscored(word) for word in argv]))
+    if stage := STAGES.get(given.get("stage", 0)):
+        defaults = stage.flag_defaults()
+        if "gradient_accumulation_steps" in given:
+            del defaults["global_batch_size"]
+        given = defaults | given
+    groups: list[Any] = []
+    for group in Arguments.__annotations__.values():
+        own = {item.name: given.pop(item.name) for item in dataclasses.fields(group) if item.name in given}
+        # The training group comes last: what is left then is for transformers.
+        groups.append(group(**own, others=MappingProxyType(given)) if group is YiVLTrainingArguments else group(**own))
+    arguments = Arguments(*groups)
     if (arguments.data.eval_data_path is None) != (arguments.training.eval_strategy == "no"):
-        raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) go together")
+        raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) need each other")
     return arguments
 
 
-def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
-    """Return what to say of a word of the command line that is not understood."""
-    if not word.startswith("-"):
-        return f"{word}: which flag is it for? A pattern such as '{{00000..00099}}.tar' needs quotes"
-    flags = [option for action in parser._actions for option in action.option_strings]
-    close = difflib.get_close_matches(word, flags, n=1)
-    return f"unknown flag {word}; {f'did you mean {close[0]}?' if close else '--help lists the flags'}"
+def _make_parser() -> Parser:
+    """Return the parser, with our flags first."""
+    parser = Parser(
+        prog="python -m yivl.train",
+        usage="python -m yivl.train --model_name_or_path CHECKPOINT --data_path rows.json --output_dir OUT [flags]",
+        description="Train Yi-VL: the published stages, full fine-tuning, LoRA and QLoRA (docs/training.md).",
+        allow_abbrev=False,
+    )
+    theirs = transformers_flags()
+    for title, group in zip(("model", "data", "training"), Arguments.__annotations__.values(), strict=True):
+        titled = parser.add_argument_group(title)
+        for name, flag in dataclass_flags(group).items():
+            choices = theirs.pop(name).options.get("choices") if name in theirs else None
+            add_flag(
+                titled, name, flag if choices is None else flag._replace(options=flag.options | {"choices": choices})
+            )
+    titled = parser.add_argument_group("transformers.TrainingArguments")
+    for name, flag in theirs.items():
+        hidden = {"help": argparse.SUPPRESS} if name in _REFUSED else {}
+        add_flag(titled, name, flag._replace(options=flag.options | hidden))
+    return parser
 
 
-def as_dict(arguments: Arguments) -> dict[str, Any]:
-    """Return all flags and the number of processes, to be saved beside the model."""
-    groups = (dataclasses.asdict(arguments.model), dataclasses.asdict(arguments.data), arguments.training.to_dict())
-    flags = {name: value for group in groups for name, value in group.items()}
-    return flags | {"world_size": arguments.training.world_size}
-
-
-def prepare_environment(argv: Sequence[str]) -> None:
-    """Make a plain ``python -m yivl.train --deepspeed ...`` a run of one process, as a launcher would.
-
-    Without a GPU, DeepSpeed is told so, or it would look for accelerators and warn that there is none.
-    """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if any(argument.split("=")[0] == "--deepspeed" for argument in argv) and "RANK" not in os.environ:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            os.environ.update(single | {"MASTER_PORT": str(listener.getsockname()[1])})
+def _underscored(word: str) -> str:
+    """Return ``--learning-rate=1e-5`` as ``--learning_rate=1e-5``, and other words as they are."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainingArguments
 
+from yivl.checkpoint.format import RECORD
 from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
@@ -21,7 +22,6 @@ from yivl.data.sources import DataSource, load_rows, read_sources
 from yivl.data.streaming import StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import DataArguments
-from yivl.train.resume import RECORD
 
 logger = logging.getLogger(__name__)
 

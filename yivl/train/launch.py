@@ -1,4 +1,4 @@
-"""Start one process for each GPU as torchrun does, and end with the exit code of the process that failed.
+"""Start one process per GPU as torchrun does, and exit with the code of the rank that failed.
 
 python -m yivl.train.launch --nproc-per-node 8 -m yivl.train FLAGS
 """
@@ -6,14 +6,19 @@ python -m yivl.train.launch --nproc-per-node 8 -m yivl.train FLAGS
 import logging
 import sys
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
+from yivl import command_line
+from yivl.train.flags import torchrun_parser
 
 
 def main() -> None:
     """Run torchrun with the flags of this process."""
-    # What failed has said so itself, in one line; torchrun would bury it under its own traceback.
+    torchrun_parser("python -m yivl.train.launch").parse(sys.argv[1:])
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # The rank that failed has logged its error in one line; torchrun would add its own traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun(sys.argv[1:])
@@ -25,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -1,4 +1,4 @@
-"""Which parameters train, at which rate, and how the frozen ones are kept out of the way."""
+"""Trainable parameters, their learning rates, LoRA adapters and gradient checkpointing."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,25 +12,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from yivl.checkpoint.format import ADAPTER, published_name
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.train.arguments import ModelArguments, YiVLTrainingArguments
 
 Part = Literal["vision_tower", "mm_projector", "language_model"]
 
-ADAPTER: Final = ".lora_"
-"""Part of the name of every adapter tensor of peft."""
-_PEFT_PREFIX: Final = "base_model.model."
 _DECODER_LINEARS: Final = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 _VIT_LINEARS: Final = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
 
 
-def published_name(name: str) -> str:
-    """Return the checkpoint key of a parameter, whether or not peft wraps the model."""
-    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
-
-
 def part_of(name: str) -> Part:
-    """Return the part of the model a parameter belongs to."""
+    """Return the part of the model that a parameter belongs to."""
     parts: tuple[Part, ...] = ("vision_tower", "mm_projector")
     for part in parts:
         if published_name(name).startswith(f"model.{part}."):
@@ -39,12 +32,12 @@ def part_of(name: str) -> Part:
 
 
 def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -> PeftModel:
-    """Put fresh LoRA adapters on the linear layers of the decoder and, if asked, of the ViT.
+    """Return the model with new LoRA adapters on the linear layers of the decoder and, if asked, of the ViT.
 
     Args:
         model: Without adapters.
-        arguments: Rank, scale, dropout, and whether the ViT gets adapters.
-        base: What the adapter folder will name as its base model.
+        arguments: Rank, scale and dropout, and whether the ViT gets adapters.
+        base: ``base_model_name_or_path`` of the adapter.
     """
     targets = _DECODER_LINEARS
     if arguments.lora_vision_tower:
@@ -63,39 +56,39 @@ def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -
 
 
 def select_trainable(model: nn.Module, arguments: ModelArguments, num_vision_layers: int) -> None:
-    """Let those parameters require gradients that train, in place.
+    """Set ``requires_grad`` of all parameters.
 
-    ViT layers behind the one that feeds the projector never run, so they never train.
+    ViT layers after ``mm_vision_select_layer`` are not run and never trainable.
 
     Args:
         model: With adapters, if any.
-        arguments: What trains.
-        num_vision_layers: ViT layers that run.
+        arguments: Which parts are trainable.
+        num_vision_layers: ViT layers that are run.
     """
-    trains = {
+    is_trainable = {
         "vision_tower": arguments.unfreeze_mm_vision_tower,
         "mm_projector": not arguments.freeze_mm_mlp_adapter,
         "language_model": arguments.trains_language_model,
     }
     for name, parameter in model.named_parameters():
-        is_adapter = ADAPTER in name
-        runs = not _is_behind(published_name(name), num_vision_layers)
-        may_train = parameter.is_floating_point() and runs
-        parameter.requires_grad = is_adapter or (may_train and trains[part_of(name)])
+        part = part_of(name)
+        parameter.requires_grad = ADAPTER in name or (
+            is_trainable[part]
+            and parameter.is_floating_point()
+            and not (part == "vision_tower" and _is_unused(name, num_vision_layers))
+        )
 
 
-def _is_behind(name: str, num_vision_layers: int) -> bool:
-    """Whether a ViT parameter lies behind the layer whose output is used."""
-    if part_of(name) != "vision_tower":
-        return False
+def _is_unused(name: str, num_vision_layers: int) -> bool:
+    """Return whether a ViT parameter comes after the layer that feeds the projector."""
     _, _, rest = name.partition(".encoder.layers.")
     return "post_layernorm" in name or (bool(rest) and int(rest.split(".")[0]) >= num_vision_layers)
 
 
-def keep_masters(model: nn.Module) -> None:
-    """Turn what trains into float32, in place: in 16 bits small updates would vanish.
+def upcast_trainable_params(model: nn.Module) -> None:
+    """Cast trainable parameters to float32, in place: the FP32 master weights of bf16 mixed precision.
 
-    DeepSpeed keeps float32 copies of its own and needs no help.
+    In 16 bits, small updates would be rounded away. DeepSpeed keeps its own FP32 master weights.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -111,12 +104,12 @@ def learning_rate_of(part: Part, arguments: YiVLTrainingArguments) -> float:
 def parameter_groups(
     model: nn.Module, arguments: YiVLTrainingArguments, decayed: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: one for each learning rate, with and without weight decay.
+    """Return the optimizer's parameter groups: each part of the model, with and without weight decay.
 
     Args:
         model: With its trainable parameters selected.
         arguments: Learning rates and weight decay.
-        decayed: Names of the parameters that decay (no biases, no norms).
+        decayed: Names of the parameters with weight decay (no biases, no norms).
     """
     decayed = set(decayed)
     groups: dict[tuple[Part, bool], list[nn.Parameter]] = defaultdict(list)
@@ -129,14 +122,14 @@ def parameter_groups(
             "lr": learning_rate_of(part, arguments),
             "weight_decay": arguments.weight_decay if decays else 0.0,
         }
-        # The rate of the first group is the one that is logged.
+        # The learning rate of the first group is the one that is logged.
         for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0][0] != "language_model")
     ]
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """What one line of the table says."""
+    """Number of parameters of a part of the model."""
 
     name: str
     parameters: int
@@ -145,11 +138,11 @@ class PartSize:
 
 
 def part_sizes(model: nn.Module, arguments: YiVLTrainingArguments) -> list[PartSize]:
-    """Count the parameters of each part, and those that train; adapters count apart."""
+    """Return the numbers of parameters, all and trainable, of each part and of its adapters."""
     counts: dict[tuple[Part, bool], list[int]] = {(part, False): [0, 0] for part in get_args(Part)}
     for name, parameter in model.named_parameters():
         count = counts.setdefault((part_of(name), ADAPTER in name), [0, 0])
-        # ZeRO-3 leaves an empty tensor and the true size beside it; 4 bits pack two numbers into one byte.
+        # Under ZeRO-3 the tensor is empty; in 4 bits, two values are packed into a byte.
         shape = getattr(parameter, "ds_shape", None) or getattr(getattr(parameter, "quant_state", None), "shape", None)
         size = parameter.numel() if shape is None else torch.Size(shape).numel()
         count[0] += size
@@ -161,8 +154,8 @@ def part_sizes(model: nn.Module, arguments: YiVLTrainingArguments) -> list[PartS
 
 
 def parameter_table(sizes: Iterable[PartSize]) -> str:
-    """Return the table that is printed before the first step."""
-    lines = [f"{'part':<24}{'parameters':>16}{'trained':>16}  learning rate"]
+    """Return the table that is logged before training."""
+    lines = [f"{'part':<24}{'parameters':>16}{'trainable':>16}  learning rate"]
     for size in sizes:
         rate = f"{size.learning_rate:g}" if size.trainable else "frozen"
         lines.append(f"{size.name:<24}{size.parameters:>16,}{size.trainable:>16,}  {rate}")
@@ -170,7 +163,7 @@ def parameter_table(sizes: Iterable[PartSize]) -> str:
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules that have parameters of which none trains."""
+    """Return the outermost modules whose parameters are all frozen."""
     frozen: list[nn.Module] = []
     for child in model.children():
         parameters = list(child.parameters())
@@ -182,10 +175,10 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def freeze_modes(frozen: Iterable[nn.Module]) -> None:
-    """Put frozen modules into eval mode; to be called after ``model.train()``.
+    """Put frozen modules into eval mode, after ``model.train()``.
 
-    The layers themselves stay in training mode, and only what is inside them changes: transformers recomputes a layer
-    in the backward pass only in training mode, and the gradient of the projector passes through a frozen decoder.
+    Decoder layers stay in training mode, only their submodules change: transformers applies gradient checkpointing to
+    a layer only in training mode, and the gradient of the projector passes through a frozen decoder.
     """
     for module in frozen:
         module.eval()
@@ -194,10 +187,9 @@ def freeze_modes(frozen: Iterable[nn.Module]) -> None:
                 layer.training = True
 
 
-def recompute_layers(model: nn.Module, *, language_model: bool, vision_tower: bool) -> None:
-    """Choose whose layers are computed again in the backward pass instead of being kept in memory."""
-    chosen = {"vision_tower": vision_tower, "language_model": language_model}
+def enable_gradient_checkpointing(model: nn.Module, *, language_model: bool, vision_tower: bool) -> None:
+    """Enable or disable gradient checkpointing of the layers of each part; transformers offers all or none."""
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.gradient_checkpointing = chosen["vision_tower" if ".vision_tower." in name else "language_model"]
+            module.gradient_checkpointing = vision_tower if ".vision_tower." in name else language_model
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

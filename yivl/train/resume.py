@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, and which one to go on from."""
+"""Checkpoints of a run: which one to resume from, whether the flags are those of the same run, and their weights."""
 
 import dataclasses
 import json
@@ -13,63 +13,50 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch import nn
 
 import yivl
+from yivl.checkpoint.adapters import restore_adapter, save_adapter
 from yivl.checkpoint.atomic import move_entries
-from yivl.checkpoint.format import StateDict, check_checkpoint_files, read_weights
-from yivl.checkpoint.loading import NON_LORA_TRAINABLES
-from yivl.checkpoint.saving import METADATA, write_checkpoint
+from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, StateDict, check_keys, read_json, read_main_weights
+from yivl.checkpoint.saving import write_checkpoint
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
-from yivl.model.configuration import read_json
 from yivl.tokenization import YiTokenizer
-from yivl.train.arguments import Arguments, ModelArguments, as_dict
-from yivl.train.parameters import ADAPTER, published_name
+from yivl.train.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED: Final = ".unfinished"
-"""Folder in which a checkpoint or the final model is written before it is moved to its place."""
+"""Folder in which a checkpoint or the final model is written before it is moved."""
 _STATE: Final = "trainer_state.json"
-ARGUMENTS: Final = "training_arguments.json"
-RECORD: Final = "training_run.json"
-"""Lies beside the arguments: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
 ROWS_OF_A_STEP: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-"""Flags whose product they are."""
-# Files may have moved, and kernels differ from machine to machine.
-_NAMES_OF_FILES: Final = ("model_name_or_path", "vision_tower", "attn_implementation")
-# What decides which parameters train, and on which rows a step does.
+"""Flags whose product is the global batch size."""
+# Paths may have changed, and kernels differ between machines.
+_PATHS: Final = ("model_name_or_path", "vision_tower", "attn_implementation")
+# Flags that decide which parameters are trainable, how, and on which samples of a step.
 _MUST_AGREE: Final = (
-    *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _NAMES_OF_FILES),
-    *("max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "rows of a step"),
+    *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _PATHS),
+    *("max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "optim", "global batch size"),
 )
 _STREAMS_MUST_AGREE: Final = (*ROWS_OF_A_STEP, "dataloader_num_workers", "shuffle_buffer")
+# Schedules that cannot take a new learning rate, since their state depends on the losses so far.
+_ADAPTIVE: Final = ("reduce_lr_on_plateau", "greedy")
+_RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay")
 _MAY_DIFFER: Final = frozenset(
     [
-        "output_dir",
-        "resume",
-        "dry_run",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-        "report_to",
-        "disable_tqdm",
-        "local_rank",
-        "global_batch_size",
-        "run_name",
-        "image_folder",
+        *("output_dir", "image_folder", "run_name", "resume", "dry_run", "local_rank"),
+        *("save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
+        *("global_batch_size", "gradient_checkpointing", "vision_gradient_checkpointing"),
     ]
 )
 _CONFIGURATIONS: Final = ("config.json", "adapter_config.json")
 
 
 def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     found: dict[int, Path] = {}
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -79,16 +66,16 @@ def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what ``RECORD`` holds; of the model only a hub id, since a folder of this machine says nothing elsewhere.
+    """Return the content of ``RECORD``; a local folder is not recorded, since it means nothing on other machines.
 
     Args:
-        model_name_or_path: What the run starts from.
+        model_name_or_path: Initialization of the run.
         sources: Of its data, as in ``Batches``.
     """
     is_folder = Path(model_name_or_path).expanduser().exists()
     versions = {"yivl": yivl.__version__}
     for name in ("accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers"):
-        with suppress(PackageNotFoundError):  # not every run needs, or every machine has, all of them
+        with suppress(PackageNotFoundError):  # some are optional
             versions[name] = version(name)
     return {
         "base_model": None if is_folder else model_name_or_path,
@@ -98,11 +85,11 @@ def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]
 
 
 def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> Path | None:
-    """Return the checkpoint ``--resume`` means, or ``None`` for a run from the start.
+    """Return the checkpoint that ``--resume`` means, or ``None`` for a new run.
 
     Raises:
-        CheckpointError: If the one that is named is none, or ``output_dir`` holds what would be overwritten: another
-            run, a model, or later checkpoints than the one to go on from.
+        CheckpointError: If there is no such checkpoint, or ``output_dir`` holds what would be overwritten: another run,
+            a model, or later checkpoints.
     """
     finished = finished_checkpoints(output_dir)
     if resume == "auto" and finished:
@@ -122,11 +109,11 @@ def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> P
             return checkpoint
     if finished:
         raise CheckpointError(
-            f"{output_dir}: holds {finished[-1].name} of a run; add --resume auto to go on with it, or give another "
+            f"{output_dir}: holds {finished[-1].name} of a run; add --resume auto to continue it, or give another "
             "--output_dir"
         )
     if _holds_model(output_dir):
-        raise CheckpointError(f"{output_dir}: holds a model; give another --output_dir for what is trained now")
+        raise CheckpointError(f"{output_dir}: holds a model; give another --output_dir")
     return None
 
 
@@ -134,41 +121,57 @@ def _holds_model(folder: str | os.PathLike[str]) -> bool:
     return any((Path(folder) / name).is_file() for name in _CONFIGURATIONS)
 
 
-def is_finished(checkpoint: Path, arguments: Arguments, total_steps: int) -> bool:
-    """Whether nothing is left to do after a checkpoint.
+def is_finished(checkpoint: Path, output_dir: str | os.PathLike[str], total_steps: int) -> bool:
+    """Return whether a checkpoint is of the last step and the final model is saved."""
+    return _global_step(checkpoint) == total_steps and _holds_model(output_dir)
 
-    Flags that are others than those of the checkpoint are named.
+
+def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int) -> None:
+    """Warn of flags that changed since a checkpoint was written.
+
+    Args:
+        checkpoint: To resume from.
+        flags: As ``as_dict`` returns them.
+        total_steps: Optimizer steps of the whole run.
 
     Raises:
-        CheckpointError: If it has gone further than the run is to go, or flags differ that decide what trains and on
-            which rows.
+        CheckpointError: If the checkpoint is of a later step, lacks an optimizer state that fits ``--deepspeed``, or
+            flags changed that decide what is trained, how, and on which samples.
     """
-    step = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"]
-    output_dir = Path(arguments.training.output_dir)
-    if step == total_steps and _holds_model(output_dir):
-        logger.info("this run is finished (%d of %d steps); the model is in %s", step, total_steps, output_dir)
-        return True
-    before, now = read_json(checkpoint / ARGUMENTS), json.loads(json.dumps(as_dict(arguments), default=str))
-    for flags in (before, now):
-        flags["rows of a step"] = math.prod(flags[name] for name in ROWS_OF_A_STEP)
-    is_streamed = any(source.is_streamed for source in read_sources(arguments.data.data_path, "."))
-    must_agree = _MUST_AGREE + (_STREAMS_MUST_AGREE if is_streamed else ())
+    before, now = read_json(checkpoint / ARGUMENTS), json.loads(json.dumps(flags, default=str))
+    must_agree = _MUST_AGREE
+    if any(source.is_streamed for source in read_sources(now["data_path"], ".")):
+        must_agree += _STREAMS_MUST_AGREE
+    for values in (before, now):
+        values["global batch size"] = math.prod(values[name] for name in ROWS_OF_A_STEP)
+        values["optim"] = values["optim"].removesuffix("_fused")  # the same optimizer, another kernel
+        if values["lr_scheduler_type"] in _ADAPTIVE:
+            must_agree += _RATES
     for name, value in now.items():
         if name in _MAY_DIFFER or before.get(name, value) == value:
             continue
         change = f"{name} was {before[name]} when {checkpoint.name} was written, and is {value} now"
         if name in must_agree:
-            raise CheckpointError(f"{change}: this would be another run; go on as before, or start a new one")
+            raise CheckpointError(f"{change}: not the same run; use the former value, or start a new run")
         logger.warning("%s", change)
-    if step > total_steps:
-        raise CheckpointError(f"{checkpoint}: has taken {step} steps, and the run is to take {total_steps} in all")
-    return False
+    if (step := _global_step(checkpoint)) > total_steps:
+        raise CheckpointError(f"{checkpoint}: is of step {step}, after the last step of this run ({total_steps})")
+    pattern = "global_step*" if now["deepspeed"] else "optimizer.*"
+    if not any(checkpoint.glob(pattern)):
+        raise CheckpointError(
+            f"{checkpoint}: holds no optimizer state {'of' if now['deepspeed'] else 'to resume without'} DeepSpeed; "
+            "use the --deepspeed of the run that wrote it"
+        )
+
+
+def _global_step(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def publish(folder: Path, output_dir: Path) -> None:
-    """Move the final model into ``output_dir``, beside its checkpoints and logs.
+    """Move the final model into ``output_dir``, which also holds the checkpoints and logs.
 
-    The configuration goes first when an old model is there and comes last: a folder with a configuration is whole.
+    The configuration of an older model is removed first and the new one moved last: with it, a folder is complete.
     """
     stale = [output_dir / name for name in _CONFIGURATIONS]
     # The old model may have had more shards.
@@ -177,7 +180,7 @@ def publish(folder: Path, output_dir: Path) -> None:
 
 
 def remove_old_checkpoints(output_dir: str | os.PathLike[str], limit: int | None) -> None:
-    """Keep the newest ``limit`` checkpoints; ``None`` keeps all."""
+    """Remove all but the newest ``limit`` checkpoints, at least one; ``None`` keeps all."""
     for path in finished_checkpoints(output_dir)[: -max(limit, 1)] if limit is not None else ():
         shutil.rmtree(path, ignore_errors=True)
 
@@ -190,60 +193,37 @@ def save_trained(
     image_processor: ImageProcessor,
     state_dict: StateDict | None = None,
 ) -> None:
-    """Write what a run trained: a checkpoint in the published layout, or an adapter and all that trained beside it.
+    """Write the trained parameters: a checkpoint, or an adapter folder if ``model`` is wrapped by peft.
 
     Args:
         model: A ``YiVLForCausalLM``, or peft around one.
         folder: Empty or new.
-        tokenizer: Saved beside a whole model.
-        image_processor: Saved beside a whole model.
-        state_dict: The weights, where they were gathered from several processes.
+        tokenizer: Saved with a checkpoint.
+        image_processor: Saved with a checkpoint; an adapter folder records its settings.
+        state_dict: Weights gathered from all ranks (ZeRO-3).
     """
-    if not isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        save_adapter(model, Path(folder), image_processor=image_processor, state_dict=state_dict)
+    else:
+        clip_processor = image_processor.clip_processor
         write_checkpoint(
-            model,
-            Path(folder),
-            tokenizer=tokenizer,
-            image_processor=image_processor.clip_processor,
-            state_dict=state_dict,
+            model, Path(folder), tokenizer=tokenizer, image_processor=clip_processor, state_dict=state_dict
         )
-        return
-    model.save_pretrained(os.fspath(folder), state_dict=state_dict, save_embedding_layers=False)
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # an empty form of peft's
-    beside = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ADAPTER not in name]
-    if beside:
-        weights = model.state_dict() if state_dict is None else state_dict
-        tensors = {published_name(name): weights[name].detach().cpu().contiguous() for name in beside}
-        save_file(tensors, Path(folder) / NON_LORA_TRAINABLES, metadata=METADATA)
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first mismatch: a model of another shape has hundreds."""
-    return " ".join(str(error).strip().splitlines()[:2])
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Read the weights that ``save_trained`` wrote back into the same model, in place.
+    """Load the parameters that ``save_trained`` wrote into the same model, in place.
 
     Raises:
         CheckpointError: If they are missing or do not fit.
     """
-    try:
-        if not isinstance(model, PeftModel):
-            if (Path(folder) / "adapter_model.safetensors").is_file():
-                raise CheckpointError(f"{folder}: a checkpoint of adapters, and this run trains the model itself")
-            weights = {
-                key: value for path in check_checkpoint_files(folder) for key, value in read_weights(path).items()
-            }
-            model.load_state_dict(weights)
-            return
-        if not (Path(folder) / "adapter_model.safetensors").is_file():
-            raise CheckpointError(f"{folder}: a checkpoint of a whole model, and this run trains adapters")
-        set_peft_model_state_dict(model, read_weights(Path(folder) / "adapter_model.safetensors"))
-        own = {published_name(name): parameter for name, parameter in model.named_parameters()}
-        if (Path(folder) / NON_LORA_TRAINABLES).is_file():
-            with torch.no_grad():
-                for name, value in read_weights(Path(folder) / NON_LORA_TRAINABLES).items():
-                    own[name].copy_(value)
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: these weights are not of this run ({_first_line(error)})") from error
+    is_adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
+    if is_adapter != isinstance(model, PeftModel):
+        kinds = ("an adapter", "the full model") if is_adapter else ("the full model", "an adapter")
+        raise CheckpointError(f"{folder}: a checkpoint of {kinds[0]}, and this run trains {kinds[1]}")
+    if is_adapter:
+        restore_adapter(model, Path(folder))
+    else:
+        weights = read_main_weights(folder)
+        check_keys(folder, model.state_dict(), weights, fit="the model of this run")
+        model.load_state_dict(weights)

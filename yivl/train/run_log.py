@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a progress bar, ``log.jsonl``, and the curve of the loss."""
+"""The log of a run: ``log.jsonl``, the loss curve ``loss.png``, and a progress bar or log lines."""
 
 import json
 import logging
@@ -7,54 +7,45 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from yivl.checkpoint.atomic import write_text
+from yivl.checkpoint.format import LOG
 
 logger = logging.getLogger(__name__)
 
-LOG: Final = "log.jsonl"
-"""Name of the log in an output folder."""
-
 
 class RunLog(TrainerCallback):  # type: ignore[misc]
-    """Keeps every logged line in ``log.jsonl`` and draws ``loss.png`` from it; shows a bar, or lines to no terminal."""
+    """Writes ``log.jsonl`` and ``loss.png``; shows a progress bar in a terminal, log lines elsewhere."""
 
     def __init__(self, output_dir: str) -> None:
-        self.path, self.picture = Path(output_dir) / LOG, Path(output_dir) / "loss.png"
+        self.path, self.plot = Path(output_dir) / LOG, Path(output_dir) / "loss.png"
         self.bar: tqdm[Any] | None = None
         self.started, self.first_step = time.monotonic(), 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar; of an earlier log, keep what lies before the step that is resumed."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Open the bar, and drop the log lines after the checkpoint that is resumed from."""
         if not state.is_world_process_zero:
             return
         kept = [
             line for line in read_log(self.path) if line["step"] <= state.global_step and "train_runtime" not in line
         ]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.started, self.first_step = time.monotonic(), state.global_step
         if sys.stderr.isatty() and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Update the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep and show one line."""
-        if not state.is_world_process_zero or logs is None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        """Write and show one line."""
+        if not state.is_world_process_zero:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
@@ -78,16 +69,14 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             self.say(f"step {state.global_step}/{state.max_steps}  {text}")
 
     def say(self, text: str) -> None:
-        """Show a line, above the bar if there is one."""
+        """Show a line, above the bar if one is open."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:
             logger.info("%s", text)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar and draw the curve."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Close the bar and plot the loss."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -95,12 +84,12 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             self.draw()
 
     def draw(self) -> None:
-        """Draw the curve as it is now."""
-        draw_loss(self.path, self.picture)
+        """Plot the loss so far."""
+        draw_losses({"": self.path}, self.plot)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; a last line that a kill cut off is left out."""
+    """Return the lines of a log, without a last line that an interrupted run left incomplete."""
     lines: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -110,19 +99,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_loss(log: Path, picture: Path) -> None:
-    """Draw the losses of a log over its steps, with a running mean where they are many."""
-    draw_losses({"": log}, picture)
-
-
-def draw_losses(logs: Mapping[str, Path], picture: Path) -> None:
-    """Draw the losses of several logs beside each other, at most three in a row.
+def draw_losses(logs: Mapping[str, Path], plot: Path) -> None:
+    """Plot the losses of several logs side by side, at most three in a row, with a moving average of long ones.
 
     Args:
-        logs: By title.
-        picture: To be written.
+        logs: Log files by title.
+        plot: Image file to write.
     """
-    from matplotlib.figure import Figure  # slow to import, and only this needs it
+    from matplotlib.figure import Figure  # slow to import
 
     columns = min(len(logs), 3)
     rows = -(-len(logs) // columns)
@@ -130,7 +114,7 @@ def draw_losses(logs: Mapping[str, Path], picture: Path) -> None:
     for place, (title, log) in enumerate(logs.items(), 1):
         axes = figure.add_subplot(rows, columns, place, title=title, xlabel="step", ylabel="loss")
         _plot(axes, read_log(log))
-    figure.savefig(picture, dpi=120)
+    figure.savefig(plot, dpi=120)
 
 
 def _plot(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -1,32 +1,33 @@
-"""The Trainer of transformers with our batches, parameter groups, checkpoints and log."""
+"""The Trainer of transformers with the batches, parameter groups, checkpoints and log of yivl."""
 
 import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.atomic import replace_dir, write_json
+from yivl.checkpoint.format import ARGUMENTS, RECORD
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
-from yivl.image_processing import ImageProcessor
-from yivl.tokenization import YiTokenizer
-from yivl.train.arguments import Arguments, YiVLTrainingArguments, Zero, as_dict
-from yivl.train.dataloaders import BatchLoader, unwrap_worker_error
+from yivl.train.arguments import Arguments
+from yivl.train.dataloaders import Batches, BatchLoader, unwrap_worker_error
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
+from yivl.train.plan import as_dict
 from yivl.train.resume import (
-    ARGUMENTS,
-    RECORD,
     UNFINISHED,
+    describe_origin,
     load_trained,
     publish,
     remove_old_checkpoints,
@@ -37,58 +38,65 @@ from yivl.train.run_log import RunLog
 logger = logging.getLogger(__name__)
 
 MAX_EMPTY_STEPS: Final = 10
-"""Steps in a row without a single target that are too many. Source: ours."""
+"""Consecutive steps without a token to compute the loss on, after which a run stops. Source: ours."""
+
+# Of a parameter group, set by flags.
+_HYPERPARAMETERS: Final = ("lr", "weight_decay", "betas", "eps")
 
 
 class YiVLTrainer(Trainer):  # type: ignore[misc]
     """Trains a ``YiVLForCausalLM``, or peft around one.
 
-    The loss of a step is the mean over its supervised tokens, whatever batches and processes they came in.
+    The loss of an optimizer step is the mean over the target tokens of all its micro-batches and ranks.
     """
 
-    args: YiVLTrainingArguments
+    args: TrainingArguments
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
     control: Any
 
     def __init__(
         self,
         model: nn.Module,
-        arguments: Arguments,
-        loader: BatchLoader,
+        args: TrainingArguments,
+        batches: Batches,
         *,
-        tokenizer: YiTokenizer,
-        image_processor: ImageProcessor,
-        num_patches: int,
+        arguments: Arguments,
+        encoder: Encoder,
         eval_loader: BatchLoader | None = None,
-        record: Mapping[str, Any] | None = None,
+        offloads_optimizer: bool = False,
     ) -> None:
-        self.run_log = RunLog(arguments.training.output_dir)
+        self.run_log, self.loader = RunLog(args.output_dir), batches.loader
         super().__init__(
             model,
-            args=arguments.training,
-            train_dataset=loader.dataset,
+            args=args,
+            train_dataset=self.loader.dataset,
             eval_dataset=None if eval_loader is None else eval_loader.dataset,
-            data_collator=loader.collate_fn,
-            callbacks=[self.run_log, _EpochOrder(loader)],
+            data_collator=self.loader.collate_fn,
+            callbacks=[self.run_log, _EpochOrder(self.loader)],
         )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.arguments, self.loader, self.eval_loader = arguments, loader, eval_loader
-        self.tokenizer, self.image_processor, self.num_patches = tokenizer, image_processor, num_patches
-        self.record = {} if record is None else record
-        self._empty_steps = 0
-        self._frozen = frozen_modules(model)
-        self._run_dir = Path(arguments.training.output_dir)
+        self.arguments, self.encoder, self.eval_loader = arguments, encoder, eval_loader
+        self.offloads_optimizer = offloads_optimizer
+        self.sources = batches.sources
+        self._empty_steps, self._frozen = 0, frozen_modules(model)
+        self._run_dir = Path(args.output_dir)
         self._final_dtype: torch.dtype | None = None
-        # Rows and positions since the last line of the log, on this process.
+        self._hyperparameters: list[dict[str, Any]] = []
+        # Samples and tokens since the last log line, on this rank.
         self._seen, self._since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
 
     def get_train_dataloader(self) -> BatchLoader:
-        """Return our batches, which are those of this process already."""
+        """Return the batches of this rank, which must not be sharded again."""
         return self.loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return the optimizer, with a learning rate for each part of the model."""
+        """Return the optimizer, with a learning rate for each part of the model.
+
+        Raises:
+            YiVLError: If ``--optim`` needs a package that is not installed.
+        """
         optimizer: torch.optim.Optimizer | None = self.optimizer
         if optimizer is None:
             model = self.model if model is None else model
@@ -96,57 +104,72 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
                 optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             except (ImportError, ValueError) as error:
                 raise YiVLError(f"--optim {self.args.optim}: {error}") from error
-            if Zero.of(self.args).offloads_optimizer and self.args.optim.startswith("adamw_torch"):
+            if self.offloads_optimizer and self.args.optim.startswith("adamw_torch"):
                 from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, and only offloading needs it
 
-                names = ("lr", "betas", "eps")
-                optimizer_class, settings = DeepSpeedCPUAdam, {name: settings[name] for name in names}
-            groups = parameter_groups(model, self.args, self.get_decay_parameter_names(model))
+                settings = {name: settings[name] for name in _HYPERPARAMETERS if name in settings}
+                optimizer_class = DeepSpeedCPUAdam
+            groups = parameter_groups(model, self.arguments.training, self.get_decay_parameter_names(model))
             optimizer = self.optimizer = optimizer_class(groups, **settings)
+            self._hyperparameters = [
+                {name: group[name] for name in _HYPERPARAMETERS if name in group} for group in optimizer.param_groups
+            ]
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states of a checkpoint; the hyperparameters stay those of the flags, as ``check_same_run`` logs."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
+            return
+        assert self.optimizer is not None
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        scheduler.base_lrs = [given["lr"] for given in self._hyperparameters]
+        for group, given, schedule in zip(groups, self._hyperparameters, scheduler.lr_lambdas, strict=True):
+            group.update(given | {"initial_lr": given["lr"], "lr": given["lr"] * schedule(scheduler.last_epoch)})
+        scheduler._last_lr = [group["lr"] for group in groups]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Return the batches of a step and its number of supervised tokens, and count what is in them."""
+        """Return the micro-batches of a step and the number of tokens its loss is computed on."""
         try:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except RowError as error:
             raise unwrap_worker_error(error) from error
         for batch in batches:
-            self._seen += torch.tensor(count_batch(batch, self.num_patches), dtype=torch.float64)
+            self._seen += torch.tensor(count_batch(batch, self.encoder.num_patches), dtype=torch.float64)
         if isinstance(num_items, torch.Tensor):
             self._check_targets(int(num_items))
             num_items = num_items.clamp(min=1)  # it divides the loss
         return batches, num_items
 
     def _check_targets(self, num_targets: int) -> None:
-        """Say so when every row of a step was left out, and stop when that goes on: a loss of 0 is no success.
+        """Warn of a step without target tokens, since its loss of 0 would look like success.
 
         Raises:
-            YiVLError: If no step had a target for too long.
+            YiVLError: If too many consecutive steps have none.
         """
         self._empty_steps = 0 if num_targets else self._empty_steps + 1
         if self._empty_steps:
-            logger.warning("step %d: every row was left out, nothing is learnt from it", self.state.global_step + 1)
+            logger.warning("step %d: no target token, all of its samples were left out", self.state.global_step + 1)
         if self._empty_steps == min(MAX_EMPTY_STEPS, self.state.max_steps):
-            raise YiVLError(f"no target in {self._empty_steps} steps: every row was left out, see bad_rows.jsonl")
+            raise YiVLError(
+                f"no target token in {self._empty_steps} steps: all samples were left out; see bad_rows.jsonl"
+            )
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss, and never logits: those of a vocabulary of 64,000 would fill the memory."""
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss without logits, which need 64,000 values per token."""
         if model.training:
             freeze_modes(self._frozen)
-        return super().compute_loss(model, inputs | {"skip_logits": True}, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return and log the mean loss over all supervised tokens of the evaluation rows, of all processes."""
-        assert self.eval_loader is not None  # --eval_strategy goes with --eval_data_path
+        """Return and log the mean loss over the target tokens of the evaluation data, on all ranks.
+
+        Raises:
+            YiVLError: If there is no target token.
+        """
+        assert self.eval_loader is not None  # --eval_strategy needs --eval_data_path
         started, model = time.perf_counter(), self.model_wrapped
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
@@ -154,13 +177,13 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             for batch in self.eval_loader:
                 with torch.no_grad(), self.compute_loss_context_manager():
                     inputs = self._prepare_inputs(batch)
-                    loss = model(**inputs, skip_logits=True, num_items_in_batch=1).loss  # their sum
+                    loss = model(**inputs, skip_logits=True, num_items_in_batch=1).loss  # the sum over its tokens
                 total += torch.tensor([loss.item(), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())])
         except RowError as error:
             raise unwrap_worker_error(error) from error
         loss_sum, targets = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").tolist()
         if not targets:
-            raise YiVLError(f"{self.arguments.data.eval_data_path}: no target in the evaluation rows")
+            raise YiVLError(f"{self.arguments.data.eval_data_path}: no target token; check the answers of its rows")
         metrics = {"eval_loss": loss_sum / targets}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -168,27 +191,27 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add rows and positions (text tokens and patches) a second, over all processes, to every line.
+        """Log a line with the samples and tokens (text and image patches) per second of all ranks added.
 
         Raises:
-            YiVLError: If the loss is no number: what follows would not be training.
+            YiVLError: If the loss is NaN or infinite.
         """
         if not math.isfinite(logs.get("loss", 0)):
             raise YiVLError(
-                f"step {self.state.global_step}: the loss is {logs['loss']}; go on from a checkpoint before it with a "
+                f"step {self.state.global_step}: the loss is {logs['loss']}; resume from an earlier checkpoint with a "
                 "lower --learning_rate"
             )
-        if "loss" in logs and self._empty_steps >= self.args.logging_steps:
-            del logs["loss"]  # there was none: a 0 would look like success
+        if "loss" in logs and self._empty_steps >= self.state.logging_steps:
+            del logs["loss"]  # no step since the last line had a target token
         if "rows_per_second" not in logs and "learning_rate" in logs:
             now = time.perf_counter()
             seen = self.accelerator.reduce(self._seen.to(self.args.device, torch.float32), "sum").tolist()
-            rows, tokens = (round(number / (now - self._since), 2) for number in seen)
-            logs |= {"rows_per_second": rows, "tokens_per_second": tokens}
+            samples, tokens = (round(number / (now - self._since), 2) for number in seen)
+            logs |= {"rows_per_second": samples, "tokens_per_second": tokens}
             self._seen, self._since = torch.zeros_like(self._seen), now
         super().log(logs, start_time)
 
-    # Checkpoints: transformers writes them file by file, here they appear as a whole.
+    # transformers writes a checkpoint file by file; here it is written to a temporary folder and moved.
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._run_dir)
@@ -206,10 +229,10 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
             remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
             self.run_log.draw()
         self.accelerator.wait_for_everyone()
-        self._since += time.perf_counter() - started  # the rates of the log are those of training
+        self._since += time.perf_counter() - started  # saving does not count as training
 
     def save_final(self) -> None:
-        """Write the trained model into the output folder, in the precision of its training."""
+        """Write the trained model to the output folder, in bfloat16 after bf16 mixed precision."""
         self._final_dtype = torch.bfloat16 if self.args.bf16 else None
         with self._unfinished() as folder:
             self.save_model(str(folder / "model"))
@@ -221,10 +244,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _unfinished(self) -> Iterator[Path]:
-        """Yield an empty folder that all processes may write into; on leaving, all have done so.
-
-        The nodes of a run share the disk of its output folder (docs/training.md).
-        """
+        """Yield an empty folder for all ranks, which share a file system; on exit, all ranks have written."""
         folder = Path(self.args.output_dir) / UNFINISHED
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
@@ -234,7 +254,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model; no process goes on to write beside it before it is there."""
+        """Write the model; all ranks wait for it before they write other files."""
         super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
 
@@ -242,43 +262,36 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        if self._final_dtype is not None and not self.is_adapter:
+        if self._final_dtype is not None and not self.arguments.model.lora_enable:
             weights = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {key: value.to(self._final_dtype) for key, value in weights.items()}
         save_trained(
             self.model,
             folder,
-            tokenizer=self.tokenizer,
-            image_processor=self.image_processor,
+            tokenizer=self.encoder.tokenizer,
+            image_processor=self.encoder.image_processor,
             state_dict=state_dict,
         )
-        write_json(folder / ARGUMENTS, as_dict(self.arguments))
-        write_json(folder / RECORD, self.record)
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether LoRA adapters are trained."""
-        return self.arguments.model.lora_enable
+        write_json(folder / ARGUMENTS, as_dict(self.arguments, self.args))
+        write_json(folder / RECORD, describe_origin(self.arguments.model.model_name_or_path, self.sources))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model if model is None else model, resume_from_checkpoint)
 
 
 class _EpochOrder(TrainerCallback):  # type: ignore[misc]
-    """Tells our batches which epoch begins; on a resumed run not every version of transformers does."""
+    """Sets the epoch of the batches; not every version of transformers does so in a resumed run."""
 
     def __init__(self, loader: BatchLoader) -> None:
         self.loader = loader
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Choose the order of the epoch."""
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Set the epoch, which decides the order."""
         self.loader.set_epoch(int(state.epoch or 0))
 
 
 def count_batch(batch: dict[str, Any], num_patches: int) -> tuple[int, int]:
-    """Return how many rows and decoder positions a batch holds, without padding."""
+    """Return the numbers of samples and tokens in a batch, with image patches and without padding."""
     ids = batch["input_ids"]
     num_images = int((ids == IMAGE_TOKEN_INDEX).sum())
     if "row_lengths" in batch:

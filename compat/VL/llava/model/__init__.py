@@ -5,9 +5,10 @@ from typing import Any
 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.format import read_config, vit_folder
 from yivl.checkpoint.loading import resolve_checkpoint
 from yivl.image_processing import load_clip_processor
-from yivl.model.configuration import YiVLConfig, vit_folder
+from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.vision_tower import VisionTower
 
@@ -18,9 +19,9 @@ class LlavaConfig(YiVLConfig):
     """The configuration, read as the release's callers read it."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **_: Any) -> "LlavaConfig":
+    def from_pretrained(cls, folder: str | os.PathLike[str], **_: Any) -> YiVLConfig:
         """Return the configuration of a checkpoint folder or hub id."""
-        return cls.from_folder(resolve_checkpoint(folder))
+        return read_config(resolve_checkpoint(folder))
 
 
 class CLIPVisionTower(VisionTower):

@@ -22,10 +22,11 @@ from huggingface_hub import ModelCard, constants
 from support.golden import CHECKPOINT, ROOT
 from support.training import train, write_rows
 
+from yivl.checkpoint.format import RECORD
+from yivl.checkpoint.hub import MARKER, check_whole, download
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.errors import CheckpointError
-from yivl.export.hub import check_whole, download, upload
-from yivl.export.model_card import MARKER, RECORD, make_card
+from yivl.export.model_card import make_card, publish
 
 TOKEN, READER = "hf_writes", "hf_reads"
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
@@ -242,9 +243,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 ROUND_TRIP = """
 import sys
 from pathlib import Path
-from yivl.export.hub import download, upload
+from yivl.checkpoint.hub import download
+from yivl.export.model_card import publish
 source, target, repository = sys.argv[1:]
-print(upload(Path(source), repository, private=True))
+print(publish(Path(source), repository, private=True))
 download(repository, Path(target))
 """
 
@@ -252,8 +254,8 @@ download(repository, Path(target))
 def test_what_was_uploaded_is_downloaded_byte_for_byte_and_loads(
     server: Hub, folder: Path, tmp_path: Path, loaded: LoadedModel
 ) -> None:
-    """In a process of its own, with the settings a user has: the environment alone."""
-    (folder / VIT / "open_clip_pytorch_model.bin").write_bytes(b"a second ViT that nobody reads")
+    """In a separate process, configured by environment variables alone."""
+    (folder / VIT / "open_clip_pytorch_model.bin").write_bytes(b"a second ViT that no load reads")
     settings = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
     result = subprocess.run(
         [sys.executable, "-c", ROUND_TRIP, str(folder), str(tmp_path / "again"), REPO],
@@ -276,7 +278,7 @@ def test_what_was_uploaded_is_downloaded_byte_for_byte_and_loads(
 
 
 def test_a_stopped_download_goes_on_with_the_files_that_are_missing(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     hub.broken = {SHARDS[1]}
     hub.got.clear()
     target = tmp_path / "again"
@@ -295,7 +297,7 @@ def test_a_stopped_download_goes_on_with_the_files_that_are_missing(hub: Hub, fo
 
 
 def test_nothing_of_another_commit_is_left_in_a_download(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     partial = tmp_path / ".again.partial"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"what a stopped download of another commit left")
@@ -307,24 +309,24 @@ def test_nothing_of_another_commit_is_left_in_a_download(hub: Hub, folder: Path,
 
 @pytest.mark.parametrize("missing", [SHARDS[0], "tokenizer.model", "config.json", f"{VIT}/pytorch_model.bin"])
 def test_a_repository_that_is_not_whole_gives_no_folder(missing: str, hub: Hub, folder: Path, tmp_path: Path) -> None:
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     del hub.repositories[REPO].commits[-1][missing]
-    with pytest.raises(CheckpointError, match=rf"^{REPO}: no whole model .*{Path(missing).name}"):
+    with pytest.raises(CheckpointError, match=rf"^{REPO}: no complete Yi-VL checkpoint .*{Path(missing).name}"):
         download(REPO, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
 def test_a_folder_that_holds_something_is_not_written_into(folder: Path) -> None:
     before = contents(folder)
-    with pytest.raises(CheckpointError, match="holds something already"):
+    with pytest.raises(CheckpointError, match="not empty; give an empty"):
         download(REPO, folder)
-    with pytest.raises(CheckpointError, match="holds something already"):
+    with pytest.raises(CheckpointError, match="not empty; give an empty"):
         download(REPO, folder / "config.json")
     assert contents(folder) == before
 
 
 def test_an_empty_folder_is_taken(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     (tmp_path / "empty").mkdir()
     download(REPO, tmp_path / "empty")
     check_whole(tmp_path / "empty")
@@ -335,22 +337,22 @@ def test_what_the_hub_refuses_is_one_clear_line(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"^someone/nothing: no such repository on the hub.* \(404\)$"):
         download("someone/nothing", tmp_path / "again")
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     with pytest.raises(CheckpointError, match=rf"^{REPO}: no such revision"):
         download(REPO, tmp_path / "again", revision="v9")
     with pytest.raises(CheckpointError, match="not a name"):
         download("not a name", tmp_path / "again")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    for action in (lambda: download(REPO, tmp_path / "again"), lambda: upload(folder, REPO, private=False)):
-        with pytest.raises(CheckpointError, match=rf"^{REPO}: not there, or not for this token.*HF_TOKEN \(401\)$"):
+    for action in (lambda: download(REPO, tmp_path / "again"), lambda: publish(folder, REPO, private=False)):
+        with pytest.raises(CheckpointError, match=rf"^{REPO}: not found, or not for this token.*HF_TOKEN \(401\)$"):
             action()
     monkeypatch.setenv("HF_TOKEN", READER)
     for name in (REPO, "other/new"):
         with pytest.raises(CheckpointError, match=rf"^{name}: .*token may.*\(40[34]\)$"):
-            upload(folder, name, private=False)
+            publish(folder, name, private=False)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(CheckpointError, match=r"^no token for the hub: .*HF_TOKEN"):
-        upload(folder, REPO, private=False)
+        publish(folder, REPO, private=False)
     assert len(hub.repositories[REPO].commits) == 2
     assert list(hub.repositories) == [REPO]
     assert not (tmp_path / "again").exists()
@@ -359,8 +361,8 @@ def test_what_the_hub_refuses_is_one_clear_line(
 def test_without_a_network_it_is_one_clear_line(
     hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    for action in (lambda: download(REPO, tmp_path / "again"), lambda: upload(folder, REPO, private=False)):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    for action in (lambda: download(REPO, tmp_path / "again"), lambda: publish(folder, REPO, private=False)):
         with pytest.raises(CheckpointError, match=rf"^{REPO}: the hub cannot be reached \(.+\)$"):
             action()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -370,11 +372,11 @@ def test_without_a_network_it_is_one_clear_line(
 
 
 def test_a_stopped_upload_leaves_the_old_model_and_sends_nothing_twice(hub: Hub, folder: Path) -> None:
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     sent = hub.got["PUT"]
     edit_json(folder / "config.json", image_aspect_ratio="square")
     hub.broken = {"PUT"}
-    upload(folder, REPO, private=False)  # nothing large changed, so nothing large is sent
+    publish(folder, REPO, private=False)  # nothing large changed, so nothing large is sent
     assert hub.got["PUT"] == sent
     (folder / "tokenizer.model").write_bytes((CHECKPOINT / "tokenizer.model").read_bytes() + b"\n")
     commits = len(hub.repositories[REPO].commits)
@@ -382,10 +384,10 @@ def test_a_stopped_upload_leaves_the_old_model_and_sends_nothing_twice(hub: Hub,
     torch.save({key: value + 1 for key, value in weights.items()}, folder / SHARDS[0])
     shutil.copy(CHECKPOINT / "tokenizer.model", folder)
     with pytest.raises(CheckpointError, match=rf"^{REPO}: "):
-        upload(folder, REPO, private=False)
+        publish(folder, REPO, private=False)
     assert len(hub.repositories[REPO].commits) == commits
     hub.broken = set()
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     assert hub.got["PUT"] == sent + 1
     assert hub.repositories[REPO].commits[-1][SHARDS[0]] == (folder / SHARDS[0]).read_bytes()
 
@@ -393,11 +395,11 @@ def test_a_stopped_upload_leaves_the_old_model_and_sends_nothing_twice(hub: Hub,
 def test_weights_of_an_earlier_upload_go_and_other_files_stay(
     hub: Hub, folder: Path, loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     hub.repositories[REPO].commits[-1]["notes.txt"] = b"of its owner"
     loaded.model.save_pretrained(folder.parent / "new", tokenizer=loaded.tokenizer)
     loaded.image_processor.clip_processor.save_pretrained(folder.parent / "new" / VIT)
-    upload(folder.parent / "new", REPO, private=False)
+    publish(folder.parent / "new", REPO, private=False)
     files = hub.repositories[REPO].commits[-1]
     assert {name for name in files if name.endswith((".bin", ".safetensors", ".index.json"))} == {
         "model.safetensors",
@@ -411,11 +413,11 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub: Hub, folder: 
     hub.repositories["someone/adapter"] = Repository(False, [{"adapter_config.json": b"{}"}])
     hub.repositories["someone/public"] = Repository(False)
     with pytest.raises(CheckpointError, match=r"^someone/llama: exists and holds another kind of model"):
-        upload(folder, "someone/llama", private=False)
+        publish(folder, "someone/llama", private=False)
     with pytest.raises(CheckpointError, match=r"^someone/adapter: exists and holds an adapter"):
-        upload(folder, "someone/adapter", private=False)
+        publish(folder, "someone/adapter", private=False)
     with pytest.raises(CheckpointError, match=r"^someone/public: exists and is public"):
-        upload(folder, "someone/public", private=True)
+        publish(folder, "someone/public", private=True)
     assert all(len(repository.commits) == 1 for repository in hub.repositories.values())
 
 
@@ -432,13 +434,13 @@ BROKEN = {
     ),
     "a path": (
         lambda f: edit_json(f / "tokenizer_config.json", name_or_path="/home/someone/model"),
-        "tokenizer_config.json: name_or_path is a path of this machine",
+        "tokenizer_config.json: name_or_path is a local path",
     ),
     "a path below": (
         lambda f: edit_json(f / VIT / "config.json", text={"from": [r"C:\models\clip"]}),
-        "config.json: text is a path of this machine",
+        "config.json: text is a local path",
     ),
-    "the licence": (lambda f: (f / "LICENSE").write_text("All rights reserved."), "LICENSE: is another licence"),
+    "the license": (lambda f: (f / "LICENSE").write_text("All rights reserved."), "LICENSE: is another license"),
 }
 
 
@@ -447,24 +449,24 @@ def test_what_cannot_be_published_is_named_before_anything_is_sent(case: str, hu
     damage, message = BROKEN[case]
     damage(folder)
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        upload(folder, REPO, private=False, licence="apache-2.0")
+        publish(folder, REPO, private=False, license_id="apache-2.0")
     assert not hub.repositories
     assert not (folder / "README.md").exists()
 
 
 def test_a_card_written_by_hand_is_kept_on_both_sides(hub: Hub, folder: Path) -> None:
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     assert MARKER in (folder / "README.md").read_text(encoding="utf-8")
     files = hub.repositories[REPO].commits[-1]
     assert files["README.md"] == (folder / "README.md").read_bytes()
     files["README.md"] = b"# written on the hub"
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     assert hub.repositories[REPO].commits[-1]["README.md"] == b"# written on the hub"
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine", encoding="utf-8")
-    upload(folder, REPO, private=False)
+    publish(folder, REPO, private=False)
     assert hub.repositories[REPO].commits[-1]["README.md"] == b"---\nlicense: mit\n---\n# mine"
-    with pytest.raises(CheckpointError, match=r"README\.md: is written by hand and kept"):
-        upload(folder, REPO, private=False, licence="mit")
+    with pytest.raises(CheckpointError, match=r"README\.md: was edited by hand and is kept"):
+        publish(folder, REPO, private=False, license_id="mit")
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +487,7 @@ def run(runs: Path, tmp_path: Path) -> Path:
 
 def test_an_output_folder_is_published_without_optimizers_and_paths(hub: Hub, run: Path, tmp_path: Path) -> None:
     assert (run / "full/checkpoint-6/optimizer.pt").is_file()
-    upload(run / "full", REPO, private=False)
+    publish(run / "full", REPO, private=False)
     files = hub.repositories[REPO].commits[-1]
     vit = {f"{VIT}/{name}" for name in ("config.json", "preprocessor_config.json", "model.safetensors")}
     tokenizer = {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
@@ -510,9 +512,9 @@ def test_an_adapter_is_published_with_the_name_of_its_base_and_loads(
         with pytest.raises(
             CheckpointError, match=r"adapter_config.json: names '.*' as its base; give the base model's"
         ):
-            upload(run / "lora", REPO, private=True)
+            publish(run / "lora", REPO, private=True)
     config.write_text(recorded, encoding="utf-8")
-    upload(run / "lora", REPO, private=True, base_model="someone/base")
+    publish(run / "lora", REPO, private=True, base_model="someone/base")
     files = hub.repositories[REPO].commits[-1]
     assert {"adapter_model.safetensors", "non_lora_trainables.safetensors", "adapter_config.json"} < set(files)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/base"
@@ -526,14 +528,14 @@ def test_an_adapter_is_published_with_the_name_of_its_base_and_loads(
     assert torch.equal(one, other)
     (run / "lora/non_lora_trainables.safetensors").write_bytes(files["non_lora_trainables.safetensors"][:99])
     with pytest.raises(CheckpointError, match=r"non_lora_trainables\.safetensors: damaged"):
-        upload(run / "lora", REPO, private=True, base_model="someone/base")
+        publish(run / "lora", REPO, private=True, base_model="someone/base")
     del hub.repositories[REPO].commits[-1]["adapter_model.safetensors"]
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):
         download(REPO, tmp_path / "third")
     shutil.copy(tmp_path / "again/non_lora_trainables.safetensors", run / "lora")
     hub.repositories["someone/whole"] = Repository(False, [{"config.json": (CHECKPOINT / "config.json").read_bytes()}])
     with pytest.raises(CheckpointError, match=r"^someone/whole: exists and holds a whole model"):
-        upload(run / "lora", "someone/whole", private=False, base_model="someone/base")
+        publish(run / "lora", "someone/whole", private=False, base_model="someone/base")
 
 
 def rows_of(card: str) -> dict[str, str]:
@@ -549,9 +551,9 @@ def test_a_card_tells_what_the_run_recorded(run: Path) -> None:
         lines = map(json.loads, (run / name.split("/")[0] / "log.jsonl").read_text().splitlines())
         log = [line for line in lines if line["step"] <= (6 if "checkpoint" in name else 8)]
         told = rows_of(card)
-        assert told["started from"] == "`checkpoint`"
+        assert told["initialized from"] == "`checkpoint`"
         assert told["optimizer steps"] == str(log[-1]["step"])
-        assert told["rows of a step"] == "2"
+        assert told["global batch size"] == "2"
         last = [line for line in log if "loss" in line][-1]
         assert told[f"loss, at step {last['step']}"] == f"{last['loss']:.4f}"
         assert told["learning_rate"] == str(flags["learning_rate"])
@@ -587,7 +589,7 @@ def test_a_card_tells_the_mix_the_base_and_the_versions_where_they_are_recorded(
     assert "| `gqa.json` | 50,000 | 25,000 | 24,000 |  |  |" in card
     assert "| `{00000..00099}.tar` |  |  |  | 100 | 3.0 |" in card
     assert "Versions: torch 2.10, yivl 1.0." in card
-    assert rows_of(card)["started from"] == "01-ai/Yi-VL-6B"
+    assert rows_of(card)["initialized from"] == "01-ai/Yi-VL-6B"
     assert "Not recorded: " not in card
     assert "/data" not in card
     data = ModelCard(card).data
@@ -619,7 +621,7 @@ def test_scores_are_told_as_measured_and_controls_are_no_claims(tmp_path: Path, 
     assert card.count("| kind, language | exact % | best constant answer % | questions |") == 2
     assert card.count("| sign, zh | 33.3 | 4.0 | 1,200 |") == 2
     assert "| count\\|en | 99.5 | 20.0 | 200 |" in card
-    assert "`exam.json`, shown no picture, measured on `tiny-yi-vl`:" in card
+    assert "`exam.json`, shown no image, measured on `tiny-yi-vl`:" in card
     assert "/home" not in card
     assert ModelCard(make_card(folder, scores=[none])).data.eval_results is None
     (tmp_path / "bad.json").write_text('{"scores": 3}')
@@ -644,27 +646,27 @@ def test_scores_of_a_benchmark_are_told_by_domain(tmp_path: Path, folder: Path) 
         assert ModelCard(card).data.eval_results is None
 
 
-def test_the_licence_is_that_of_the_folder_or_the_given_one_and_never_made_up(folder: Path) -> None:
-    def licence(**given: Any) -> str | None:
+def test_the_license_is_that_of_the_folder_or_the_given_one_and_never_made_up(folder: Path) -> None:
+    def license_of(**given: Any) -> str | None:
         (folder / "README.md").write_text(make_card(folder, **given), encoding="utf-8")
         return ModelCard.load(folder / "README.md").data.license
 
-    assert licence() is None
+    assert license_of() is None
     assert "Not recorded in this folder." in (folder / "README.md").read_text(encoding="utf-8")
-    assert licence(licence="mit") == "mit"
-    assert licence() == "mit"  # of the card that was there
-    assert licence(licence="apache-2.0") == "apache-2.0"
-    (folder / "LICENSE").write_text("Some licence, with terms.")
-    assert licence() == "other"
+    assert license_of(license_id="mit") == "mit"
+    assert license_of() == "mit"  # of the card that was there
+    assert license_of(license_id="apache-2.0") == "apache-2.0"
+    (folder / "LICENSE").write_text("Some license, with terms.")
+    assert license_of() == "other"
     assert ModelCard.load(folder / "README.md").data.license_link == "LICENSE"
-    with pytest.raises(CheckpointError, match=r"LICENSE: is another licence than 'apache-2.0'"):
-        licence(licence="apache-2.0")
+    with pytest.raises(CheckpointError, match=r"LICENSE: is another license than 'apache-2.0'"):
+        license_of(license_id="apache-2.0")
     shutil.copy(ROOT / "LICENSE", folder)
-    assert licence() == "apache-2.0"
+    assert license_of() == "apache-2.0"
     (folder / "LICENSE").unlink()
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(CheckpointError, match=r"README\.md: its front matter is not valid YAML"):
-        licence()
+        license_of()
 
 
 def test_a_card_of_a_bare_checkpoint_says_that_training_is_not_recorded(folder: Path) -> None:

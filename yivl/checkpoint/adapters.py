@@ -1,0 +1,140 @@
+"""LoRA adapter folders: the files of peft, other trained parameters, and the image settings."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from yivl.checkpoint.atomic import write_json
+from yivl.checkpoint.format import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
+    METADATA,
+    NON_LORA_TRAINABLES,
+    StateDict,
+    adapter_key,
+    check_keys,
+    find_weights,
+    published_name,
+    read_json,
+    read_weights,
+)
+from yivl.errors import CheckpointError
+from yivl.image_processing import ImageProcessor
+from yivl.model.modeling import YiVLForCausalLM
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    *,
+    image_processor: ImageProcessor,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write an adapter folder.
+
+    Args:
+        model: A ``YiVLForCausalLM`` wrapped by peft.
+        folder: Empty or new.
+        image_processor: The image settings of training, which an answer needs too.
+        state_dict: Weights gathered by the caller (ZeRO-3); those of ``model`` by default.
+    """
+    model.save_pretrained(os.fspath(folder), state_dict=state_dict, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template of peft
+    settings = {"image_size": image_processor.image_size, "image_aspect_ratio": image_processor.aspect_ratio}
+    write_json(folder / ADAPTER_SETTINGS, settings)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ADAPTER not in name]
+    if trained:
+        weights = model.state_dict() if state_dict is None else state_dict
+        tensors = {published_name(name): weights[name].detach().cpu().contiguous() for name in trained}
+        save_file(tensors, folder / NON_LORA_TRAINABLES[0], metadata=METADATA)
+
+
+def restore_adapter(model: PeftModel, folder: Path) -> None:
+    """Load the weights of an adapter folder into the model that saved them, in place.
+
+    Raises:
+        CheckpointError: If the folder holds no adapter, or the adapter of another model.
+    """
+    weights = read_weights(find_weights(folder, ADAPTER_WEIGHTS))
+    _check_adapter(folder, model, weights)
+    set_peft_model_state_dict(model, weights)
+    _copy_trained(model, folder)
+
+
+def load_adapter(model: YiVLForCausalLM, folder: Path, *, merge: bool = False) -> YiVLForCausalLM:
+    """Return the base model with a LoRA adapter and the other parameters of its folder, in place.
+
+    Args:
+        model: The base, with the image size of the adapter, and unquantized if the adapter is to be merged.
+        folder: With ``non_lora_trainables.safetensors`` (LLaVA: ``.bin``) if more than the adapter was trained.
+        merge: Add the adapter to the weights of the base.
+
+    Raises:
+        CheckpointError: If the folder holds no adapter, or the adapter of another model.
+    """
+    weights = read_weights(find_weights(folder, ADAPTER_WEIGHTS))
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(folder))
+        if not any("vision_tower" in key for key in weights):
+            # LLaVA names targets by their last part, which the ViT shares; its adapters never include the ViT.
+            config.exclude_modules = r".*vision_tower.*"
+        adapted = PeftModel.from_pretrained(model, os.fspath(folder), config=config)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{folder}: not an adapter of this base model ({error})") from error
+    _check_adapter(folder, adapted, weights)
+    model = adapted.merge_and_unload() if merge else adapted.get_base_model()
+    _copy_trained(model, folder)
+    return model
+
+
+def base_of(folder: Path) -> str:
+    """Return the path or hub id of the base model that an adapter names.
+
+    Raises:
+        CheckpointError: If it names none.
+    """
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
+    return str(base)
+
+
+def read_image_settings(folder: Path) -> dict[str, Any]:
+    """Return ``image_size`` and ``image_aspect_ratio`` of an adapter; neither if its folder does not record them.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    if not (folder / ADAPTER_SETTINGS).is_file():
+        return {}
+    fields = read_json(folder / ADAPTER_SETTINGS)
+    size, ratio = fields.get("image_size"), fields.get("image_aspect_ratio")
+    if not isinstance(size, int) or not isinstance(ratio, str):
+        raise CheckpointError(f"{folder / ADAPTER_SETTINGS}: expected image_size and image_aspect_ratio")
+    return {"image_size": size, "image_aspect_ratio": ratio}
+
+
+def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:
+    expected = {adapter_key(name): parameter for name, parameter in model.named_parameters() if ADAPTER in name}
+    check_keys(folder, expected, weights, fit="this base model")
+
+
+def _copy_trained(model: nn.Module, folder: Path) -> None:
+    """Copy the parameters that were trained in addition to the adapter into the model."""
+    path = next((folder / name for name in NON_LORA_TRAINABLES if (folder / name).is_file()), None)
+    if path is None:
+        return
+    trained = {published_name(key): value for key, value in read_weights(path).items()}
+    own = {published_name(name): parameter for name, parameter in model.named_parameters()}
+    check_keys(path, {key: own[key] for key in trained.keys() & own.keys()}, trained, fit="this base model")
+    with torch.no_grad():
+        for key, value in trained.items():
+            own[key].copy_(value)

@@ -1,0 +1,145 @@
+"""Command-line parsers built from dataclasses and from the source of transformers and torchrun.
+
+Importing those libraries takes seconds, which ``--help`` and a misspelled flag need not wait for.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, get_args
+
+from yivl.errors import YiVLError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; argparse would print the usage of 150 flags first."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ``YiVLError``."""
+        raise YiVLError(f"{message}; --help lists the flags")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Return the parsed flags.
+
+        Raises:
+            YiVLError: If a flag is unknown (the error suggests the closest one) or has a wrong value.
+        """
+        namespace, unknown = self.parse_known_args(argv)
+        if not unknown:
+            return namespace
+        word = unknown[0]
+        if not word.startswith("-"):
+            raise YiVLError(f"{word}: no flag takes this value; quote patterns such as '{{00000..00099}}.tar'")
+        name = word.split("=")[0]
+        close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        raise YiVLError(f"unknown flag {name}; {f'did you mean {close[0]}?' if close else '--help lists the flags'}")
+
+
+class Flag(NamedTuple):
+    """A field of a dataclass, as a command line sees it."""
+
+    types: set[str]
+    """Names of the types in its annotation."""
+    default: Any
+    options: dict[str, Any]
+    """For ``add_argument``."""
+
+
+def dataclass_flags(dataclass: type) -> dict[str, Flag]:
+    """Return the fields of a dataclass that have a help text."""
+    return {
+        field.name: Flag({kind.__name__ for kind in get_args(field.type) or (field.type,)}, field.default, metadata)
+        for field in dataclasses.fields(dataclass)
+        if "help" in (metadata := dict(field.metadata))
+    }
+
+
+def transformers_flags() -> dict[str, Flag]:
+    """Return the fields of ``transformers.TrainingArguments``, with the choices of enumerations."""
+    modules = [_read_source("transformers", file) for file in ("training_args.py", "trainer_utils.py")]
+    classes = {node.name: node for module in modules for node in module.body if isinstance(node, ast.ClassDef)}
+    flags = {}
+    for node in classes["TrainingArguments"].body:
+        match node:
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.Call(keywords=keywords)):
+                field = _literals(keywords)
+                types = {part.id for part in ast.walk(node.annotation) if isinstance(part, ast.Name)}
+                choices = [
+                    ast.literal_eval(member.value)
+                    for kind in types & classes.keys()
+                    for member in classes[kind].body
+                    if isinstance(member, ast.Assign)
+                ]
+                options = ({"choices": choices} if choices else {}) | field.get("metadata", {})
+                if types & {"bool", "int", "float", "str"}:  # others cannot be written on a command line
+                    flags[name] = Flag(types, field.get("default"), options)
+    return flags
+
+
+def add_flag(group: argparse._ArgumentGroup, name: str, flag: Flag) -> None:
+    """Add a flag to a parser; one that is not given is left out of the namespace."""
+    options = dict(flag.options)
+    if "dict" in flag.types:
+        options["type"] = json.loads if "bool" in flag.types else str  # transformers reads those that may name a file
+    elif "bool" in flag.types:
+        options |= {"type": _to_bool, "nargs": "?", "const": True}
+    else:
+        options["type"] = next((kind for kind in (int, float) if kind.__name__ in flag.types), str)
+    if "choices" not in options:
+        options["metavar"] = "BOOL" if "bool" in flag.types else options["type"].__name__.upper()
+    if flag.default not in (None, "") and options.get("help") != argparse.SUPPRESS:
+        options["help"] = f"{options.get('help', '')} (default: {flag.default})"
+    group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
+    if flag.default is True:
+        group.add_argument(
+            f"--no_{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+
+def torchrun_parser(prog: str) -> Parser:
+    """Return a parser of torchrun's flags, to check them; their values are torchrun's to read."""
+    usage = f"{prog} [flags] (-m MODULE | SCRIPT) [flags of the program]"
+    parser = Parser(prog=prog, usage=usage, description="Start one process per GPU, as torchrun does.")
+    for node in ast.walk(_read_source("torch", "distributed/run.py")):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="add_argument"), args=names, keywords=keywords):
+                symbols = {word.arg: word.value.id for word in keywords if isinstance(word.value, ast.Name)}
+                options = {key: value for key, value in _literals(keywords).items() if key in ("help", "choices")}
+                if symbols.get("action") == "check_env":  # a switch that an environment variable sets too
+                    options["action"] = "store_true"
+                if symbols.get("nargs") == "REMAINDER":
+                    options["nargs"] = argparse.REMAINDER
+                if kind := {"int": int, "float": float}.get(symbols.get("type", "")):
+                    options["type"] = kind
+                parser.add_argument(*(ast.literal_eval(name) for name in names), **options)
+    return parser
+
+
+def _to_bool(text: str) -> bool:
+    values = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected True or False")
+    return values[text.lower()]
+
+
+def _literals(keywords: Sequence[ast.keyword]) -> dict[str, Any]:
+    """Return the keyword arguments of a call that are literals."""
+    values = {}
+    for keyword in keywords:
+        try:
+            values[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:
+            continue  # a name or an expression, which only the library can evaluate
+    return values
+
+
+def _read_source(package: str, file: str) -> ast.Module:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+    return ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))

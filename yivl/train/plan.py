@@ -1,0 +1,146 @@
+"""What follows from the flags of a run: the ``RunPlan``, and the arguments that the Trainer of transformers takes."""
+
+import dataclasses
+import json
+import math
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yivl.errors import YiVLError
+from yivl.train.arguments import Arguments, YiVLTrainingArguments
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The ZeRO settings of a DeepSpeed configuration."""
+
+    stage: int = 0
+    """0 without DeepSpeed."""
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+
+    @classmethod
+    def read(cls, deepspeed: str | None) -> "Zero":
+        """Return the settings of ``--deepspeed``: a file, or JSON text.
+
+        Raises:
+            YiVLError: If it cannot be read.
+        """
+        if not deepspeed:
+            return cls()
+        try:
+            text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
+            fields: dict[str, Any] = json.loads(text).get("zero_optimization", {})
+        except (OSError, ValueError) as error:
+            raise YiVLError(f"--deepspeed {deepspeed}: cannot be read ({error}); give a JSON file") from error
+        return cls(
+            int(fields.get("stage", 0)),
+            fields.get("offload_optimizer", {}).get("device", "none") != "none",
+            fields.get("offload_param", {}).get("device", "none") != "none",
+        )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is derived from the flags and the number of processes."""
+
+    world_size: int
+    gradient_accumulation_steps: int
+    zero: Zero
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> "RunPlan":
+        """Return the plan of a run; the launcher sets ``WORLD_SIZE``.
+
+        Raises:
+            YiVLError: If the global batch size cannot be split over the processes, or ZeRO-3 meets quantized weights.
+        """
+        training, world_size = arguments.training, int(os.environ.get("WORLD_SIZE", "1"))
+        accumulation = training.gradient_accumulation_steps
+        if training.global_batch_size is not None:
+            samples = training.per_device_train_batch_size * world_size
+            accumulation, rest = divmod(training.global_batch_size, samples)
+            if rest:
+                raise YiVLError(
+                    f"--global_batch_size {training.global_batch_size} is no multiple of {samples} "
+                    f"(--per_device_train_batch_size {training.per_device_train_batch_size} x {world_size} processes)"
+                )
+        zero = Zero.read(training.deepspeed)
+        if arguments.model.bits != 16 and zero.stage == 3:
+            raise YiVLError(
+                f"--bits {arguments.model.bits}: ZeRO-3 cannot partition quantized weights; use scripts/zero2.json or "
+                "no --deepspeed"
+            )
+        return cls(world_size, accumulation, zero)
+
+    def total_steps(self, training: YiVLTrainingArguments, num_batches: int) -> int:
+        """Return the optimizer steps of a run with ``num_batches`` batches per epoch and rank, as the Trainer does."""
+        if training.max_steps > 0:
+            return training.max_steps
+        return math.ceil(-(-num_batches // self.gradient_accumulation_steps) * training.num_train_epochs)
+
+
+def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments":
+    """Return the arguments of the Trainer, which transformers completes and changes as it runs.
+
+    Raises:
+        YiVLError: If transformers refuses a value, or a process sees several GPUs.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    training = arguments.training
+    # Gradient checkpointing is enabled per module in parameters.py; transformers knows all or none.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)} - {"gradient_checkpointing"}
+    given = {name: value for name, value in vars(training).items() if name in names}
+    derived = {
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "warmup_steps": training.warmup_steps if training.warmup_ratio is None else training.warmup_ratio,
+        "remove_unused_columns": False,
+    }
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        derived["use_cpu"] = True  # ranks without an accelerator would not find each other otherwise
+    try:
+        args = TrainingArguments(**given | dict(training.others) | derived)
+    except (ValueError, ImportError, OSError) as error:
+        raise YiVLError(" ".join(str(error).split())) from error
+    if args.n_gpu > 1:
+        raise YiVLError(
+            f"{args.n_gpu} GPUs in one process: start one process each with a script of scripts/ or torchrun, or "
+            "choose one GPU by CUDA_VISIBLE_DEVICES"
+        )
+    if args.world_size != plan.world_size:
+        raise YiVLError(f"WORLD_SIZE={plan.world_size}, but there are {args.world_size} processes; use torchrun")
+    return args
+
+
+def as_dict(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]:
+    """Return what is saved with the model: the flags as given, those of transformers completed, and the world size."""
+    completed: dict[str, Any] = args.to_dict()
+    own = vars(arguments.training)
+    added = own.keys() - completed.keys() - {"others"} | {"gradient_checkpointing"}
+    own = {name: value for name, value in own.items() if name in added}
+    return vars(arguments.model) | vars(arguments.data) | completed | own | {"world_size": args.world_size}
+
+
+def prepare_environment(training: YiVLTrainingArguments) -> None:
+    """Make a plain ``python -m yivl.train --deepspeed ...`` a run of one process, as a launcher would.
+
+    Without a GPU, DeepSpeed is told so, or it would look for accelerators and warn that there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if training.deepspeed and "RANK" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = str(listener.getsockname()[1])
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(single)

@@ -1,0 +1,148 @@
+"""The steps of a training run, in the order in which ``yivl.train.__main__`` takes them."""
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from yivl.data.bad_rows import BadRows
+from yivl.data.encoding import Encoder
+from yivl.errors import YiVLError
+from yivl.train import parameters
+from yivl.train.arguments import Arguments
+from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader
+from yivl.train.initialization import Start, empty_start, load_start, read_start
+from yivl.train.plan import RunPlan, as_dict, trainer_arguments
+from yivl.train.resume import check_same_run, find_checkpoint, finished_checkpoints, is_finished
+from yivl.train.trainer import YiVLTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run needs except the weights."""
+
+    arguments: Arguments
+    plan: RunPlan
+    args: TrainingArguments
+    start: Start
+    encoder: Encoder
+    batches: Batches
+    eval_loader: BatchLoader | None
+    bad_rows: BadRows
+    checkpoint: Path | None
+    """To resume from."""
+    total_steps: int
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a resumed run has nothing left to do."""
+        return self.checkpoint is not None and is_finished(self.checkpoint, self.args.output_dir, self.total_steps)
+
+
+def prepare(arguments: Arguments, plan: RunPlan) -> Run:
+    """Set up the process, and read the checkpoint's small files and the data, so that errors show before weights load.
+
+    Raises:
+        YiVLError: If the checkpoint, the data or the output folder cannot be used, or a resumed run had other flags.
+    """
+    model, data, training = arguments
+    args = trainer_arguments(arguments, plan)
+    if args.process_index:
+        logging.getLogger().setLevel(logging.ERROR)
+    set_seed(training.seed)
+    if training.deepspeed:
+        import deepspeed
+
+        # Before the model is built: ZeRO-3 partitions its weights as they are created.
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+
+    checkpoint = None if training.dry_run else find_checkpoint(training.output_dir, training.resume)
+    with args.main_process_first(desc="reading the checkpoint folder"):
+        start = read_start(model)
+    num_patches = (start.image_size // start.config.vision_config.patch_size) ** 2
+    num_patches += start.config.mm_vision_select_feature == "cls_patch"
+    encoder = Encoder(start.tokenizer, start.image_processor, num_patches, data.model_max_length)
+    # A dry run writes nothing to the output folder, and a new run does not count the bad rows of an earlier one.
+    folder = Path(tempfile.gettempdir(), f"yivl-dry-run-{os.getpid()}") if training.dry_run else Path(args.output_dir)
+    bad_rows = BadRows(data.on_bad_row, folder / "bad_rows.jsonl")
+    if checkpoint is None and args.should_log:
+        bad_rows.path.unlink(missing_ok=True)
+    batches = make_batches(data, args, encoder, bad_rows)
+    eval_loader = make_eval_loader(data, args, encoder, bad_rows)
+    logger.info("%s", batches.mix)
+    total_steps = plan.total_steps(training, len(batches.loader))
+    run = Run(arguments, plan, args, start, encoder, batches, eval_loader, bad_rows, checkpoint, total_steps)
+    if checkpoint is not None and not run.is_finished:
+        check_same_run(checkpoint, as_dict(arguments, args), total_steps)
+        batches.check_record(checkpoint)
+    return run
+
+
+def build_model(run: Run) -> tuple[Any, list[parameters.PartSize]]:
+    """Return the model with its trainable parameters selected, on the meta device for a dry run, and their numbers.
+
+    Raises:
+        YiVLError: If weights are missing or do not fit, or no parameter is trainable.
+    """
+    model_arguments, data, training = run.arguments
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    model: Any = (
+        empty_start(run.start)
+        if training.dry_run
+        else load_start(run.start, model_arguments, dtype=dtype, packing=data.packing)
+    )
+    num_vision_layers = model.config.num_vision_layers
+    if model_arguments.lora_enable:
+        model = parameters.add_adapters(model, model_arguments, base=os.path.abspath(run.start.folder))
+    parameters.select_trainable(model, model_arguments, num_vision_layers)
+    sizes = parameters.part_sizes(model, training)
+    logger.info("%s", parameters.parameter_table(sizes))
+    if not any(size.trainable for size in sizes):
+        raise YiVLError("no parameter is trainable: the flags freeze every part of the model; drop one of them")
+    if not training.deepspeed:
+        parameters.upcast_trainable_params(model)
+    parameters.enable_gradient_checkpointing(
+        model,
+        language_model=training.gradient_checkpointing,
+        vision_tower=training.vision_gradient_checkpointing,
+    )
+    return model, sizes
+
+
+def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]]:
+    """Train the model, and return the trainer and its metrics."""
+    training = run.arguments.training
+    trainer = YiVLTrainer(
+        model,
+        run.args,
+        run.batches,
+        arguments=run.arguments,
+        encoder=run.encoder,
+        eval_loader=run.eval_loader,
+        offloads_optimizer=run.plan.zero.offloads_optimizer,
+    )
+    if training.resume:
+        logger.info("resuming from %s", run.checkpoint or "the first step: there is no checkpoint yet")
+    try:
+        result = trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    except KeyboardInterrupt:
+        step, newest = trainer.state.global_step, finished_checkpoints(training.output_dir)[-1:]
+        where = f"--resume auto continues from {newest[0].name}" if newest else "there is no checkpoint to resume from"
+        logger.info("interrupted at step %d; %s", step, where)
+        raise
+    return trainer, result.metrics
+
+
+def save(run: Run, trainer: YiVLTrainer, metrics: dict[str, float]) -> None:
+    """Write the metrics and the trained model to the output folder."""
+    trainer.save_metrics("train", metrics)
+    trainer.save_final()
+    speed = metrics["train_samples_per_second"]
+    logger.info("train_samples_per_second %s; the model is in %s", speed, run.args.output_dir)
