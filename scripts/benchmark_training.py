@@ -102,7 +102,7 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     """Return samples, tokens and useful FLOPs per second of one variant, and its memory."""
     import torch
 
-    from yivl.data.encoding import Collator
+    from yivl.data.collator import Collator
     from yivl.data.sampler import BatchSampler
     from yivl.model.attention import register_packed_sdpa
     from yivl.model.modeling import YiVLForCausalLM
@@ -119,8 +119,8 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     mean_length = config.num_patches + PROMPT_BEFORE + PROMPT_AFTER + (SHORTEST + LONGEST) // 2
     batch_size = arguments.positions // mean_length
     samples = random_examples(batch_size * arguments.batches, config)
-    lengths = None if arguments.variant == "llava" else [sample.num_positions for sample in samples]
-    batches = list(BatchSampler(len(samples), batch_size, lengths=lengths))
+    lengths = None if arguments.variant == "llava" else [sample.sequence_length for sample in samples]
+    batches = list(BatchSampler([len(samples)], batch_size, lengths=lengths))
     collator = Collator(0, packing=packing)
     loss_of: Callable[..., Any] = llava_loss if arguments.variant == "llava" else yivl_loss
 
@@ -145,11 +145,11 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else resident_peak()
     return {
         "samples_per_s": len(samples) / seconds,
-        "tokens_per_s": sum(sample.num_positions for sample in samples) / seconds,
+        "tokens_per_s": sum(sample.sequence_length for sample in samples) / seconds,
         "useful_flop_per_s": sum(useful_flops(config, sample) for sample in samples) / seconds,
         "peak_bytes": peak,
         "estimated_bytes": estimate(
-            model, config, max(sample.num_positions for sample in samples), batch_size, arguments.dtype
+            model, config, max(sample.sequence_length for sample in samples), batch_size, arguments.dtype
         ),
         "batch_size": batch_size,
     }
@@ -173,7 +173,7 @@ def random_examples(count: int, config: Any) -> list[Any]:
     import torch
 
     from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-    from yivl.data.encoding import Example
+    from yivl.data.encoding import Sample
 
     size, examples = config.vision_config.image_size, []
     for _ in range(count):
@@ -182,7 +182,7 @@ def random_examples(count: int, config: Any) -> list[Any]:
         ids[PROMPT_BEFORE] = IMAGE_TOKEN_INDEX
         labels = ids.clone()
         labels[:-answer] = IGNORE_INDEX
-        examples.append(Example(ids, labels, torch.randn(1, 3, size, size), len(ids) - 1 + config.num_patches))
+        examples.append(Sample(ids, labels, torch.randn(1, 3, size, size), len(ids) - 1 + config.num_patches))
     return examples
 
 
@@ -219,7 +219,7 @@ def useful_flops(config: Any, sample: Any) -> float:
     """Return the matrix product FLOPs of a sample: three forward passes of trainable modules, one of the ViT."""
     from yivl.constants import IGNORE_INDEX
 
-    vision, patches, length = config.vision_config, config.num_patches, sample.num_positions
+    vision, patches, length = config.vision_config, config.num_patches, sample.sequence_length
     width = vision.hidden_size
     layer = 2 * (patches + 1) * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * (patches + 1) ** 2 * width
     tower = config.num_vision_layers * layer + 2 * patches * 3 * vision.patch_size**2 * width
@@ -238,7 +238,7 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
 
     from yivl.checkpoint.loading import read_small_files
     from yivl.data.encoding import Encoder
-    from yivl.data.sources import Source
+    from yivl.data.sources import DataSource
     from yivl.data.streaming import StreamDataset
     from yivl.image_processing import expand2square
 
@@ -249,7 +249,7 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
     encoder = Encoder(tokenizer, image_processor, 1024, 2048)
     with tempfile.TemporaryDirectory() as temporary:
         files = write_images(Path(temporary) / "00000.tar", count)
-        source = Source(str(Path(temporary) / "*.tar"))
+        source = DataSource(str(Path(temporary) / "*.tar"))
 
         def decode() -> None:
             for data in files:

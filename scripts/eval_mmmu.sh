@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# MMMU: answers, scores by subject and domain, a chart beside the published ones, a file for submission.
+# MMMU: responses, scores by subject and domain, a chart with the published scores, a file for submission.
 # Usage:     scripts/eval_mmmu.sh --model-path M --output O [flags...]
 #            MODEL=M OUT=O scripts/eval_mmmu.sh [flags...]
-# Required:  MODEL  Yi-VL checkpoint, folder or hub id     OUT  folder to write; the same command goes on after a kill
+# Required:  MODEL  Yi-VL checkpoint, folder or hub id     OUT  folder to write to; the same command resumes a run
 # Optional:  DATA=MMMU/MMMU  folder of parquet files or of save_to_disk, or hub id
 #            --split test  predictions for the split whose answers are not published (default: validation)
-#            --protocol official  MMMU's own prompts
-#            devices and nodes: see scripts/launch.sh; all nodes see one OUT. Every GPU holds a whole model: one that is
-#            too large for that is split over all of them by python -m yivl.eval mmmu, or fits with --load-4bit.
+#            --protocol official  prompts of MMMU's example program
+#            devices and nodes: see scripts/launch.sh; nodes share OUT. Every GPU holds a model copy; a model that is
+#            too large is split over all GPUs by python -m yivl.eval mmmu, or fits with --load-4bit.
 #            All flags: python -m yivl.eval mmmu --help.
 set -euo pipefail
 # shellcheck source=scripts/launch.sh

@@ -93,7 +93,7 @@ for split in scenes combinations sizes; do
   once "$OUT/scores/$split/scores.json" evaluated "$split" "$OUT/stage3" "$split"
 done
 for control in another none; do
-  once "$OUT/scores/$control/scores.json" evaluated "$control" "$OUT/stage3" scenes --pictures "$control"
+  once "$OUT/scores/$control/scores.json" evaluated "$control" "$OUT/stage3" scenes --images "$control"
 done
 # Ablation: stage 2 without stage 1.
 DATA=$shards once "$OUT/stage2-alone/config.json" stage 2 "$OUT/naming" --image_size 192 \

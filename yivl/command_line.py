@@ -65,17 +65,24 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> None:
-    """Add the flags that ``load`` reads; without ``must_name_model`` the default is the small model."""
+def add_checkpoint_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> Any:
+    """Add the flags that name a checkpoint, the embedded model by default, and return their argument group."""
     group = parser.add_argument_group("model")
     kinds = "checkpoint folder in the Yi-VL format, LoRA adapter folder, or hub id"
     group.add_argument(
         "--model-path",
+        type=os.path.expanduser,
         default=None if must_name_model else EMBEDDED_MODEL,
         required=must_name_model,
         help=kinds if must_name_model else f"{kinds} (default: the small model in the package)",
     )
-    group.add_argument("--model-base", help="checkpoint that the LoRA adapter in --model-path was trained from")
+    group.add_argument("--model-base", type=os.path.expanduser, help="base model of a LoRA adapter in --model-path")
+    return group
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> None:
+    """Add the flags that ``load`` reads."""
+    group = add_checkpoint_flags(parser, must_name_model=must_name_model)
     group.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N (default: all GPUs, MPS or CPU)")
     group.add_argument(
         "--dtype",
@@ -151,10 +158,10 @@ def load(arguments: argparse.Namespace) -> "LoadedModel":
     from yivl.checkpoint.loading import load_model
 
     return load_model(
-        os.path.expanduser(arguments.model_path),
+        arguments.model_path,
         device=arguments.device,
         dtype=arguments.dtype,
-        model_base=arguments.model_base and os.path.expanduser(arguments.model_base),
+        model_base=arguments.model_base,
         load_in_4bit=arguments.load_4bit,
         load_in_8bit=arguments.load_8bit,
         attn_implementation=arguments.attn_implementation,

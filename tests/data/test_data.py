@@ -1,8 +1,6 @@
-"""Rows, examples and batches against the recorded preprocessing of the reference, and every bad row."""
+"""Rows, samples and batches against the recorded preprocessing of the reference, and every invalid row."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import GOLDEN, ROOT, golden_arrays, golden_json
+from support.golden import GOLDEN, golden_arrays, golden_json
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import ASSISTANT, IGNORE_INDEX
 from yivl.conversation import Turn, render_chunks
-from yivl.data.encoding import Collator, Encoder, Example
+from yivl.data.collator import Collator
+from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row, read_rows
 from yivl.errors import CheckpointError
 from yivl.tokenization import encode_turns, tokenize_chunks
@@ -24,10 +23,10 @@ IMAGES = GOLDEN / "images"
 RECORDED = {case["id"]: case for case in golden_json("train_preprocess")["dataset"]["model_max_length_2048"]}
 RECORDS = {record["id"]: record for record in json.loads((GOLDEN / "training/data.json").read_text(encoding="utf-8"))}
 
-# Rows of docs/fidelity.md: what the reference trains on although it never occurs at inference is refused here.
+# Rows of docs/fidelity.md: the reference trains on prompts that never occur at inference; here they are errors.
 REFUSED = {
     "capitalised_roles": "unknown role 'Human'",
-    "gpt_first": "role 'gpt' out of turn",
+    "gpt_first": "role 'gpt' out of order",
     "placeholder_without_image": "1 image placeholders but 0 images",
     "system_role": "unknown role 'system'",
     "placeholder_in_answer": "an image placeholder in an answer",
@@ -35,8 +34,8 @@ REFUSED = {
     "two_placeholders_one_turn": "2 image placeholders but 1 images",
     "image_two_turns_two_placeholders": "2 image placeholders but 1 images",
 }
-# And these become something else: a typed "<unk>" stays text, "assistant" is the answering role, and a picture that no
-# placeholder asks for is shown in the first turn.
+# These differ on purpose: a typed "<unk>" stays text, "assistant" is the answering role, and an image without a
+# placeholder belongs to the first turn.
 DIFFERENT = {
     "literal_unk_text_only",
     "literal_unk_image",
@@ -49,41 +48,41 @@ def encoder(loaded: LoadedModel, max_length: int = 2048) -> Encoder:
     return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, max_length)
 
 
-def example_of(name: str, loaded: LoadedModel, max_length: int = 2048) -> Example:
+def sample_of(name: str, loaded: LoadedModel, max_length: int = 2048) -> Sample:
     return encoder(loaded, max_length)(parse_row(RECORDS[name], name, IMAGES))
 
 
 @pytest.mark.parametrize("name", sorted(RECORDS.keys() - REFUSED.keys() - DIFFERENT))
-def test_ids_equal_the_reference_and_its_answers_are_the_targets(name: str, loaded: LoadedModel) -> None:
-    example, recorded = example_of(name, loaded), RECORDED[name]
-    assert example.input_ids.tolist() == recorded["input_ids"]
+def test_ids_equal_the_reference_and_the_loss_is_computed_on_the_answers(name: str, loaded: LoadedModel) -> None:
+    sample, recorded = sample_of(name, loaded), RECORDED[name]
+    assert sample.input_ids.tolist() == recorded["input_ids"]
     # The reference supervises role headers and two tokens of each question too (docs/fidelity.md); never less.
-    supervised = example.labels != IGNORE_INDEX
-    assert (torch.tensor(recorded["labels"])[supervised] == example.labels[supervised]).all()
+    supervised = sample.labels != IGNORE_INDEX
+    assert (torch.tensor(recorded["labels"])[supervised] == sample.labels[supervised]).all()
     answers = [message["value"] for message in RECORDS[name]["conversations"] if message["from"] == "gpt"]
-    shown = loaded.tokenizer.decode([694, *example.labels[supervised].tolist()])
+    shown = loaded.tokenizer.decode([694, *sample.labels[supervised].tolist()])
     assert shown == "".join(f" {answer}\n###" for answer in answers)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_row_the_reference_misunderstands_is_refused_with_the_reason(name: str) -> None:
+def test_a_row_the_reference_misreads_is_an_error_with_the_reason(name: str) -> None:
     with pytest.raises(RowError, match=f"^{name}: {REFUSED[name]}"):
         parse_row(RECORDS[name], name, IMAGES)
 
 
 def test_the_published_readme_role_is_the_answering_role(loaded: LoadedModel) -> None:
-    example = example_of("readme_roles_human_assistant", loaded)
-    text = loaded.tokenizer.decode([token for token in example.input_ids.tolist() if token >= 0])
+    sample = sample_of("readme_roles_human_assistant", loaded)
+    text = loaded.tokenizer.decode([token for token in sample.input_ids.tolist() if token >= 0])
     assert "### Assistant: There are three cats on a stone floor.\n###" in text
     assert "unknown" not in text
 
 
-def test_a_picture_that_no_placeholder_asks_for_is_shown_in_the_first_turn(loaded: LoadedModel) -> None:
-    example = example_of("image_without_placeholder", loaded)
-    assert len(example.pixel_values) == 1
-    ids, recorded = example.input_ids.tolist(), RECORDED["image_without_placeholder"]["input_ids"]
+def test_an_image_without_a_placeholder_belongs_to_the_first_turn(loaded: LoadedModel) -> None:
+    sample = sample_of("image_without_placeholder", loaded)
+    assert len(sample.pixel_values) == 1
+    ids, recorded = sample.input_ids.tolist(), RECORDED["image_without_placeholder"]["input_ids"]
     slot = ids.index(-200)
-    # The same text but for the picture and the line break after it; the reference encodes the picture and drops it.
+    # The same text except for the image and the line break after it; the reference encodes the image and drops it.
     assert ids[: slot - 1] == recorded[: slot - 1]
     assert -200 not in recorded
 
@@ -93,7 +92,7 @@ def test_pixels_are_those_of_inference(loaded: LoadedModel) -> None:
     keys = golden_json("train_preprocess")["pixel_values_of_items"]
     for name in ("image_gpt", "readme_roles_human_assistant", "image_second_turn_zh"):
         expected = pixels[keys[f"{name}__pad"]]
-        torch.testing.assert_close(example_of(name, loaded).pixel_values[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(sample_of(name, loaded).pixel_values[0], expected, atol=1e-5, rtol=0)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
@@ -101,7 +100,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size
 
 @settings(max_examples=200, deadline=None)
 @given(pairs=st.lists(st.tuples(TEXT, TEXT, st.integers(0, 1)), min_size=1, max_size=3))
-def test_training_ids_up_to_an_answer_are_the_ids_that_ask_for_it(
+def test_training_ids_before_an_answer_equal_the_inference_prompt(
     pairs: list[tuple[str, str, int]], model_once: LoadedModel
 ) -> None:
     turns = [Turn(*pair) for pair in pairs]
@@ -119,9 +118,9 @@ def model_once(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def test_a_tokenizer_that_joins_text_across_the_border_is_caught(loaded: LoadedModel) -> None:
+def test_a_tokenizer_that_merges_tokens_across_the_answer_boundary_is_an_error(loaded: LoadedModel) -> None:
     class Joining:
-        """Makes one token of a colon and the word after it."""
+        """Merges a colon and the next word into one token."""
 
         def __call__(self, text: str, **_: Any) -> Any:
             ids = [ord(character) for character in text.replace(": ", "\N{SNOWMAN}")]
@@ -132,23 +131,23 @@ def test_a_tokenizer_that_joins_text_across_the_border_is_caught(loaded: LoadedM
 
 
 @pytest.mark.parametrize("max_length", [200, 112, 96, 90])
-def test_a_long_row_is_cut_on_the_right(max_length: int, loaded: LoadedModel) -> None:
-    whole = example_of("image_second_turn_zh", loaded)
-    assert whole.num_positions == len(whole.input_ids) + 15
-    cut = example_of("image_second_turn_zh", loaded, max_length)
-    assert cut.num_positions <= max_length
-    assert cut.input_ids.tolist() == whole.input_ids[: len(cut.input_ids)].tolist()
-    assert len(cut.pixel_values) == int((cut.input_ids == -200).sum())
-    if max_length == 96:  # the second turn begins with a picture of 16 positions that does not fit any more
-        assert len(cut.pixel_values) == 0
+def test_a_long_row_is_truncated(max_length: int, loaded: LoadedModel) -> None:
+    whole = sample_of("image_second_turn_zh", loaded)
+    assert whole.sequence_length == len(whole.input_ids) + 15
+    truncated = sample_of("image_second_turn_zh", loaded, max_length)
+    assert truncated.sequence_length <= max_length
+    assert truncated.input_ids.tolist() == whole.input_ids[: len(truncated.input_ids)].tolist()
+    assert len(truncated.pixel_values) == int((truncated.input_ids == -200).sum())
+    if max_length == 96:  # the second turn begins with an image of 16 patches, which does not fit
+        assert len(truncated.pixel_values) == 0
 
 
-def test_a_row_without_a_target_left_is_refused(loaded: LoadedModel) -> None:
-    with pytest.raises(RowError, match="image_gpt: no answer left within 85 positions"):
-        example_of("image_gpt", loaded, max_length=85)
+def test_a_row_whose_answers_are_truncated_away_is_an_error(loaded: LoadedModel) -> None:
+    with pytest.raises(RowError, match="image_gpt: no answer within the maximum sequence length of 85"):
+        sample_of("image_gpt", loaded, max_length=85)
 
 
-def test_an_unusable_picture_is_named_with_its_row(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_reported_with_its_row(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes((IMAGES / "photo_rgb.jpg").read_bytes()[:5000])
     for image, reason in (("missing.jpg", "no such file"), ("broken.jpg", "damaged or truncated")):
         row = parse_row({"image": image, "text": "A caption."}, "a.json row 3", tmp_path)
@@ -156,7 +155,7 @@ def test_an_unusable_picture_is_named_with_its_row(loaded: LoadedModel, tmp_path
             encoder(loaded)(row)
 
 
-def test_a_caption_is_an_answer_to_its_picture() -> None:
+def test_a_caption_is_the_answer_of_its_image() -> None:
     row = parse_row({"image": "cat.jpg", "text": " A cat. "}, "x", "folder")
     assert row.turns == (Turn("", "A cat.", num_images=1),)
     assert row.images == (Path("folder/cat.jpg"),)
@@ -164,24 +163,24 @@ def test_a_caption_is_an_answer_to_its_picture() -> None:
 
 BAD_ROWS: list[tuple[Any, str]] = [
     ({}, "neither 'conversations' nor"),
-    ({"text": "no picture"}, "neither 'conversations' nor"),
+    ({"text": "no image"}, "neither 'conversations' nor"),
     ({"image": 3, "text": "a"}, "'image' is not a path"),
     ({"image": [""], "text": "a"}, "'image' is not a path"),
     ({"conversations": []}, "'conversations' is not a list"),
     ({"conversations": "hello"}, "'conversations' is not a list"),
     ({"conversations": ["hello"]}, "without 'from' and 'value'"),
     ({"conversations": [{"from": "human"}]}, "without 'from' and 'value'"),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "out of turn"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "out of order"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "message"), BAD_ROWS)
-def test_a_bad_row_is_named_with_its_reason(fields: Any, message: str) -> None:
+def test_an_invalid_row_is_reported_with_its_reason(fields: Any, message: str) -> None:
     with pytest.raises(RowError, match=f"^file.json row 7: .*{message}"):
         parse_row(fields, "file.json row 7")
 
 
-def test_json_and_jsonl_give_the_same_rows(tmp_path: Path) -> None:
+def test_json_and_jsonl_yield_the_same_rows(tmp_path: Path) -> None:
     rows = list(RECORDS.values())
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
@@ -199,7 +198,7 @@ def test_json_and_jsonl_give_the_same_rows(tmp_path: Path) -> None:
         ("a.jsonl", "{}\n{", "a.jsonl line 2: not valid JSON"),
     ],
 )
-def test_a_broken_file_is_named_with_its_place(name: str, text: str, message: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported_with_its_line(name: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(RowError, match=message):
         list(read_rows(tmp_path / name))
@@ -207,34 +206,21 @@ def test_a_broken_file_is_named_with_its_place(name: str, text: str, message: st
         list(read_rows(tmp_path / "nothing.json"))
 
 
-def test_a_row_is_shown_with_its_targets() -> None:
-    command = [sys.executable, "-m", "yivl.data.show", str(GOLDEN / "training/data.json")]
-    model = ["--model-path", str(GOLDEN / "checkpoint")]
-    result = subprocess.run([*command, "0", *model], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "### Human: <image_placeholder>\nWhat is in this image?\n### Assistant:[ A small boat" in result.stdout
-    assert "on a calm lake.\n###] \n98 tokens, " in result.stdout
-    result = subprocess.run([*command, "1", *model], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "谢谢。" in result.stdout  # several byte tokens, shown as the characters they make
-    result = subprocess.run([*command, "99", *model], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr == f"error: {GOLDEN}/training/data.json: no row 99\n"
-
-
 def test_the_mask_keeps_a_real_token_that_equals_the_pad_id() -> None:
-    def example(*ids: int) -> Example:
-        return Example(torch.tensor(ids), torch.tensor(ids), torch.zeros(0, 3, 2, 2), len(ids))
+    def sample(*ids: int) -> Sample:
+        return Sample(torch.tensor(ids), torch.tensor(ids), torch.zeros(0, 3, 2, 2), len(ids))
 
-    batch = Collator(pad_token_id=2)([example(1, 5, 2), example(1, 2)])  # 2 ends both rows
+    batch = Collator(pad_token_id=2)([sample(1, 5, 2), sample(1, 2)])  # 2 ends both samples
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[1, 5, 2], [1, 2, IGNORE_INDEX]]
     assert batch["images"] is None
 
 
-def test_a_batch_has_the_loss_of_its_rows(loaded: LoadedModel) -> None:
-    examples = [example_of(name, loaded) for name in ("image_gpt", "text_multi_gpt", "image_second_turn_zh")]
+def test_a_batch_has_the_loss_of_its_samples(loaded: LoadedModel) -> None:
+    samples = [sample_of(name, loaded) for name in ("image_gpt", "text_multi_gpt", "image_second_turn_zh")]
     collate = Collator(loaded.tokenizer.pad_token_id)
     with torch.no_grad():
-        together = loaded.model(**collate(examples)).loss
-        alone = [loaded.model(**collate([example])).loss for example in examples]
-    targets = torch.tensor([(example.labels != IGNORE_INDEX).sum() for example in examples])
+        together = loaded.model(**collate(samples)).loss
+        alone = [loaded.model(**collate([sample])).loss for sample in samples]
+    targets = torch.tensor([(sample.labels != IGNORE_INDEX).sum() for sample in samples])
     torch.testing.assert_close(together, (torch.stack(alone) * targets).sum() / targets.sum())

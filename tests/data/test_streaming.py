@@ -1,4 +1,4 @@
-"""Tar shards as a stream: nothing lost, nothing twice, and every batch in its place."""
+"""Streamed tar shards: every row once per epoch, and every batch the same for every reader."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from yivl.checkpoint.loading import LoadedModel
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
-from yivl.data.sources import Source, read_sources
+from yivl.data.sources import DataSource, read_sources
 from yivl.data.streaming import StreamDataset, open_shards, read_shards
 
 
@@ -35,7 +35,7 @@ def captions(dataset: StreamDataset, slot: int, count: int) -> list[str]:
 @pytest.mark.parametrize(
     ("shards", "world", "slots"), [(3, 1, 1), (4, 2, 2), (3, 2, 1), (7, 2, 2), (2, 1, 3), (1, 2, 2)]
 )
-def test_an_epoch_over_all_processes_and_workers_holds_every_row_once(
+def test_an_epoch_over_all_ranks_and_workers_has_every_row_once(
     shards: int, world: int, slots: int, encoder: Encoder, tmp_path: Path
 ) -> None:
     (source,) = read_sources(write_shards(tmp_path, shards, 5))
@@ -52,7 +52,7 @@ def test_an_epoch_over_all_processes_and_workers_holds_every_row_once(
     assert epochs[0] != epochs[1]  # another order
 
 
-def test_a_process_opens_its_own_shards_and_no_others(encoder: Encoder, tmp_path: Path) -> None:
+def test_a_rank_opens_only_its_own_shards(encoder: Encoder, tmp_path: Path) -> None:
     (source,) = read_sources(write_shards(tmp_path, 10, 2))
     opened: list[set[str]] = []
     for part in range(4):
@@ -62,19 +62,19 @@ def test_a_process_opens_its_own_shards_and_no_others(encoder: Encoder, tmp_path
     assert len(set.union(*opened)) == 10
 
 
-def test_a_batch_is_the_same_whoever_reads_it_and_whenever(encoder: Encoder, tmp_path: Path) -> None:
+def test_a_batch_is_the_same_for_every_reader_at_any_time(encoder: Encoder, tmp_path: Path) -> None:
     def open_stream() -> StreamDataset:
         bad = BadRows("skip", tmp_path / "bad.jsonl")
         return StreamDataset(read_sources(pattern), encoder, bad, 2, num_slots=2, shuffle_buffer=4)
 
     def read(dataset: StreamDataset, batch: int) -> list[Any]:
-        return [None if e is None else e.input_ids.tolist() for e in dataset.__getitems__([(batch, 0), (batch, 1)])]
+        return [None if e is None else e.input_ids.tolist() for e in dataset.__getitems__([batch, batch])]
 
     pattern = write_shards(tmp_path, 2, 6, bad=[3])
     stream = open_stream()
     in_order = [read(stream, batch) for batch in range(12)]
-    assert sum(row is None for batch in in_order for row in batch) == 2  # the damaged picture, in both epochs
-    for batch in (7, 10, 3):  # a run that resumes asks for a later one first
+    assert sum(row is None for batch in in_order for row in batch) == 2  # the damaged image, in both epochs
+    for batch in (7, 10, 3):  # a resumed run starts with a later batch
         assert read(open_stream(), batch) == in_order[batch]
     jumping = open_stream()
     assert [read(jumping, batch) for batch in (2, 4, 8)] == [in_order[2], in_order[4], in_order[8]]
@@ -82,14 +82,14 @@ def test_a_batch_is_the_same_whoever_reads_it_and_whenever(encoder: Encoder, tmp
 
 def test_files_and_shards_mix_by_weight(encoder: Encoder, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json", [conversation(None, "q", "of a file")])
-    sources = [Source(write_shards(tmp_path, 1, 5), weight=3), Source(str(rows), weight=1)]
+    sources = [DataSource(write_shards(tmp_path, 1, 5), weight=3), DataSource(str(rows), weight=1)]
     dataset = StreamDataset(sources, encoder, print, 2)
     share = Counter(text == "of a file" for text in captions(dataset, 0, 400))[True] / 400
     assert 0.19 < share < 0.31
 
 
-def test_more_streams_than_rows_is_an_error_that_says_what_to_change(encoder: Encoder, tmp_path: Path) -> None:
-    sources = [Source(str(write_rows(tmp_path / "rows.json", [conversation(None, "q", "a")])))]
+def test_more_streams_than_rows_is_an_error_with_the_flag_to_change(encoder: Encoder, tmp_path: Path) -> None:
+    sources = [DataSource(str(write_rows(tmp_path / "rows.json", [conversation(None, "q", "a")])))]
     dataset = StreamDataset(sources, encoder, print, 1, num_slots=4)
     with pytest.raises(RowError, match="too few rows for 4 streams"):
         next(dataset._rows(3))
@@ -100,7 +100,7 @@ CONVERSATION = json.dumps(conversation("x.png", "q", "a")).encode()
 
 
 def shard_of(path: Path, samples: Sequence[Mapping[str, bytes]]) -> str:
-    """Write samples that need not have the same files."""
+    """Write samples that may differ in their files."""
     with tarfile.open(path, "w") as tar:
         for number, files in enumerate(samples):
             for suffix, content in files.items():
@@ -110,7 +110,7 @@ def shard_of(path: Path, samples: Sequence[Mapping[str, bytes]]) -> str:
     return str(path)
 
 
-def test_one_shard_may_hold_samples_of_every_kind_and_bad_ones_cost_only_themselves(tmp_path: Path) -> None:
+def test_one_shard_may_mix_kinds_of_samples_and_an_invalid_one_affects_no_other(tmp_path: Path) -> None:
     good = [
         {"jpg": PNG, "txt": b" a cat \n"},
         {"png": PNG, "json": json.dumps({"caption": "a dog"}).encode()},
@@ -118,11 +118,11 @@ def test_one_shard_may_hold_samples_of_every_kind_and_bad_ones_cost_only_themsel
         {"JPG": PNG, "txt": "一只猫".encode(), "json": b'{"width": "three"}'},
     ]
     bad = [
-        ({"txt": b"no picture"}, "no picture"),
+        ({"txt": b"no image"}, "no image"),
         ({"jpg": PNG, "txt": b" "}, "no caption"),
         ({"jpg": PNG, "txt": b"\xff\xfe"}, "cannot be read"),
         ({"jpg": PNG, "json": b"{"}, "cannot be read"),
-        ({"jpg": PNG, "json": b"[1]"}, "json is no object"),
+        ({"jpg": PNG, "json": b"[1]"}, "json is not an object"),
         ({"jpg": PNG, "json": b'{"conversations": [{"from": "human", "value": "q"}]}'}, "has no answer"),
     ]
     path = shard_of(tmp_path / "mixed.tar", [*good, *(files for files, _ in bad), *good])
@@ -137,13 +137,13 @@ def test_one_shard_may_hold_samples_of_every_kind_and_bad_ones_cost_only_themsel
 
 
 @pytest.mark.parametrize("damage", ["no tar", "cut"])
-def test_a_damaged_shard_is_named_and_the_others_are_read(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_reported_and_the_others_are_read(damage: str, tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, 2, 6)
     path = tmp_path / "00000.tar"
     path.write_bytes(b"no tar" if damage == "no tar" else path.read_bytes()[: path.stat().st_size // 2 + 700])
-    rows = list(read_shards(open_shards(Source(pattern).shards())))
+    rows = list(read_shards(open_shards(DataSource(pattern).shards())))
     (error,) = (str(row) for row in rows if isinstance(row, RowError))
-    assert error.startswith(f"{path}: a damaged shard (")
+    assert error.startswith(f"{path}: damaged shard (")
     captions_read = {row.turns[0].answer for row in rows if isinstance(row, Row)}
     assert captions_read >= {f"caption {number}" for number in range(6, 12)}
     assert len(captions_read) < 12

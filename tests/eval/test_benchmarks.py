@@ -1,5 +1,8 @@
-"""MMMU and CMMMU from data set to table: what is asked and shown, and that no answer is lost, asked twice or stale."""
+"""MMMU and CMMMU from data set to table: prompts and images, and that no response is lost, repeated or stale."""
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import signal
@@ -8,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import pytest
@@ -20,23 +24,24 @@ from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.conversation import conv_templates
 from yivl.errors import YiVLError
+from yivl.eval.__main__ import main
 from yivl.eval.benchmarks import cmmmu, mmmu
-from yivl.eval.benchmarks.questions import Question
+from yivl.eval.benchmarks.benchmark import Question
 from yivl.eval.runner import answer_questions, fingerprint
 from yivl.image_processing import load_image
 from yivl.inference.chat import Chat
 from yivl.tokenization import tokenizer_image_token
 
-COLOURS = ["red", "green", "blue", "white", "black", "orange", "purple"]
+COLORS = ["red", "green", "blue", "white", "black", "orange", "purple"]
 
 
-def picture(number: int) -> Image.Image:
-    return Image.new("RGB", (40 + 10 * number, 60), COLOURS[number % len(COLOURS)])
+def colored(number: int) -> Image.Image:
+    return Image.new("RGB", (40 + 10 * number, 60), COLORS[number % len(COLORS)])
 
 
 def mmmu_row(number: int, subject: str, split: str, question: str, options: list[str], answer: str) -> dict[str, Any]:
-    """A row in the schema of the hub: lists are Python lists in writing, pictures sit in seven columns."""
-    images = {f"image_{place}": picture(number + place) if place < 4 else None for place in range(1, 8)}
+    """A row in the schema of the hub: lists are Python literals, images are in seven columns."""
+    images = {f"image_{place}": colored(number + place) if place < 4 else None for place in range(1, 8)}
     return {
         "id": f"{split}_{subject}_{number}",
         "question": question,
@@ -72,7 +77,7 @@ def mmmu_dataset(subject: str, split: str) -> datasets.Dataset:
 def cmmmu_dataset(category: str, start: int) -> datasets.Dataset:
     def row(number: int, kind: str, question: str, options: list[str], answer: str, names: list[str]) -> dict[str, Any]:
         files = {f"image_{place}_filename": name for place, name in enumerate(names, 1)}
-        images = {f"image_{place}": picture(number + place) for place in range(1, len(names) + 1)}
+        images = {f"image_{place}": colored(number + place) for place in range(1, len(names) + 1)}
         return {
             **{f"option{place}": option for place, option in enumerate(options or [None] * 4, 1)},
             **{f"image_{place}": images.get(f"image_{place}") for place in range(1, 6)},
@@ -132,25 +137,44 @@ def cmmmu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(benchmark: str, data: Path, output: Path, *flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run the module, or for several processes the script, whose first line is the command."""
-    command = [sys.executable, "-m", "yivl.eval", benchmark] if processes == 1 else [f"scripts/eval_{benchmark}.sh"]
-    command += ["--model-path", str(CHECKPOINT), "--data", str(data), "--output", str(output)]
-    command += ["--device", "cpu", "--batch-size", "3", *flags]
-    settings = os.environ | {"PYTHON": sys.executable, "GPUS": "0", "PROCESSES": str(processes)}
+def flags(data: Path, output: Path, *more: str) -> list[str]:
+    paths = ["--model-path", str(CHECKPOINT), "--data", str(data), "--output", str(output)]
+    return [*paths, "--device", "cpu", "--batch-size", "3", *more]
+
+
+def run(benchmark: str, data: Path, output: Path, *more: str) -> str:
+    """Run the program in this process and return what it prints."""
+    argv = ["yivl.eval", benchmark, *flags(data, output, *more)]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(io.StringIO()) as printed:
+        main()
+    return printed.getvalue()
+
+
+def run_ranks(benchmark: str, data: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with two ranks; it prints the command first."""
+    command = [f"scripts/eval_{benchmark}.sh", *flags(data, output, *more)]
+    settings = os.environ | {"PYTHON": sys.executable, "GPUS": "0", "PROCESSES": "2"}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
-    if processes > 1:
-        shown, done.stdout = done.stdout.split("\n", 1)
-        assert f"--nproc-per-node {processes}" in shown
+    shown, done.stdout = done.stdout.split("\n", 1)
+    assert "--nproc-per-node 2" in shown
     return done
+
+
+def mmmu_questions(data: Path | str, protocol: str = "yi") -> list[Question]:
+    flags = argparse.Namespace(benchmark="mmmu", data=str(data), split="validation", protocol=protocol)
+    return mmmu.read_questions(flags)
+
+
+def cmmmu_questions(data: Path) -> list[Question]:
+    return cmmmu.read_questions(argparse.Namespace(benchmark="cmmmu", data=str(data), split="val"))
 
 
 def by_id(questions: list[Question]) -> dict[str, Question]:
     return {question.id: question for question in questions}
 
 
-def test_mmmu_is_asked_as_the_authors_of_yi_vl_did(mmmu_folder: Path) -> None:
-    questions = by_id(mmmu.read_questions(str(mmmu_folder), "validation", "yi"))
+def test_mmmu_prompts_are_those_of_the_authors_of_yi_vl(mmmu_folder: Path) -> None:
+    questions = by_id(mmmu_questions(mmmu_folder))
     assert questions["validation_Math_1"].prompt == (
         " What is this?\nA. It's $5\nB. a \"dog\"\n\nAnswer with the option's letter from the given choices directly."
     )
@@ -169,8 +193,8 @@ def test_mmmu_is_asked_as_the_authors_of_yi_vl_did(mmmu_folder: Path) -> None:
     assert answers == ["12.5", ["Tampa", "Florida"], "[0, 1)", "[0, 1]"]
 
 
-def test_mmmu_is_asked_as_its_own_example_does(mmmu_folder: Path) -> None:
-    questions = by_id(mmmu.read_questions(str(mmmu_folder), "validation", "official"))
+def test_mmmu_prompts_of_the_official_protocol_are_those_of_its_example(mmmu_folder: Path) -> None:
+    questions = by_id(mmmu_questions(mmmu_folder, "official"))
     assert questions["validation_Math_1"].prompt == (
         '<image 1> What is this?\n(A) It\'s $5\n(B) a "dog"\n\n'
         "Answer with the option's letter from the given choices directly."
@@ -178,22 +202,22 @@ def test_mmmu_is_asked_as_its_own_example_does(mmmu_folder: Path) -> None:
     assert not any(question.is_blank for question in questions.values())
 
 
-def test_the_first_picture_is_shown_and_none_where_options_have_several(mmmu_folder: Path) -> None:
-    questions = by_id(mmmu.read_questions(str(mmmu_folder), "validation", "yi"))
+def test_the_first_image_is_shown_and_a_blank_one_if_options_have_several(mmmu_folder: Path) -> None:
+    questions = by_id(mmmu_questions(mmmu_folder))
     blank = [id for id, question in questions.items() if question.is_blank and "_Math_" in id]
     assert blank == [f"validation_Math_{number}" for number in (3, 4, 6)]
-    shown = questions["validation_Math_2"].picture()
+    shown = questions["validation_Math_2"].image()
     assert isinstance(shown, bytes)
-    assert load_image(shown).tobytes() == picture(3).tobytes()
+    assert load_image(shown).tobytes() == colored(3).tobytes()
 
 
-def test_subjects_come_in_the_official_order(mmmu_folder: Path) -> None:
-    ids = [question.id for question in mmmu.read_questions(str(mmmu_folder), "validation", "yi")]
+def test_subjects_are_in_the_official_order(mmmu_folder: Path) -> None:
+    ids = [question.id for question in mmmu_questions(mmmu_folder)]
     assert ids == [f"validation_{subject}_{number}" for subject in ("Accounting", "Math") for number in range(1, 11)]
 
 
-def test_cmmmu_is_asked_as_the_authors_of_yi_vl_did(cmmmu_folder: Path) -> None:
-    questions = by_id(cmmmu.read_questions(str(cmmmu_folder), "val"))
+def test_cmmmu_prompts_are_those_of_the_authors_of_yi_vl(cmmmu_folder: Path) -> None:
+    questions = by_id(cmmmu_questions(cmmmu_folder))
     assert [*questions] == [str(start + number) for start in (100, 0) for number in range(1, 7)]  # art before business
     assert questions["1"].prompt == (
         "请回答以下多项选择题，并选出正确选项。这些题目可能包括单选和多选题型。如果所提供的信息不足以确定一个明确的答案，"
@@ -206,22 +230,22 @@ def test_cmmmu_is_asked_as_the_authors_of_yi_vl_did(cmmmu_folder: Path) -> None:
     assert questions["3"].prompt.endswith("来填写最合理的答案。\n\n问题：表的保本量为__\n正确答案：\n")
     assert questions["4"].is_blank
     assert not questions["5"].is_blank
-    shown = questions["5"].picture()  # that of the question, although it comes second
+    shown = questions["5"].image()  # of the question, although it is the second image
     assert isinstance(shown, bytes)
-    assert load_image(shown).tobytes() == picture(7).tobytes()
+    assert load_image(shown).tobytes() == colored(7).tobytes()
 
 
-def test_the_only_picture_of_an_option_is_shown(cmmmu_folder: Path) -> None:
-    questions = by_id(cmmmu.read_questions(str(cmmmu_folder), "val"))
+def test_the_only_image_of_an_option_is_shown(cmmmu_folder: Path) -> None:
+    questions = by_id(cmmmu_questions(cmmmu_folder))
     assert not questions["6"].is_blank
     assert "(B) \n" in questions["6"].prompt
-    shown = questions["6"].picture()
+    shown = questions["6"].image()
     assert isinstance(shown, bytes)
-    assert load_image(shown).tobytes() == picture(7).tobytes()
+    assert load_image(shown).tobytes() == colored(7).tobytes()
 
 
-def test_a_prompt_becomes_the_ids_of_the_reference(chat: Chat, cmmmu_folder: Path) -> None:
-    for question in cmmmu.read_questions(str(cmmmu_folder), "val"):
+def test_prompts_have_the_ids_of_the_reference(chat: Chat, cmmmu_folder: Path) -> None:
+    for question in cmmmu_questions(cmmmu_folder):
         conversation = conv_templates["mm_default"].copy()
         conversation.append_message(conversation.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{question.prompt}")
         conversation.append_message(conversation.roles[1], None)
@@ -229,32 +253,32 @@ def test_a_prompt_becomes_the_ids_of_the_reference(chat: Chat, cmmmu_folder: Pat
         assert chat.begin(question.prompt, torch.zeros(3, 56, 56)).input_ids == wanted
 
 
-def test_answers_are_those_of_a_chat(chat: Chat, mmmu_folder: Path, tmp_path: Path) -> None:
-    questions = mmmu.read_questions(str(mmmu_folder), "validation", "yi")
+def test_responses_equal_those_of_a_chat(chat: Chat, mmmu_folder: Path, tmp_path: Path) -> None:
+    questions = mmmu_questions(mmmu_folder)
     responses = answer_questions(lambda: chat.loaded, questions, tmp_path, {}, batch_size=5, max_new_tokens=8)
-    assert responses is not None
     assert [*responses] == [question.id for question in questions]
     for question in questions:
         chat.reset()
-        shown = torch.zeros(3, 56, 56) if question.is_blank else question.picture()
+        shown = torch.zeros(3, 56, 56) if question.is_blank else question.image()
         assert chat.ask(question.prompt, shown, temperature=0, max_new_tokens=8).strip() == responses[question.id]
 
 
-def test_a_run_writes_responses_submission_table_and_chart(mmmu_folder: Path, tmp_path: Path) -> None:
-    done = run("mmmu", mmmu_folder, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+def test_a_run_writes_responses_submission_table_and_chart(
+    mmmu_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    printed = run("mmmu", mmmu_folder, tmp_path / "out")
     out = tmp_path / "out"
     responses = json.loads((out / "responses.json").read_text(encoding="utf-8"))
-    questions = mmmu.read_questions(str(mmmu_folder), "validation", "yi")
+    questions = mmmu_questions(mmmu_folder)
     assert [*responses] == [question.id for question in questions]
     scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     official = mmmu.score_rows([{**one.fields, "response": responses[one.id]} for one in questions])
     about = {"benchmark": "mmmu", "data": str(mmmu_folder), "split": "validation", "protocol": "yi"}
     about |= {"questions": 20, "is_whole": False}
-    assert "20 of 900 questions are not the whole split, and no figure to compare\n" in done.stderr
+    assert "20 of 900 questions: the published scores do not compare" in caplog.messages
     assert scores == about | {"model": str(CHECKPOINT)} | official
-    assert done.stdout == (out / "scores.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert printed == (out / "scores.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert lines[0] == ["domain", "subject", "questions", "accuracy %"]
     assert [line[:3] for line in lines[2:]] == [
         ["Business", "Accounting", "10"],
@@ -271,24 +295,24 @@ def test_a_run_writes_responses_submission_table_and_chart(mmmu_folder: Path, tm
     assert [*submission] == [*responses]
     assert submission["validation_Math_7"] == responses["validation_Math_7"]
     assert submission["validation_Math_1"] in ("A", "B")
-    # The predictions of a run score as its responses do.
+    # Predictions and responses have the same scores.
     again = mmmu.score_rows([{**one.fields, "response": submission[one.id]} for one in questions])
     assert again == official
 
 
-def test_a_test_split_gives_predictions_and_no_scores(mmmu_folder: Path, tmp_path: Path) -> None:
-    done = run("mmmu", mmmu_folder, tmp_path / "out", "--split", "test", "--protocol", "official")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/out/submission.json: 20 predictions to submit; the answers are not published\n"
+def test_a_test_split_has_predictions_and_no_scores(mmmu_folder: Path, tmp_path: Path) -> None:
+    printed = run("mmmu", mmmu_folder, tmp_path / "out", "--split", "test", "--protocol", "official")
+    assert printed == f"{tmp_path}/out/submission.json: 20 predictions to submit; the answers are not published\n"
     assert not (tmp_path / "out/scores.json").exists()
     assert json.loads((tmp_path / "out/settings.json").read_text(encoding="utf-8"))["max_new_tokens"] == 128
 
 
-def test_cmmmu_runs_shared_by_two_processes_as_by_one(cmmmu_folder: Path, tmp_path: Path) -> None:
-    one, two = run("cmmmu", cmmmu_folder, tmp_path / "1"), run("cmmmu", cmmmu_folder, tmp_path / "2", processes=2)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert one.stdout == two.stdout
-    assert "| Art & Design | 会计    |         2 |" in one.stdout
+@pytest.mark.slow
+def test_two_ranks_write_the_same_files_as_one(cmmmu_folder: Path, tmp_path: Path) -> None:
+    one, two = run("cmmmu", cmmmu_folder, tmp_path / "1"), run_ranks("cmmmu", cmmmu_folder, tmp_path / "2")
+    assert two.returncode == 0, two.stderr
+    assert one == two.stdout
+    assert "| Art & Design | 会计    |         2 |" in one
     for name in ("responses.json", "submission.jsonl", "scores.json", "scores.csv"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "1/submission.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -303,10 +327,11 @@ def kept(folder: Path) -> list[str]:
     return [json.loads(line)["id"] for line in lines]
 
 
-def test_a_killed_run_goes_on(mmmu_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_run_resumes(mmmu_folder: Path, tmp_path: Path) -> None:
     whole = run("mmmu", mmmu_folder, tmp_path / "whole")
-    command = [sys.executable, "-m", "yivl.eval", "mmmu", "--model-path", str(CHECKPOINT), "--data", str(mmmu_folder)]
-    command += ["--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "1"]
+    command = [sys.executable, "-m", "yivl.eval", "mmmu"]
+    command += flags(mmmu_folder, tmp_path / "out", "--batch-size", "1")
     state = tmp_path / "out/responses-00000.jsonl"
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         while not state.is_file() or state.read_text(encoding="utf-8").count("\n") < 2:
@@ -316,50 +341,50 @@ def test_a_killed_run_goes_on(mmmu_folder: Path, tmp_path: Path) -> None:
     before = state.read_text(encoding="utf-8")
     assert before.count("\n") < 20
     with state.open("a", encoding="utf-8") as file:
-        file.write('{"id": "validation_Acc')  # a kill in the middle of a line
-    rest = run("mmmu", mmmu_folder, tmp_path / "out", processes=2)
+        file.write('{"id": "validation_Acc')  # killed inside a line
+    rest = run_ranks("mmmu", mmmu_folder, tmp_path / "out")
     assert rest.returncode == 0, rest.stderr
     assert state.read_text(encoding="utf-8").startswith(before)
     assert sorted(kept(tmp_path / "out")) == sorted(kept(tmp_path / "whole"))
-    assert rest.stdout == whole.stdout
+    assert rest.stdout == whole
     again = run("mmmu", mmmu_folder, tmp_path / "out")
-    assert again.stdout == whole.stdout
-    assert len(kept(tmp_path / "out")) == 20  # nothing was asked again
+    assert again == whole
+    assert len(kept(tmp_path / "out")) == 20  # nothing was generated again
 
 
-def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    for name, said in (("notes", "holds something else"), ("file", "is a file")):
+    for name, said in (("notes", "holds other files"), ("file", "is a file")):
         with pytest.raises(YiVLError, match=f"{name}: {said}"):
             answer_questions(pytest.fail, [], tmp_path / name, {}, batch_size=1, max_new_tokens=1)
 
 
-def test_what_changed_in_its_place_is_told_apart(tmp_path: Path) -> None:
-    def told(**changes: Any) -> dict[str, str]:
-        fields = {"id": "1", "prompt": "?", "picture": lambda: None, "fields": {}, "picture_key": "a.jpg"} | changes
+def test_changed_questions_data_and_weights_have_other_fingerprints(tmp_path: Path) -> None:
+    def prints(**changes: Any) -> dict[str, str]:
+        fields = {"id": "1", "prompt": "?", "image": lambda: None, "fields": {}, "image_key": "a.jpg"} | changes
         return fingerprint([Question(**fields)], str(tmp_path / "data"), [str(tmp_path / "model"), None, "some/hub-id"])
 
     (tmp_path / "data").mkdir()
     (tmp_path / "model/vit/clip").mkdir(parents=True)
     for name in ("model/model.safetensors", "model/vit/clip/model.safetensors", "data/val-0.parquet"):
         (tmp_path / name).write_bytes(b"first")
-    before = told()
-    assert told() == before
-    for changes in ({"prompt": "!"}, {"picture_key": "b.jpg"}, {"is_blank": True}, {"id": "2"}):
-        assert told(**changes)["questions"] != before["questions"]
+    before = prints()
+    assert prints() == before
+    for changes in ({"prompt": "!"}, {"image_key": "b.jpg"}, {"is_blank": True}, {"id": "2"}):
+        assert prints(**changes)["questions"] != before["questions"]
     for name in ("README.md", "log.jsonl", "mmmu/scores.json", "checkpoint-5/model.safetensors"):
         (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "model" / name).write_bytes(b"is not read when the model is loaded")
-    assert told() == before
+        (tmp_path / "model" / name).write_bytes(b"loading does not read this")
+    assert prints() == before
     for name, key in (("data/val-0.parquet", "data_files"), ("model/vit/clip/model.safetensors", "model_files")):
-        now = told()
+        now = prints()
         (tmp_path / name).write_bytes(b"other contents")
-        assert {changed for changed in now if told()[changed] != now[changed]} == {key}
+        assert {changed for changed in now if prints()[changed] != now[changed]} == {key}
 
 
-def test_a_run_that_failed_before_its_first_answer_binds_nobody(chat: Chat, tmp_path: Path) -> None:
+def test_a_run_that_failed_before_its_first_response_may_start_with_other_settings(chat: Chat, tmp_path: Path) -> None:
     asked = [Question("1", "?", lambda: None, {})]
 
     def fail() -> LoadedModel:
@@ -367,47 +392,81 @@ def test_a_run_that_failed_before_its_first_answer_binds_nobody(chat: Chat, tmp_
 
     with pytest.raises(YiVLError, match="no such model"):
         answer_questions(fail, asked, tmp_path, {"model_path": "typo"}, batch_size=1, max_new_tokens=2)
-    again = answer_questions(lambda: chat.loaded, asked, tmp_path, {"model_path": "m"}, batch_size=1, max_new_tokens=2)
-    assert again is not None
-    with pytest.raises(YiVLError, match="holds answers with model_path='m', now 'n'"):
+    answer_questions(lambda: chat.loaded, asked, tmp_path, {"model_path": "m"}, batch_size=1, max_new_tokens=2)
+    with pytest.raises(YiVLError, match="holds responses with model_path='m', now 'n'"):
         answer_questions(lambda: chat.loaded, asked, tmp_path, {"model_path": "n"}, batch_size=1, max_new_tokens=2)
 
 
-def test_answers_with_odd_characters_are_kept_and_a_cut_one_is_asked_again(chat: Chat, tmp_path: Path) -> None:
+def test_responses_with_line_separators_are_kept_and_an_incomplete_one_is_generated_again(
+    chat: Chat, tmp_path: Path
+) -> None:
     asked = [Question(str(number), "?", lambda: None, {}) for number in range(3)]
     whole = json.dumps({"id": "0", "response": "a\u2028b\x85猫"}, ensure_ascii=False) + "\n"
-    cut = json.dumps({"id": "1", "response": "猫"}, ensure_ascii=False).encode()[:-4]  # in the middle of the character
+    cut = json.dumps({"id": "1", "response": "猫"}, ensure_ascii=False).encode()[:-4]  # inside the character
     (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "responses-00000.jsonl").write_bytes(whole.encode() + cut)
     answers = answer_questions(lambda: chat.loaded, asked, tmp_path, {}, batch_size=1, max_new_tokens=2)
-    assert answers is not None
     assert answers["0"] == "a\u2028b\x85猫"
     assert sorted(kept(tmp_path)) == ["0", "1", "2"]
 
 
-def test_a_question_that_is_too_long_is_named_before_the_others_are_asked(chat: Chat, tmp_path: Path) -> None:
+def test_a_question_that_is_too_long_is_an_error_before_the_others_are_asked(chat: Chat, tmp_path: Path) -> None:
     asked = [Question("short", "?", lambda: None, {}), Question("long", "word " * 5000, lambda: None, {})]
     with pytest.raises(YiVLError, match=r"question long: the conversation takes \d+ positions"):
         answer_questions(lambda: chat.loaded, asked, tmp_path, {}, batch_size=1, max_new_tokens=2)
     assert kept(tmp_path) == []
 
 
-@pytest.mark.parametrize("mistake", ["another protocol", "no such split"])
-def test_a_mistake_is_one_line_of_several_processes_too(mistake: str, mmmu_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [pytest.param("another protocol", marks=pytest.mark.slow), "no such split"])
+def test_an_error_on_two_ranks_is_one_line(error: str, mmmu_folder: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "out", mmmu_folder
-    if mistake == "another protocol":
-        assert run("mmmu", data, out).returncode == 0
-        said = f"error: {out}: holds answers with protocol='yi', now 'official'; give another --output"
+    if error == "another protocol":
+        run("mmmu", data, out)
+        said = f"error: {out}: holds responses with protocol='yi', now 'official'; set another --output"
     else:
         data = tmp_path
         said = (
             f"error: {tmp_path}: no split 'validation'; expected validation-*.parquet files or folders of save_to_disk"
         )
-    done = run("mmmu", data, out, "--protocol", "official", processes=2)
+    done = run_ranks("mmmu", data, out, "--protocol", "official")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("error: ") == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ONE_RANK_FAILS = """
+import sys, time
+from pathlib import Path
+from yivl import command_line
+from yivl.errors import YiVLError
+from yivl.eval.runner import join_ranks
+
+def main():
+    command_line.log_to_stderr()
+    with join_ranks() as ranks:
+        assert ranks.gather(ranks.rank) == [0, 1]
+        start = time.monotonic()
+        try:
+            with ranks.agree():
+                if ranks.rank == 1:
+                    raise YiVLError("question 7: damaged")
+        finally:
+            Path(sys.argv[1], str(ranks.rank)).write_text(str(time.monotonic() - start))
+
+command_line.run(main)
+"""
+
+
+def test_an_error_of_one_rank_ends_all_ranks_at_once_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(ONE_RANK_FAILS, encoding="utf-8")
+    command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "program.py"), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line for line in done.stderr.splitlines() if "damaged" in line] == ["error: question 7: damaged"]
+    assert "Traceback" not in done.stderr
+    assert all(float((tmp_path / rank).read_text()) < 10 for rank in "01")
 
 
 @pytest.fixture(params=["one DatasetDict", "a DatasetDict for each subject", "merged parquet files"])
@@ -427,19 +486,19 @@ def other_form(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_form_of_the_data_set_gives_the_same_questions(other_form: Path, mmmu_folder: Path) -> None:
-    ours = mmmu.read_questions(str(other_form), "validation", "yi")
-    theirs = mmmu.read_questions(str(mmmu_folder), "validation", "yi")
+def test_every_form_of_the_data_set_has_the_same_questions(other_form: Path, mmmu_folder: Path) -> None:
+    ours = mmmu_questions(other_form)
+    theirs = mmmu_questions(mmmu_folder)
     assert [(one.id, one.prompt, one.fields) for one in ours] == [(one.id, one.prompt, one.fields) for one in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        first, second = one.picture(), other.picture()
+        first, second = one.image(), other.image()
         assert isinstance(first, bytes)
         assert isinstance(second, bytes)
         assert load_image(first).tobytes() == load_image(second).tobytes()
 
 
 def broken(folder: Path, what: str) -> str:
-    """A data set with one mistake."""
+    """A data set with one defect."""
     rows = mmmu_dataset("Math", "validation")
     if what == "code in options":
         code = f"[__import__('pathlib').Path({str(folder / 'ran')!r}).touch()]"
@@ -467,19 +526,19 @@ def broken(folder: Path, what: str) -> str:
         ("code in options", "row 0: not a row of MMMU"),
         ("no question type", "row 0: not a row of MMMU"),
         ("no subject", "row 0: not a row of MMMU .*'validation_Astronomy_1' names no subject"),
-        ("no options", "row 0: not a row of MMMU .*a choice without options"),
+        ("no options", "row 0: not a row of MMMU .*a multiple-choice question without options"),
         ("no rows", "split 'validation' cannot be read .*no data"),
         ("no such split", "no split 'validation'"),
         ("damaged file", "split 'validation' cannot be read"),
         ("no such data set", "nobody/no-such-data-set: no such folder, and no data set"),
-        ("same ids", "two questions have one id"),
+        ("same ids", "two questions have the same id"),
     ],
 )
-def test_a_bad_data_set_is_one_clear_line(what: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_data_set_is_one_error_line(what: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(YiVLError, match=said):
         answer_questions(
             lambda: pytest.fail("loaded"),
-            mmmu.read_questions(broken(tmp_path, what), "validation", "yi"),
+            mmmu_questions(broken(tmp_path, what)),
             tmp_path / "out",
             {},
             batch_size=1,
@@ -488,8 +547,10 @@ def test_a_bad_data_set_is_one_clear_line(what: str, said: str, tmp_path: Path) 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_damaged_picture_is_named_by_its_question_and_what_came_before_is_kept(chat: Chat, tmp_path: Path) -> None:
-    asked = [Question("first", "????", lambda: None, {}), Question("second", "?", lambda: b"not a picture", {})]
-    with pytest.raises(YiVLError, match="question second: image bytes: not a picture"):
+def test_a_damaged_image_is_reported_with_its_question_and_earlier_responses_are_kept(
+    chat: Chat, tmp_path: Path
+) -> None:
+    asked = [Question("first", "????", lambda: None, {}), Question("second", "?", lambda: b"not an image", {})]
+    with pytest.raises(YiVLError, match="question second: image bytes: not a"):
         answer_questions(lambda: chat.loaded, asked, tmp_path, {}, batch_size=1, max_new_tokens=2)
     assert kept(tmp_path) == ["first"]

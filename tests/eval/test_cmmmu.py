@@ -1,4 +1,4 @@
-"""CMMMU's scores are the official ones: the verdicts of the benchmark's own evaluation, random ones included."""
+"""CMMMU scores are the official ones, random answers included."""
 
 import json
 import random
@@ -11,7 +11,6 @@ from yivl.eval.benchmarks.cmmmu import (
     BLANK,
     CHOICE,
     DOMAINS,
-    FALLBACK_SEED,
     JUDGEMENT,
     PUBLISHED,
     is_correct,
@@ -20,9 +19,10 @@ from yivl.eval.benchmarks.cmmmu import (
     parse_judgement,
     score_rows,
 )
+from yivl.eval.benchmarks.subjects import FALLBACK_SEED
 
-# Responses made up for this test, with what eval/utils/eval_utils.py of CMMMU-Benchmark/CMMMU makes of them in this
-# order after random.seed(42).
+# Responses written for this test, with the results of eval/utils/eval_utils.py of CMMMU-Benchmark/CMMMU in this order
+# after random.seed(42).
 CASES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "cmmmu/parser_cases.json").read_text(encoding="utf-8")
 )
@@ -59,7 +59,7 @@ def test_verdicts_are_the_official_ones() -> None:
         assert is_correct(case, rng) == case["official_correct"], case
 
 
-def test_what_is_read_in_a_response_is_the_official_reading() -> None:
+def test_parsed_responses_are_the_official_ones() -> None:
     rng = random.Random(FALLBACK_SEED)
     for case in CASES:
         if case["type"] == CHOICE and case["response"]:
@@ -72,7 +72,7 @@ def test_what_is_read_in_a_response_is_the_official_reading() -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_domains_are_scored_in_the_official_order_whatever_the_order_of_the_rows(reverse: bool) -> None:
+def test_domains_are_scored_in_the_official_order_for_any_order_of_the_rows(reverse: bool) -> None:
     rows = [
         {"type": CHOICE, "category": category, "subcategory": f"{category}{place}", "answer": "A", "response": "嗯"}
         | {"index2ans": dict.fromkeys("ABCD", "没有")}

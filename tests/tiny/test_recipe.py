@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from yivl.checkpoint.vit import read_clip_weights, read_vit_config
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
-from yivl.data.encoding import Collator
+from yivl.data.collator import Collator
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tiny.recipe import clip, naming

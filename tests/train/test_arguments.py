@@ -223,10 +223,10 @@ def test_every_flag_is_read() -> None:
 
 
 def test_the_mixture_in_the_documentation_can_be_read(tmp_path: Path) -> None:
-    from yivl.data.sources import Source
+    from yivl.data.sources import DataSource
 
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.S)
     assert blocks
     for block in blocks:
         for entry in yaml.safe_load(block):
-            Source(**entry)
+            DataSource(**entry)

@@ -1,7 +1,10 @@
-"""The order of rows, and batches of them: padded, or packed without a leak."""
+"""The order of samples, and batches of them: padded, or packed without attention across samples."""
 
+import json
+import shutil
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import CHECKPOINT
-from support.training import FACTS, IMAGES, conversation
+from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import IGNORE_INDEX
 from yivl.data.bad_rows import BadRows
-from yivl.data.encoding import Collator, Encoder, Example
+from yivl.data.collator import Collator
+from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row
 from yivl.data.sampler import BatchSampler, RowDataset
+from yivl.errors import CheckpointError
 from yivl.model.attention import register_packed_sdpa
 from yivl.model.modeling import YiVLForCausalLM
+from yivl.train.arguments import DataArguments
+from yivl.train.dataloaders import make_batches
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,7 +39,7 @@ from yivl.model.modeling import YiVLForCausalLM
     grouped=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_holds_every_row_once_and_the_same_steps_on_every_process(
+def test_an_epoch_has_every_row_once_and_the_same_number_of_batches_on_every_rank(
     num_rows: int, batch_size: int, world_size: int, grouped: bool, epoch: int
 ) -> None:
     lengths = [(index * 37) % 101 for index in range(num_rows)] if grouped else None
@@ -39,7 +47,7 @@ def test_an_epoch_holds_every_row_once_and_the_same_steps_on_every_process(
     ranks: list[list[list[int]]] = []
     for rank in range(world_size):
         sampler = BatchSampler(
-            num_rows, batch_size, rank=rank, world_size=world_size, lengths=lengths, groups=groups, seed=3
+            [num_rows], batch_size, rank=rank, world_size=world_size, lengths=lengths, groups=groups, seed=3
         )
         sampler.set_epoch(epoch)
         ranks.append(list(sampler))
@@ -48,13 +56,13 @@ def test_an_epoch_holds_every_row_once_and_the_same_steps_on_every_process(
     assert all(len(batch) <= batch_size for batches in ranks for batch in batches)
     counts = Counter(index for batches in ranks for batch in batches for index in batch)
     assert counts == Counter(range(num_rows))
-    # Only the last batch may be empty, where there are fewer rows left than processes.
+    # Only the last batch may be empty, if fewer rows than ranks are left.
     assert all(batch for batches in ranks for batch in batches[:-1])
 
 
-def test_seed_and_epoch_decide_the_order() -> None:
+def test_seed_and_epoch_determine_the_order() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        sampler = BatchSampler(50, 4, seed=seed)
+        sampler = BatchSampler([50], 4, seed=seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -62,11 +70,93 @@ def test_seed_and_epoch_decide_the_order() -> None:
     assert order(1, 0) != order(1, 1) != order(2, 1)
 
 
-def test_grouping_puts_similar_lengths_and_one_modality_in_a_batch_the_longest_first() -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    weight=st.floats(0.05, 4),
+    world_size=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_a_weight_is_whole_repeats_and_a_subsample_without_overlap_across_ranks(
+    sizes: list[int], weight: float, world_size: int, seed: int
+) -> None:
+    for epoch in range(2):
+        counts: Counter[int] = Counter()
+        for rank in range(world_size):
+            weights = [weight] * len(sizes)
+            sampler = BatchSampler(sizes, 2, weights=weights, seed=seed, rank=rank, world_size=world_size)
+            sampler.set_epoch(epoch)
+            counts.update(index for batch in sampler for index in batch)
+        start = 0
+        for size in sizes:
+            seen = [counts[index] for index in range(start, start + size)]
+            assert sum(seen) == (max(round(size * weight), 1) if size else 0)  # in every epoch
+            assert not seen or max(seen) - min(seen) <= 1
+            start += size
+        assert counts.keys() <= set(range(start))
+
+
+def batches_of(folder: Path, loaded: LoadedModel, text: str, epochs: Sequence[int]) -> list[list[list[int]]]:
+    """Return the token ids of the samples of some epochs of a mixture over sixteen rows."""
+    write_rows(folder / "rows.json", [conversation(None, f"question {index}", "a") for index in range(16)])
+    (folder / "mix.yaml").write_text(f"- {{data_path: rows.json, {text}}}\n")
+    data, training = DataArguments(data_path=str(folder / "mix.yaml")), TrainingArguments(output_dir=str(folder))
+    batches = make_batches(data, training, encoder(loaded), BadRows("error", folder / "none"))
+    assert batches.sources[0]["rows_per_epoch"] == 8
+    found = []
+    for epoch in epochs:
+        batches.loader.set_epoch(epoch)
+        found.append(
+            [row[: row.index(0) if 0 in row else None] for b in batches.loader for row in b["input_ids"].tolist()]
+        )
+    return found
+
+
+def test_a_weight_below_one_is_another_subsample_in_every_epoch(loaded: LoadedModel, tmp_path: Path) -> None:
+    epochs = batches_of(tmp_path, loaded, "weight: 0.5", range(6))
+    assert [len(epoch) for epoch in epochs] == [8] * 6
+    assert len({str(sorted(epoch)) for epoch in epochs}) > 3
+    assert len({str(row) for epoch in epochs for row in epoch}) > 12
+    assert batches_of(tmp_path, loaded, "weight: 0.5", [4])[0] == epochs[4]  # the epoch alone determines it
+
+
+def test_max_rows_is_the_same_subset_in_every_epoch(loaded: LoadedModel, tmp_path: Path) -> None:
+    first, second = batches_of(tmp_path, loaded, "max_rows: 8", range(2))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_a_run_with_a_weight_below_one_resumes_exactly(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(16)])
+    (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 0.5}\n")
+    whole = train(tmp_path / "whole", tmp_path / "mix.yaml", num_train_epochs=3, save_steps=6)
+    assert losses(whole)[:4] != losses(whole)[4:8]
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-6", tmp_path / "resumed/checkpoint-6")  # in the middle of epoch 1
+    resumed = train(tmp_path / "resumed", tmp_path / "mix.yaml", num_train_epochs=3, save_steps=6, resume="auto")
+    assert losses(resumed)[-6:] == losses(whole)[-6:]
+    ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(8)])
+    (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 0.5}\n")
+    train(tmp_path / "out", tmp_path / "mix.yaml", save_steps=1, max_steps=1)
+    for folder in (tmp_path / "out", tmp_path / "out/checkpoint-1"):
+        record = json.loads((folder / "training_run.json").read_text())
+        assert record["sources"][0].pop("subsampled") == "per epoch"
+        (folder / "training_run.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: the weight of .*rows\.json selected the same rows"):
+        train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
+
+
+def test_grouped_batches_have_similar_lengths_and_one_modality_and_the_longest_comes_first() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(10, 1000, (400,), generator=generator).tolist()
     groups = [int(length > 600) for length in lengths]
-    plain, grouped = (list(BatchSampler(400, 8, **kwargs)) for kwargs in ({}, {"lengths": lengths, "groups": groups}))
+    plain, grouped = (list(BatchSampler([400], 8, **kwargs)) for kwargs in ({}, {"lengths": lengths, "groups": groups}))
 
     def spread(batches: list[list[int]]) -> float:
         return statistics.mean(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches)
@@ -81,31 +171,29 @@ def encoder(loaded: LoadedModel) -> Encoder:
 
 
 @pytest.fixture
-def examples(loaded: LoadedModel) -> list[Example]:
+def samples(loaded: LoadedModel) -> list[Sample]:
     encode = encoder(loaded)
     return [encode(parse_row(conversation(*fact), str(index), IMAGES)) for index, fact in enumerate(FACTS)]
 
 
-def test_lengths_are_known_without_reading_a_picture(loaded: LoadedModel, examples: list[Example]) -> None:
+def test_sequence_lengths_are_computed_without_reading_an_image(loaded: LoadedModel, samples: list[Sample]) -> None:
     rows = [parse_row(conversation(*fact), "row", "nowhere") for fact in FACTS]
-    assert [encoder(loaded).num_positions(row) for row in rows] == [example.num_positions for example in examples]
+    assert [encoder(loaded).sequence_length(row) for row in rows] == [sample.sequence_length for sample in samples]
 
 
-def test_bad_rows_are_left_out_of_their_batch_and_an_empty_batch_has_no_target(examples: list[Example]) -> None:
+def test_invalid_rows_are_dropped_from_their_batch_and_a_dummy_batch_has_no_labels(samples: list[Sample]) -> None:
     for packing in (False, True):
         collator = Collator(0, packing=packing)
-        some, alone = collator([None, examples[0], None]), collator([examples[0]])
+        some, alone = collator([None, samples[0], None]), collator([samples[0]])
         assert torch.equal(some["input_ids"], alone["input_ids"])
         assert torch.equal(some["images"], alone["images"])
-        nothing = collator([None, None])
-        assert (nothing["labels"] == IGNORE_INDEX).all()
-        assert nothing["images"] is None
+        dummy = collator([None, None])
+        assert (dummy["labels"] == IGNORE_INDEX).all()
+        assert dummy["images"] is None
 
 
-def test_a_corrupt_picture_is_skipped_by_workers_too_and_reported_with_its_row(
-    loaded: LoadedModel, tmp_path: Path
-) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_a_damaged_image_is_skipped_in_workers_and_reported_with_its_row(loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [
         parse_row(conversation("bad.png", "q", "a"), "file row 0", tmp_path),
         parse_row(conversation("missing.png", "q", "a"), "file row 1", tmp_path),
@@ -115,8 +203,8 @@ def test_a_corrupt_picture_is_skipped_by_workers_too_and_reported_with_its_row(
     dataset: Any = RowDataset(rows, encoder(loaded), skip)
     batches = list(DataLoader(dataset, batch_size=3, num_workers=2, collate_fn=Collator(0)))
     assert len(batches[0]["input_ids"]) == 1
-    assert skip.report().startswith("2 rows were left out")
-    for number, reason in enumerate(("not a picture", "no such file")):
+    assert skip.report().startswith("2 invalid rows were skipped")
+    for number, reason in enumerate((": not a", "no such file")):
         assert f"file row {number}: " in skip.report()
         assert reason in skip.report()
     with pytest.raises(RowError, match="file row 0"):
@@ -135,17 +223,17 @@ def gradients(model: YiVLForCausalLM) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_packed_rows_give_the_loss_and_gradients_of_separate_rows(
-    packing_model: YiVLForCausalLM, examples: list[Example]
+def test_packed_samples_have_the_loss_and_gradients_of_separate_samples(
+    packing_model: YiVLForCausalLM, samples: list[Sample]
 ) -> None:
-    targets = sum(int((example.labels[1:] != IGNORE_INDEX).sum()) for example in examples)
+    targets = sum(int((sample.labels[1:] != IGNORE_INDEX).sum()) for sample in samples)
     separate = torch.zeros(())
-    for example in examples:
-        loss = packing_model(**Collator(0)([example]), num_items_in_batch=targets).loss
+    for sample in samples:
+        loss = packing_model(**Collator(0)([sample]), num_items_in_batch=targets).loss
         loss.backward()
         separate += loss.detach()
     expected = gradients(packing_model)
-    batch = Collator(0, packing=True)(examples)
+    batch = Collator(0, packing=True)(samples)
     assert batch["input_ids"].shape[0] == 1
     packed = packing_model(**batch, num_items_in_batch=targets).loss
     packed.backward()
@@ -156,27 +244,29 @@ def test_packed_rows_give_the_loss_and_gradients_of_separate_rows(
         torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-4)
 
 
-def test_a_packed_row_sees_nothing_of_its_neighbours(packing_model: YiVLForCausalLM, examples: list[Example]) -> None:
+def test_a_packed_sample_does_not_attend_to_its_neighbors(
+    packing_model: YiVLForCausalLM, samples: list[Sample]
+) -> None:
     packing_model.eval()
 
-    def last_logits(rows: list[Example]) -> torch.Tensor:
+    def last_logits(rows: list[Sample]) -> torch.Tensor:
         batch = Collator(0, packing=True)(rows)
         with torch.no_grad():
             logits: torch.Tensor = packing_model(**batch | {"labels": None}).logits
-        return logits[0, -rows[-1].num_positions :]
+        return logits[0, -rows[-1].sequence_length :]
 
-    alone = last_logits([examples[1]])
-    for neighbours in ([examples[0]], [examples[2], examples[5]]):
-        torch.testing.assert_close(last_logits([*neighbours, examples[1]]), alone, atol=2e-5, rtol=1e-4)
+    alone = last_logits([samples[1]])
+    for neighbors in ([samples[0]], [samples[2], samples[5]]):
+        torch.testing.assert_close(last_logits([*neighbors, samples[1]]), alone, atol=2e-5, rtol=1e-4)
 
 
-def test_the_end_of_a_packed_row_does_not_predict_the_next_even_if_its_first_token_is_a_target(
-    packing_model: YiVLForCausalLM, examples: list[Example]
+def test_the_end_of_a_packed_sample_does_not_predict_the_first_token_of_the_next(
+    packing_model: YiVLForCausalLM, samples: list[Sample]
 ) -> None:
-    batch = Collator(0, packing=True)(examples[:2])
-    batch["labels"][0, len(examples[0].input_ids)] = 5
+    batch = Collator(0, packing=True)(samples[:2])
+    batch["labels"][0, len(samples[0].input_ids)] = 5
     fused = packing_model.fuse(
         batch["input_ids"], batch["images"], labels=batch["labels"], row_lengths=batch["row_lengths"]
     )
     assert fused.labels is not None
-    assert fused.labels[0, examples[0].num_positions] == IGNORE_INDEX
+    assert fused.labels[0, samples[0].sequence_length] == IGNORE_INDEX

@@ -328,7 +328,7 @@ def test_bad_rows_stop_a_run_or_are_reported_at_its_end(tmp_path: Path, caplog: 
         log = train(tmp_path / "skip", data, on_bad_row="skip")
     assert all(loss > 0 for loss in losses(log))
     report = caplog.messages[-1]
-    assert report.startswith("2 rows were left out")
+    assert report.startswith("2 invalid rows were skipped")
     assert "rows.json row 6: unknown role" in report
     assert "rows.json row 7: " in report
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "skip/bad_rows.jsonl").read_text().splitlines()]

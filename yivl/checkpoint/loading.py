@@ -27,7 +27,7 @@ from yivl.checkpoint.format import (
     vit_folder,
     weight_files,
 )
-from yivl.checkpoint.vit import copy_vit_weights, read_vit_weights
+from yivl.checkpoint.vit import copy_vit_weights, read_clip_weights
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
 from yivl.model.configuration import YiVLConfig
@@ -87,17 +87,8 @@ def load_model(
         raise YiVLError("load_in_4bit and load_in_8bit exclude each other")
     if isinstance(dtype, str) and dtype not in get_args(Dtype):
         raise YiVLError(f"dtype={dtype!r}; expected one of {', '.join(get_args(Dtype))}")
-    folder = resolve_checkpoint(model_path)
-    adapter: Path | None = None
-    image_settings: dict[str, Any] = {}
-    if (folder / ADAPTER_CONFIG).is_file():
-        from yivl.checkpoint import adapters  # imports peft, which is slow
-
-        adapter, image_settings = folder, adapters.read_image_settings(folder)
-        folder = resolve_checkpoint(model_base or adapters.base_of(folder))
-    elif model_base is not None:
-        raise CheckpointError(f"{model_path}: no {ADAPTER_CONFIG}; --model-base goes with a LoRA adapter folder")
     # The small files first: their errors show before minutes of loading.
+    folder, adapter, image_settings = resolve_model(model_path, model_base)
     config, tokenizer, image_processor = read_small_files(folder)
     image_processor = set_images(config, image_processor.clip_processor, **image_settings)
     device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
@@ -112,8 +103,41 @@ def load_model(
         attn_implementation=attn_implementation,
     )
     if adapter is not None:
+        from yivl.checkpoint import adapters  # imports peft, which is slow
+
         model = adapters.load_adapter(model, adapter, merge=merge_adapter)
     return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
+
+
+def load_processors(
+    model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None
+) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
+    """Return configuration, tokenizer and image processor as ``load_model`` does, without loading weights.
+
+    Raises:
+        CheckpointError: If a folder or file is missing, or no hub id matches.
+    """
+    folder, _, image_settings = resolve_model(model_path, model_base)
+    config, tokenizer, image_processor = read_small_files(folder)
+    return config, tokenizer, set_images(config, image_processor.clip_processor, **image_settings)
+
+
+def resolve_model(
+    model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None
+) -> tuple[Path, Path | None, dict[str, Any]]:
+    """Return the folder of the checkpoint, and of a LoRA adapter its folder and image settings.
+
+    Raises:
+        CheckpointError: If a folder or hub id does not exist, or ``model_base`` is given without an adapter.
+    """
+    folder = resolve_checkpoint(model_path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        from yivl.checkpoint import adapters  # imports peft, which is slow
+
+        return resolve_checkpoint(model_base or adapters.base_of(folder)), folder, adapters.read_image_settings(folder)
+    if model_base is not None:
+        raise CheckpointError(f"{model_path}: no {ADAPTER_CONFIG}; --model-base goes with a LoRA adapter folder")
+    return folder, None, {}
 
 
 def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
@@ -203,7 +227,8 @@ def load_pretrained(
     if fresh_projector:
         expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
     check_keys(folder, expected, found)
-    vit = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
+    own_vit = vit_folder(folder, config.mm_vision_tower)
+    vit = read_clip_weights(own_vit) if vit_weights is None else vit_weights
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
     # The copy of the ViT in the main files may be of any shape: it is replaced.

@@ -1,1 +1,1 @@
-"""Training data: rows, mixtures, batches."""
+"""Training data: rows, samples, batches."""

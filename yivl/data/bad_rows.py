@@ -1,8 +1,6 @@
-"""Rows that cannot be trained on: an error, or left out, written down and counted."""
+"""What happens to an invalid row: it is an error, or it is skipped, recorded and counted."""
 
 import json
-import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +9,7 @@ from yivl.data.rows import RowError
 
 @dataclass(frozen=True)
 class BadRows:
-    """What happens to a bad row.
-
-    Processes and data-loading workers append to one file, a line each, so that nothing is lost with any of them.
-    """
+    """Handler of invalid rows; ranks and data-loading workers append to one file."""
 
     policy: str
     """``error`` or ``skip``."""
@@ -22,27 +17,23 @@ class BadRows:
     """JSON lines of ``{"reason": ...}``; the reason names file and row."""
 
     def __call__(self, error: RowError) -> None:
-        """Take note of a row that is left out.
+        """Record an invalid row.
 
         Raises:
             RowError: If the policy is ``error``.
         """
         if self.policy == "error":
-            raise RowError(f"{error}; mend the row, or leave such rows out with --on_bad_row skip") from error
+            raise RowError(f"{error}; fix the row, or skip invalid rows with --on_bad_row skip") from error
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"reason": str(error)}, ensure_ascii=False) + "\n"
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(handle, line.encode("utf-8"))  # one write, so that lines of several processes do not mix
-        finally:
-            os.close(handle)
+        with self.path.open("ab", buffering=0) as file:  # a single write: lines of several processes do not interleave
+            file.write(line.encode("utf-8"))
 
     def report(self) -> str:
-        """Return how many different rows were left out and the first reasons; empty if none was."""
+        """Return the number of distinct skipped rows and the first five reasons, or an empty string."""
         if not self.path.is_file():
             return ""
-        reasons = Counter(
-            json.loads(line)["reason"] for line in self.path.read_text(encoding="utf-8").splitlines() if line
-        )
-        examples = "".join(f"\n  {reason}" for reason in list(reasons)[:5])
-        return f"{len(reasons)} rows were left out, all listed in {self.path}; the first:{examples}"
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        reasons = list(dict.fromkeys(json.loads(line)["reason"] for line in lines if line))  # a row counts once
+        examples = "".join(f"\n  {reason}" for reason in reasons[:5])
+        return f"{len(reasons)} invalid rows were skipped, all listed in {self.path}; the first:{examples}"

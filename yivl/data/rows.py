@@ -1,4 +1,4 @@
-"""Training data as people write it: JSON or JSONL rows of conversations, captions or text, checked one by one."""
+"""Rows: JSON or JSONL conversations, captions or text, validated one by one."""
 
 import json
 import os
@@ -11,24 +11,24 @@ from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.conversation import Turn
 from yivl.errors import YiVLError
 
-# Both spellings of the answering role are published: the code of the release knows "gpt", its README says "assistant".
 _QUESTION_ROLES: Final = ("human", "user")
+# Source: 01-ai/Yi, VL: the code expects "gpt", the README documents "assistant".
 _ANSWER_ROLES: Final = ("gpt", "assistant")
 
 
 class RowError(YiVLError):
-    """A row that cannot be trained on; the message names file, row and reason."""
+    """An invalid row; the message names file, row and reason."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation with its pictures, in the order of their slots."""
+    """One conversation with its images, in the order of their placeholders."""
 
     turns: tuple[Turn, ...]
     images: tuple[Path | bytes, ...]
-    """Files, or the bytes of files."""
+    """Paths, or the contents of image files."""
     origin: str
-    """File and row, for messages."""
+    """File and row, for error messages."""
 
 
 def parse_row(
@@ -37,22 +37,22 @@ def parse_row(
     image_folder: str | os.PathLike[str] = ".",
     images: Sequence[Path | bytes] | None = None,
 ) -> Row:
-    """Return a row from its JSON object.
+    """Return the row of a JSON object.
 
-    Known forms: ``conversations`` (a list of ``{"from": "human" | "gpt" | "assistant", "value": text}``) with an
-    optional ``image`` (a path or a list of them, relative to ``image_folder``), and captions (``image`` and ``text``).
-    A picture belongs where ``<image_placeholder>`` stands; in the prompt it comes first in its turn, as in the release.
-    A row with one picture and no placeholder shows it in the first turn.
+    A conversation is ``conversations`` (a list of ``{"from": "human" | "gpt" | "assistant", "value": text}``) with an
+    optional ``image`` (a path or a list of paths, relative to ``image_folder``); a caption is ``image`` and ``text``.
+    ``<image_placeholder>`` marks the turn of an image; in the prompt the image comes first in its turn. An image
+    without a placeholder belongs to the first turn.
 
     Args:
         fields: The JSON object.
-        origin: File and row, for messages.
-        image_folder: Where relative picture paths start.
-        images: The pictures, where they do not come from ``image``.
+        origin: File and row, for error messages.
+        image_folder: Base folder of relative image paths.
+        images: The images, if they do not come from ``image``.
 
     Raises:
-        RowError: If a role is unknown or out of turn, something is missing, or placeholders and pictures differ in
-            number.
+        RowError: If a role is unknown or out of order, a field is missing, or the numbers of placeholders and images
+            differ.
     """
     try:
         images = _images(fields, Path(image_folder)) if images is None else images
@@ -64,9 +64,9 @@ def parse_row(
             raise RowError("neither 'conversations' nor 'image' with 'text'")
         if images and not any(turn.num_images for turn in turns):
             turns[0] = Turn(turns[0].question, turns[0].answer, num_images=len(images))
-        slots = sum(turn.num_images for turn in turns)
-        if slots != len(images):
-            raise RowError(f"{slots} image placeholders but {len(images)} images")
+        placeholders = sum(turn.num_images for turn in turns)
+        if placeholders != len(images):
+            raise RowError(f"{placeholders} image placeholders but {len(images)} images")
     except RowError as error:
         raise RowError(f"{origin}: {error}") from error
     return Row(tuple(turns), tuple(images), origin)
@@ -81,7 +81,7 @@ def _images(fields: Mapping[str, Any], folder: Path) -> Sequence[Path | bytes]:
 
 
 def _turns(messages: Any) -> list[Turn]:
-    """Pair questions and answers; they must alternate, beginning with a question and ending with an answer."""
+    """Return the turns of a list of messages, in which questions and answers alternate."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RowError("'conversations' is not a list of messages")
     turns: list[Turn] = []
@@ -91,9 +91,9 @@ def _turns(messages: Any) -> list[Turn]:
         if not isinstance(role, str) or not isinstance(text, str):
             raise RowError("a message without 'from' and 'value'")
         if role not in _QUESTION_ROLES + _ANSWER_ROLES:
-            raise RowError(f"unknown role {role!r}; known are {', '.join(_QUESTION_ROLES + _ANSWER_ROLES)}")
+            raise RowError(f"unknown role {role!r}; expected one of {', '.join(_QUESTION_ROLES + _ANSWER_ROLES)}")
         if (role in _QUESTION_ROLES) != (question is None):
-            raise RowError(f"role {role!r} out of turn: questions and answers alternate")
+            raise RowError(f"role {role!r} out of order: questions and answers alternate")
         if question is None:
             num_images = text.count(DEFAULT_IMAGE_TOKEN)
             question = Turn(text.replace(DEFAULT_IMAGE_TOKEN, "").strip() if num_images else text, None, num_images)
@@ -108,10 +108,10 @@ def _turns(messages: Any) -> list[Turn]:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield ``(origin, JSON object)`` of every row of a ``.json`` list (from row 0) or a ``.jsonl`` file (from line 1).
+    """Yield ``(origin, JSON object)`` for every row of a ``.json`` list (from row 0) or ``.jsonl`` file (from line 1).
 
     Raises:
-        RowError: If the file is missing or is not JSON; the message gives the line.
+        RowError: If the file is missing or is not JSON; the message names the line.
     """
     name = os.fspath(path)
     try:
@@ -121,7 +121,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, 
     except UnicodeDecodeError as error:
         raise RowError(f"{name}: not UTF-8 text (byte {error.start})") from error
     if Path(path).suffix == ".jsonl":
-        # Not splitlines(), which parts at characters that JSON holds as they are, such as U+2028.
+        # Not splitlines(): it also splits at characters that JSON strings may contain, such as U+2028.
         numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         places = [f"line {number}" for number, _ in numbered]
         rows = [_parse(line, f"{name} {place}") for place, (_, line) in zip(places, numbered, strict=True)]

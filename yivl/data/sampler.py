@@ -1,4 +1,4 @@
-"""Rows of files as a data set, and their order: shuffled, grouped, cut into batches, shared by the processes."""
+"""Rows as a dataset, and the batches of an epoch: subsampled, shuffled, grouped, sharded across ranks."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -6,110 +6,116 @@ from dataclasses import dataclass
 
 from torch.utils.data import Dataset, Sampler
 
-from yivl.data.encoding import Encoder, Example
+from yivl.data.encoding import Encoder, Sample, encode_or_skip
 from yivl.data.rows import Row, RowError
+from yivl.data.sources import subsample
 
 GROUP_SIZE = 50
-"""Global batches that are sorted together by length: long enough to pad little, short enough to stay random. Source:
-ours, after the lineage's sampler."""
+"""Global batches that are sorted together by length: enough to pad little, few enough to stay random. Source: ours,
+after the length-grouped sampler of LLaVA."""
 
 
 @dataclass(frozen=True)
-class RowDataset(Dataset[Example | None]):
-    """Rows that are encoded when they are asked for.
-
-    A bad row is ``None`` and left out of its batch, so that the order of all others does not depend on it.
-    """
+class RowDataset(Dataset[Sample | None]):
+    """Rows, encoded on access; an invalid row is ``None``, so that the order does not depend on it."""
 
     rows: Sequence[Row]
     encoder: Encoder
     on_bad_row: Callable[[RowError], None]
-    """Called with every bad row; may raise."""
+    """Called with every invalid row; may raise."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example | None:
-        """Return one example, or ``None`` for a bad row."""
-        return encode_or_none(self.rows[index], self.encoder, self.on_bad_row)
-
-
-def encode_or_none(row: Row, encoder: Encoder, on_bad_row: Callable[[RowError], None]) -> Example | None:
-    """Return the example of a row, or ``None`` after ``on_bad_row`` was told why there is none."""
-    try:
-        return encoder(row)
-    except RowError as error:
-        on_bad_row(error)
-        return None
+    def __getitem__(self, index: int) -> Sample | None:
+        return encode_or_skip(self.rows[index], self.encoder, self.on_bad_row)
 
 
 class BatchSampler(Sampler[list[int]]):
-    """The batches of one process, in an order that follows from seed and epoch alone.
+    """The batches of one rank; seed and epoch alone determine them.
 
-    In an epoch every row occurs exactly once. The last global batch may be smaller; where it has fewer rows than there
-    are processes, some get an empty batch, for which ``Collator`` has a place holder.
+    An epoch has the same number of samples every time, and no sample is on two ranks. The last global batch may be
+    smaller; if it has fewer samples than there are ranks, some ranks get an empty one (see ``Collator``).
     """
 
     def __init__(
         self,
-        num_rows: int,
+        num_rows: Sequence[int],
         batch_size: int,
         *,
+        weights: Sequence[float] | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         lengths: Sequence[int] | None = None,
         groups: Sequence[int] | None = None,
     ) -> None:
-        """Describe the order.
+        """Set the order.
 
         Args:
-            num_rows: Rows of the data set.
-            batch_size: Rows of one process in one batch.
-            seed: Of the shuffle.
-            rank: Which process this is.
-            world_size: Number of processes.
-            lengths: Positions of every row: rows of similar length share a batch.
-            groups: A class of every row (with or without a picture): a batch holds one class, as far as rows suffice.
+            num_rows: Rows of every source; the dataset holds one source after the other.
+            batch_size: Samples per batch of one rank.
+            weights: Mixture weight of every source, 1 by default: 0.5 is a random half of its rows, drawn for each
+                epoch; 2.5 is all of them twice and a random half.
+            seed: Of the shuffle and of the subsample.
+            rank: Index of this rank.
+            world_size: Number of ranks.
+            lengths: Sequence length of every row; a batch has rows of similar length.
+            groups: Class of every row (with or without an image); a batch has one class as far as possible.
         """
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.weights = [1.0] * len(num_rows) if weights is None else weights
         self.rank, self.world_size = rank, world_size
         self.lengths, self.groups = lengths, groups
+        self.samples_per_epoch = [  # of every source
+            max(round(number * weight), min(number, 1)) for number, weight in zip(num_rows, self.weights, strict=True)
+        ]
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Select the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.num_rows // (self.batch_size * self.world_size))
+        return -(-sum(self.samples_per_epoch) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._global_batches():
             yield batch[self.rank :: self.world_size]
 
+    def _epoch_indices(self) -> list[int]:
+        """Return the dataset indices of the epoch, not shuffled: whole repeats, and a subsample for the fraction."""
+        indices: list[int] = []
+        start = 0
+        for source, (number, total) in enumerate(zip(self.num_rows, self.samples_per_epoch, strict=True)):
+            rows = range(start, start + number)
+            repeats, rest = divmod(total, max(number, 1))
+            indices += [*rows] * repeats + subsample(rows, rest, f"{self.seed} {self.epoch} {source}")
+            start += number
+        return indices
+
     def _global_batches(self) -> list[list[int]]:
-        """Return the batches of all processes together; only the last may be smaller."""
+        """Return the batches of all ranks together; only the last may be smaller."""
         size = self.batch_size * self.world_size
         generator = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(self.num_rows))
+        order = self._epoch_indices()
         generator.shuffle(order)
         if self.lengths is None and self.groups is None:
-            return [order[start : start + size] for start in range(0, self.num_rows, size)]
+            return [order[start : start + size] for start in range(0, len(order), size)]
         by_class: dict[int, list[int]] = {}
         for index in order:
             by_class.setdefault(0 if self.groups is None else self.groups[index], []).append(index)
-        # Whole batches of one class; what is left over of the classes is mixed in the end.
+        # Full batches of one class; the remainders of the classes are mixed at the end.
         sorted_order: list[int] = []
-        left_over: list[int] = []
+        remainder: list[int] = []
         for _, members in sorted(by_class.items()):
-            whole = len(members) // size * size
-            for start in range(0, whole, size * GROUP_SIZE):
-                sorted_order += self._by_length(members[start : min(start + size * GROUP_SIZE, whole)])
-            left_over += members[whole:]
-        sorted_order += self._by_length(left_over)
-        batches = [sorted_order[start : start + size] for start in range(0, self.num_rows, size)]
-        # The longest first, so that a lack of memory shows at once; the smaller one stays last.
+            full = len(members) // size * size
+            for start in range(0, full, size * GROUP_SIZE):
+                sorted_order += self._by_length(members[start : min(start + size * GROUP_SIZE, full)])
+            remainder += members[full:]
+        sorted_order += self._by_length(remainder)
+        batches = [sorted_order[start : start + size] for start in range(0, len(order), size)]
+        # The longest batch comes first, so that out-of-memory errors show at once; the smaller one stays last.
         last = batches.pop() if len(batches[-1]) < size else None
         generator.shuffle(batches)
         if self.lengths is not None and batches:
@@ -123,8 +129,3 @@ class BatchSampler(Sampler[list[int]]):
     def _length(self, row: int) -> int:
         assert self.lengths is not None
         return self.lengths[row]
-
-
-def modality_of(row: Row) -> int:
-    """Return 1 for a row with pictures and 0 for text alone."""
-    return int(bool(row.images))

@@ -1,1 +1,1 @@
-"""How good the answers are."""
+"""Evaluation of the answers of a model."""

@@ -1,14 +1,15 @@
-"""What is shown of scores: a table for the terminal, CSV and Markdown, a chart, and the numbers as JSON."""
+"""Scores as a table (terminal, Markdown, CSV), as JSON and as a bar chart."""
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
 
-from yivl.checkpoint.atomic import atomic_file, write_json, write_text
+from yivl.checkpoint.atomic import atomic_file, write_text
 
 Cell = str | int | float
 
@@ -21,53 +22,81 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
     def markdown(self) -> str:
-        """Return the table as Markdown with aligned columns, which a terminal shows as well."""
-        lines = [[*self.columns], *([_text(cell).replace("|", "\\|") for cell in row] for row in self.rows)]
-        widths = [max(_width(line[index]) for line in lines) for index in range(len(self.columns))]
-        is_number = [all(not isinstance(row[index], str) for row in self.rows) for index in range(len(self.columns))]
+        """Return the table as aligned Markdown; a Chinese character takes two columns of a terminal."""
+        texts = [[_text(cell).replace("|", "\\|") for cell in row] for row in self.rows]
+        lines = [[*self.columns], *texts]
+        widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
+        is_number = [all(not isinstance(cell, str) for cell in column) for column in zip(*self.rows, strict=True)]
         rule = ["-" * (width - right) + ":" * right for width, right in zip(widths, is_number, strict=True)]
         return "\n".join(
             f"| {' | '.join(map(_pad, line, widths, is_number))} |" for line in [lines[0], rule, *lines[1:]]
         )
 
     def csv(self) -> str:
-        """Return the table as CSV, with a heading."""
+        """Return the table as CSV with a header."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
         return text.getvalue()
 
 
-def write_reports(folder: Path, scores: Mapping[str, Any], table: Table) -> None:
-    """Write ``scores.json``, ``scores.md`` and ``scores.csv``; each appears whole."""
-    write_text(folder / "scores.md", table.markdown() + "\n")
-    write_text(folder / "scores.csv", table.csv())
-    write_json(folder / "scores.json", scores, sort_keys=False)
+@dataclass(frozen=True)
+class Chart:
+    """A bar for each group of each series."""
+
+    title: str
+    groups: Sequence[str]
+    series: Mapping[str, Mapping[str, float]]
+    """Accuracies in percent by series and group; a missing group has no bar."""
+
+    def draw(self, path: Path) -> None:
+        """Write the chart as a PNG."""
+        from matplotlib.figure import Figure  # slow to import, and only this needs it
+
+        figure = Figure(figsize=(1.6 * len(self.groups) + 2, 4.8), layout="constrained")
+        axes = figure.add_subplot(title=self.title, ylabel="accuracy, %", ylim=(0, 100))
+        width = 0.8 / len(self.series)
+        for number, (name, values) in enumerate(self.series.items()):
+            offset = (number - (len(self.series) - 1) / 2) * width
+            shown = [(index + offset, values[group]) for index, group in enumerate(self.groups) if group in values]
+            bars = axes.bar([position for position, _ in shown], [value for _, value in shown], width, label=name)
+            axes.bar_label(bars, fmt="%.1f", fontsize=7)
+        axes.set_xticks(range(len(self.groups)), [group.replace(" and ", "\nand ") for group in self.groups])
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(fontsize=8)
+        with atomic_file(path) as partial:
+            figure.savefig(partial, dpi=120, format="png")
 
 
-def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw a PNG with a bar for each group of each series.
+@dataclass(frozen=True)
+class Report:
+    """Results of a benchmark."""
 
-    Args:
-        path: To be written.
-        title: Above the bars.
-        groups: In order, from the left.
-        series: Accuracies in percent by series and group; what a series lacks has no bar.
-    """
-    from matplotlib.figure import Figure  # slow to import, and only this needs it
+    files: Mapping[str, str]
+    """Contents of text files by name; the last one holds the predictions."""
+    scores: Mapping[str, Any]
+    """Of ``scores.json``."""
+    table: Table | None
+    """``None`` if the answers are not published, so that there are no scores."""
+    chart: Chart | None = None
 
-    figure = Figure(figsize=(1.6 * len(groups) + 2, 4.8), layout="constrained")
-    axes = figure.add_subplot(title=title, ylabel="accuracy, %", ylim=(0, 100))
-    width = 0.8 / len(series)
-    for number, (name, values) in enumerate(series.items()):
-        places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(groups))]
-        shown = [(place, values[group]) for place, group in zip(places, groups, strict=True) if group in values]
-        bars = axes.bar([place for place, _ in shown], [value for _, value in shown], width, label=name)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    axes.set_xticks(range(len(groups)), [group.replace(" and ", "\nand ") for group in groups])
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    def write(self, folder: Path, about: Mapping[str, Any]) -> str:
+        """Write all files into a folder, with ``about`` in ``scores.json``, and return the text to print."""
+        for name, text in self.files.items():
+            write_text(folder / name, text)
+        if self.table is None:
+            path = folder / [*self.files][-1]
+            return f"{path}: {self.scores['questions']} predictions to submit; the answers are not published"
+        write_text(folder / "scores.md", self.table.markdown() + "\n")
+        write_text(folder / "scores.csv", self.table.csv())
+        write_text(folder / "scores.json", as_json({**about, **self.scores}))
+        if self.chart is not None:
+            self.chart.draw(folder / "scores.png")
+        return self.table.markdown()
+
+
+def as_json(value: Any) -> str:
+    """Return indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _text(cell: Cell) -> str:
@@ -75,7 +104,6 @@ def _text(cell: Cell) -> str:
 
 
 def _width(text: str) -> int:
-    """Return the columns that a text takes in a terminal, where a Chinese character takes two."""
     return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 

@@ -1,15 +1,16 @@
-"""Answers to many questions: in batches, shared among processes, kept as they come so that a killed run goes on."""
+"""Greedy responses to questions: batched, sharded across ranks, saved at once so that an interrupted run resumes."""
 
 import hashlib
 import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import distributed
@@ -18,22 +19,68 @@ from tqdm import tqdm
 from yivl.checkpoint.atomic import atomic_file, write_json
 from yivl.checkpoint.loading import LoadedModel
 from yivl.errors import ContextLengthError, ImageError, YiVLError
-from yivl.eval.benchmarks.questions import Question, file_key
+from yivl.eval.benchmarks.benchmark import Question, file_key
 from yivl.inference.chat import Chat, GenerationState, ImageInput
 from yivl.inference.engine import finish_together
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _SETTINGS: Final = "settings.json"
 _CHANGED: Final = {
-    "questions": "to other questions or about other pictures",
+    "questions": "to other questions or about other images",
     "data_files": "to questions of other files",
     "model_files": "of other files of the model",
 }
-# What loading reads; not logs, cards and answers, which may lie beside it.
-_READ: Final = ("*.safetensors", "*.bin", "tokenizer*", "*_tokens*.json", "*config.json")
-_MOMENT: Final = 30  # seconds, in which the first process ends and its launcher ends the others
-_PATIENCE: Final = timedelta(days=7)  # the fastest process waits for the slowest, for as long as its share takes
+# The files that loading reads, not logs, cards and reports beside them.
+_MODEL_FILES: Final = ("*.safetensors", "*.bin", "tokenizer*", "*_tokens*.json", "*config.json")
+_TIMEOUT: Final = timedelta(days=7)  # the fastest rank waits for the slowest
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run; a single process is rank 0 of 1."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Wait for all ranks at the end of the block; if one of them raises a ``YiVLError``, all do."""
+        own: YiVLError | None = None
+        try:
+            yield
+        except YiVLError as error:
+            own = error
+        if errors := [error for error in self.gather(own) if error is not None]:
+            raise errors[0]
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the ranks that torchrun started; if all raise the same ``YiVLError``, rank 0 logs it and all exit with 2."""
+    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if ranks.world_size == 1:
+        yield ranks
+        return
+    # Gloo and not NCCL: only Python objects are exchanged, and ranks may share a GPU or have none.
+    distributed.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield ranks
+    except YiVLError as error:
+        if ranks.rank == 0:
+            logger.error("error: %s", " ".join(str(error).split()))
+        distributed.barrier()  # the launcher kills all ranks when the first exits, which must not precede the message
+        sys.exit(2)
+    finally:
+        distributed.destroy_process_group()
 
 
 def answer_questions(
@@ -44,170 +91,135 @@ def answer_questions(
     *,
     batch_size: int,
     max_new_tokens: int,
-) -> dict[str, str] | None:
-    """Return the greedy answer to each question, by its id; those that ``folder`` holds are not asked again.
-
-    Under torchrun every process answers its share and the first one gets them all; ``folder`` is the same for all.
+    ranks: Ranks = Ranks(),
+) -> dict[str, str]:
+    """Return the response to each question by its id; those that ``folder`` holds are not generated again.
 
     Args:
-        load: Loads the model, if anything is left to be asked.
-        questions: With ids of their own.
-        folder: Keeps ``settings.json``, and ``responses-*.jsonl`` of each process.
-        settings: What the answers depend on; a folder with answers of others is refused.
+        load: Loads the model; called if anything is left to answer.
+        questions: With unique ids.
+        folder: The same for all ranks; holds ``settings.json``, and ``responses-*.jsonl`` of each rank.
+        settings: What the responses depend on; a folder with other settings is refused.
         batch_size: Questions that are answered together.
-        max_new_tokens: Length of an answer.
+        max_new_tokens: Maximum length of a response.
+        ranks: Each answers its shard.
 
     Returns:
-        Answers without outer whitespace, in the order of the questions; ``None`` in other processes than the first.
+        Responses without outer whitespace, in the order of the questions, on every rank.
 
     Raises:
-        YiVLError: If ids are not unique, or the folder holds answers of other settings.
+        YiVLError: If ids are not unique, the folder holds responses of other settings, or a question cannot be asked.
     """
-    if len({question.id for question in questions}) < len(questions):
-        raise YiVLError("two questions have one id; ids tell them apart")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        distributed.init_process_group("gloo", timeout=_PATIENCE)
-    begun: list[Any] = [_start(folder, settings) if rank == 0 else None]
-    if world > 1:
-        try:
-            distributed.broadcast_object_list(begun)  # all share out the same rest
-            distributed.barrier()
-        except RuntimeError:
-            if rank == 0:
-                raise
-            leave_after_the_first()  # which has left already
-    known, problem = begun[0]
-    _stop_at(problem, rank)
+    known: dict[str, str] = {}
+    with ranks.agree():
+        if len({question.id for question in questions}) < len(questions):
+            raise YiVLError("two questions have the same id; ids must be unique")
+        if ranks.rank == 0:
+            known = _resume(folder, settings)
+    known = ranks.gather(known)[0]
     left = [question for question in questions if question.id not in known]
-    left.sort(key=lambda question: -len(question.prompt))  # little padding, and what is too long comes first
-    new, problem = _answer(load, left[rank::world], folder / f"responses-{rank:05d}.jsonl", batch_size, max_new_tokens)
-    parts: list[Any] = [(new, problem)]
-    if world > 1:
-        parts = [None] * world
-        distributed.gather_object((new, problem), parts if rank == 0 else None)
-        distributed.destroy_process_group()
-        if rank > 0:
-            return None
-    _stop_at(next((problem for _, problem in parts if problem), None), rank)
-    answers = {id: text for part in [known, *(new for new, _ in parts)] for id, text in part.items()}
-    return {question.id: answers[question.id] for question in questions}
-
-
-def _stop_at(problem: str | None, rank: int) -> None:
-    """Raise a problem in the first process, which says it; the others leave without a word."""
-    if problem is not None:
-        if rank > 0:
-            leave_after_the_first()
-        raise YiVLError(problem)
-
-
-def leave_after_the_first() -> NoReturn:
-    """End this process with code 2, late: a launcher ends all at the first that fails, which is to say why."""
-    time.sleep(_MOMENT)
-    sys.exit(2)
+    left.sort(key=lambda question: -len(question.prompt))  # little padding, and errors of length come first
+    new: dict[str, str] = {}
+    with ranks.agree():
+        new = _answer(load, left[ranks.rank :: ranks.world_size], folder, batch_size, max_new_tokens, ranks)
+    responses = {id: text for part in [known, *ranks.gather(new)] for id, text in part.items()}
+    return {question.id: responses[question.id] for question in questions}
 
 
 def _answer(
-    load: Callable[[], LoadedModel], questions: Sequence[Question], file: Path, batch_size: int, max_new_tokens: int
-) -> tuple[dict[str, str], str | None]:
-    """Answer one process's share, adding each batch to the file at once, up to a problem if there is one.
-
-    The other processes go on then: what they answer need not be asked again.
-    """
-    answers: dict[str, str] = {}
+    load: Callable[[], LoadedModel],
+    questions: Sequence[Question],
+    folder: Path,
+    batch_size: int,
+    max_new_tokens: int,
+    ranks: Ranks,
+) -> dict[str, str]:
+    """Return the responses of one rank; each batch is appended to its file at once."""
+    responses: dict[str, str] = {}
     if not questions:
-        return answers, None
+        return responses
     loaded = load()
-    every = 0.1 if sys.stderr.isatty() else 60  # seconds between two looks at the bar; a log has a line of each
-    is_first, is_alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
+    interval = 0.1 if sys.stderr.isatty() else 60  # seconds; a log gets a line for each update
     with (
-        file.open("a", encoding="utf-8") as out,
-        tqdm(total=len(questions), desc="questions", disable=not is_first, mininterval=every) as bar,
+        (folder / f"responses-{ranks.rank:05d}.jsonl").open("a", encoding="utf-8") as out,
+        tqdm(total=len(questions), desc="questions", disable=ranks.rank > 0, mininterval=interval) as bar,
     ):
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             try:
-                replies = [_begin(loaded, question, max_new_tokens) for question in batch]
+                states = [_begin(loaded, question, max_new_tokens) for question in batch]
             except YiVLError as error:
-                if not is_alone:
-                    logger.warning("%s; the other processes go on", error)
-                return answers, str(error)
-            for question, text in zip(batch, finish_together(loaded, replies), strict=True):
-                answers[question.id] = text.strip()
+                if ranks.world_size > 1:
+                    logger.warning("%s; the other ranks finish their shards first", error)
+                raise
+            for question, text in zip(batch, finish_together(loaded, states), strict=True):
+                responses[question.id] = text.strip()
                 out.write(json.dumps({"id": question.id, "response": text.strip()}, ensure_ascii=False) + "\n")
             out.flush()
             bar.update(len(batch))
-    return answers, None
+    return responses
 
 
 def _begin(loaded: LoadedModel, question: Question, max_new_tokens: int) -> GenerationState:
-    """Return the reply to a question; one that cannot be asked is named."""
     try:
+        image: ImageInput | None
         if question.is_blank:
             size = loaded.model.config.vision_config.image_size
-            picture: ImageInput | None = torch.zeros(3, size, size)
+            image = torch.zeros(3, size, size)
         else:
-            picture = question.picture()
-        return Chat(loaded).begin(question.prompt, picture, temperature=0, max_new_tokens=max_new_tokens)
+            image = question.image()
+        return Chat(loaded).begin(question.prompt, image, temperature=0, max_new_tokens=max_new_tokens)
     except (ImageError, ContextLengthError) as error:
         raise YiVLError(f"question {question.id}: {error}") from error
 
 
-def _start(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
-    """Return the answers of an earlier run, or begin a new one; or what speaks against both."""
+def _resume(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the responses of an interrupted run, or start a new one."""
     if folder.exists() and not folder.is_dir():
-        return {}, f"{folder}: is a file; give a folder to --output"
+        raise YiVLError(f"{folder}: is a file; set --output to a folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
     if not path.is_file() and any(folder.iterdir()):
-        return {}, f"{folder}: holds something else; give an empty or new folder to --output"
-    answers = _kept(folder)
-    if not answers:  # what failed before its first answer binds nobody
+        raise YiVLError(f"{folder}: holds other files; set --output to an empty or new folder")
+    responses = _read_responses(folder)
+    if not responses:  # a run that failed before its first response may start with other settings
         write_json(path, settings, sort_keys=False)
-        return {}, None
+        return {}
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for key, value in settings.items():
         if earlier.get(key) != value:
             changed = _CHANGED.get(key, f"with {key}={earlier.get(key)!r}, now {value!r}")
-            return {}, f"{folder}: holds answers {changed}; give another --output"
-    return answers, None
+            raise YiVLError(f"{folder}: holds responses {changed}; set another --output")
+    return responses
 
 
-def _kept(folder: Path) -> dict[str, str]:
-    answers: dict[str, str] = {}
+def _read_responses(folder: Path) -> dict[str, str]:
+    responses: dict[str, str] = {}
     for file in sorted(folder.glob("responses-*.jsonl")):
         data = file.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:  # cut off in the middle of its last line, perhaps of a character: asked again
+        complete = data[: data.rfind(b"\n") + 1]
+        if complete != data:  # the run was killed while it wrote the last line, perhaps inside a character
             with atomic_file(file) as partial:
-                partial.write_bytes(whole)
-        answers |= {fields["id"]: fields["response"] for fields in map(json.loads, whole.split(b"\n")[:-1])}
-    return answers
+                partial.write_bytes(complete)
+        responses |= {fields["id"]: fields["response"] for fields in map(json.loads, complete.split(b"\n")[:-1])}
+    return responses
 
 
 def fingerprint(questions: Sequence[Question], data: str, models: Sequence[str | None]) -> dict[str, str]:
-    """Return what tells other questions, pictures or weights from these.
-
-    Args:
-        questions: By their ids, prompts and pictures.
-        data: File or folder they come from; a hub id stands for itself.
-        models: Checkpoint and adapter folders, by the files that loading reads; a hub id stands for itself.
-    """
-    asked = [[question.id, question.prompt, question.is_blank, question.picture_key] for question in questions]
-    place = Path(data).expanduser()
-    of_data = [place] if place.is_file() else [*place.rglob("*.parquet"), *place.rglob("*.arrow")]
-    of_models = [
+    """Return hashes that change with the questions and images, the files of ``data``, and the files of ``models``."""
+    asked = [[question.id, question.prompt, question.is_blank, question.image_key] for question in questions]
+    folder = Path(data).expanduser()
+    data_files = [folder] if folder.is_file() else [*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]
+    model_files = [
         path
-        for model in models
-        if model
-        for folder in (Path(model).expanduser(), *Path(model).expanduser().glob("vit/*"))
+        for model in map(Path, filter(None, models))
+        for folder in (model.expanduser(), *model.expanduser().glob("vit/*"))
         for path in folder.glob("*")
-        if any(path.match(pattern) for pattern in _READ)
+        if any(path.match(pattern) for pattern in _MODEL_FILES)
     ]
     facts = {
         "questions": asked,
-        "data_files": sorted(map(file_key, of_data)),
-        "model_files": sorted(map(file_key, of_models)),
+        "data_files": sorted(map(file_key, data_files)),
+        "model_files": sorted(map(file_key, model_files)),
     }
     return {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}

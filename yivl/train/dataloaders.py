@@ -1,8 +1,8 @@
-"""The flags of a run to its data: rows or streams, their order, and batches for this process."""
+"""Data loaders of a run: the flags of the data to the batches of this rank."""
 
+import json
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,122 +13,155 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from yivl.data.bad_rows import BadRows
-from yivl.data.encoding import Collator, Encoder
+from yivl.checkpoint.format import RECORD
+from yivl.data.collator import Collator
+from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
-from yivl.data.sampler import BatchSampler, RowDataset, modality_of
-from yivl.data.sources import Source, load_rows, read_sources, weigh_rows
+from yivl.data.sampler import BatchSampler, RowDataset
+from yivl.data.sources import DataSource, load_rows, read_sources
 from yivl.data.streaming import StreamDataset, StreamSampler
-from yivl.errors import YiVLError
+from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
 
 class BatchLoader(DataLoader[Any]):
-    """Batches of this process. Seed and epoch decide their order, so nothing needs to be saved to go on with them."""
+    """The batches of this rank. Seed and epoch determine their order, so a checkpoint stores nothing about them."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Select the epoch of the next iteration."""
         if isinstance(self.batch_sampler, BatchSampler):
             self.batch_sampler.set_epoch(epoch)
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What a run learns from."""
+    """Training batches and where they come from."""
 
     loader: BatchLoader
     sources: Sequence[Mapping[str, Any]]
-    """Each with its ``source``, and ``rows``, ``rows_per_epoch`` and ``pictures``; in a stream ``weight`` and, of tars,
-    ``shards``."""
+    """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``pictures`` (samples with images per
+    epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``."""
 
     @property
     def mix(self) -> str:
-        """The sources as a table for people."""
-        return _stream_table(self.sources) if "weight" in self.sources[0] else _row_table(self.sources)
+        """The mixture as a table."""
+        is_streamed = "weight" in self.sources[0]
+        key = "weight" if is_streamed else "rows_per_epoch"
+        total = sum(fact[key] for fact in self.sources)
+        if is_streamed:
+            lines = [f"{'share':>7}{'shards':>8}  source"]
+            for fact in self.sources:
+                shards = f"{fact['shards']:,}" if "shards" in fact else "-"
+                lines.append(f"{fact[key] / total:>7.1%}{shards:>8}  {fact['source']}")
+            return "\n".join(lines)
+        lines = [f"{'rows':>10}{'per epoch':>11}{'share':>7}{'images':>10}  source"]
+        for fact in self.sources:
+            share = f"{fact[key] / total:>7.1%}"
+            lines.append(f"{fact['rows']:>10,}{fact[key]:>11,}{share}{fact['pictures']:>10,}  {fact['source']}")
+        return "\n".join(lines)
+
+    def check_record(self, checkpoint: Path) -> None:
+        """Check that a checkpoint was trained on the same subsamples.
+
+        Raises:
+            CheckpointError: If the fraction of a weight was one subset for all epochs when it was written.
+        """
+        recorded = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["sources"]
+        per_epoch = {source["source"] for source in recorded if "subsampled" in source}
+        for name in (source["source"] for source in self.sources if "subsampled" in source):
+            if name not in per_epoch:
+                raise CheckpointError(
+                    f"{checkpoint}: the weight of {name} selected the same rows in every epoch when it was "
+                    "written, and now selects others in each; start a new run"
+                )
 
 
-def make_batches(data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: BadRows) -> Batches:
-    """Return the training batches of this process.
+def make_batches(
+    data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: Callable[[RowError], None]
+) -> Batches:
+    """Return the training batches of this rank.
 
     Raises:
         RowError: If a source cannot be read, or no row is left.
-        YiVLError: If flags do not go with streams.
+        YiVLError: If a flag does not apply to streamed data.
     """
     sources = read_sources(data.data_path, data.image_folder, data.max_rows_per_source)
     if data.packing and training.per_device_train_batch_size == 1:
-        logger.warning("--packing packs the rows of a batch: with --per_device_train_batch_size 1 there is one")
-    collator = Collator(encoder.tokenizer.pad_token_id, packing=data.packing)
-    rank, world_size, batch_size = training.process_index, training.world_size, training.per_device_train_batch_size
-    if any(source.is_stream for source in sources):
-        if training.max_steps <= 0:
-            raise YiVLError("tar shards have no known end; say how long to train by --max_steps")
-        if data.group_by_length or data.group_by_modality_length:
-            raise YiVLError("rows of a stream cannot be grouped, their lengths are not known; use --packing")
-        stream = StreamDataset(
-            sources,
-            encoder,
-            on_bad_row,
-            batch_size,
-            rank=rank,
-            world_size=world_size,
-            num_slots=max(training.dataloader_num_workers, 1),
-            seed=training.seed,
-            shuffle_buffer=data.shuffle_buffer,
-        )
-        numbers = StreamSampler(batch_size, training.max_steps * training.gradient_accumulation_steps)
-        return Batches(_loader(stream, numbers, collator, training), _stream_facts(sources))
-    parts = [load_rows(source, training.seed, on_bad_row) for source in sources]
-    for source, part in zip(sources, parts, strict=True):
-        _check_image_folder(source, part)
-    weighted = [weigh_rows(part, source.weight, training.seed) for part, source in zip(parts, sources, strict=True)]
-    rows = [row for part in weighted for row in part]
+        logger.warning("--packing has no effect with --per_device_train_batch_size 1: it packs the samples of a batch")
+    if any(source.is_streamed for source in sources):
+        return _streamed_batches(sources, data, training, encoder, on_bad_row)
+    rows_of = [load_rows(source, training.seed, on_bad_row) for source in sources]
+    for source, loaded in zip(sources, rows_of, strict=True):
+        _check_image_folder(source, loaded)
+    rows = [row for loaded in rows_of for row in loaded]
     if not rows:
         raise RowError(f"{data.data_path}: no row to train on")
-    lengths = groups = None
+    lengths = None
     if data.group_by_length or data.group_by_modality_length:
         quiet = not training.should_log or training.disable_tqdm
-        lengths = [encoder.num_positions(row) for row in tqdm(rows, desc="lengths of rows", disable=quiet)]
-    if data.group_by_modality_length:
-        groups = [modality_of(row) for row in rows]
+        lengths = [encoder.sequence_length(row) for row in tqdm(rows, desc="sequence lengths", disable=quiet)]
     sampler = BatchSampler(
-        len(rows),
-        batch_size,
+        [len(loaded) for loaded in rows_of],
+        training.per_device_train_batch_size,
+        weights=[source.weight for source in sources],
         seed=training.seed,
-        rank=rank,
-        world_size=world_size,
+        rank=training.process_index,
+        world_size=training.world_size,
         lengths=lengths,
-        groups=groups,
+        groups=[int(bool(row.images)) for row in rows] if data.group_by_modality_length else None,
     )
+    facts = [
+        {
+            "source": source.data_path,
+            "rows": len(loaded),
+            "rows_per_epoch": total,
+            "pictures": round(sum(bool(row.images) for row in loaded) * total / max(len(loaded), 1)),
+        }
+        | ({"subsampled": "per epoch"} if loaded and total % len(loaded) else {})
+        for source, loaded, total in zip(sources, rows_of, sampler.samples_per_epoch, strict=True)
+    ]
     dataset = RowDataset(rows, encoder, on_bad_row)
-    return Batches(_loader(dataset, sampler, collator, training), _row_facts(sources, parts, weighted))
+    return Batches(_loader(dataset, sampler, encoder, data, training), facts)
 
 
-def own_words(error: RowError) -> RowError:
-    """Return the error of a data-loading worker without the worker's traceback; its last line is what we said."""
-    prefix = f"{RowError.__module__}.{RowError.__qualname__}: "
-    return RowError(str(error).strip().splitlines()[-1].removeprefix(prefix))
-
-
-def _check_image_folder(source: Source, rows: Sequence[Row]) -> None:
-    """Find a wrong ``--image_folder`` before weights are loaded, and not row by row.
-
-    Raises:
-        RowError: If none of the first pictures of a source exists.
-    """
-    first = list(islice((image for row in rows for image in row.images if isinstance(image, Path)), 20))
-    if first and not any(image.is_file() for image in first):
-        raise RowError(
-            f"{source.data_path}: none of its first {len(first)} pictures exists, such as {first[0]}; give the folder "
-            "where relative paths start by --image_folder, or image_folder in a mixture"
-        )
+def _streamed_batches(
+    sources: Sequence[DataSource],
+    data: DataArguments,
+    training: TrainingArguments,
+    encoder: Encoder,
+    on_bad_row: Callable[[RowError], None],
+) -> Batches:
+    if training.max_steps <= 0:
+        raise YiVLError("--max_steps is missing: tar shards are streamed without end; set the number of steps")
+    if data.group_by_length or data.group_by_modality_length:
+        raise YiVLError("--group_by_length: streamed rows have no known lengths; use --packing")
+    batch_size = training.per_device_train_batch_size
+    dataset = StreamDataset(
+        sources,
+        encoder,
+        on_bad_row,
+        batch_size,
+        rank=training.process_index,
+        world_size=training.world_size,
+        num_slots=max(training.dataloader_num_workers, 1),
+        seed=training.seed,
+        shuffle_buffer=data.shuffle_buffer,
+    )
+    sampler = StreamSampler(batch_size, training.max_steps * training.gradient_accumulation_steps)
+    facts = [
+        {"source": source.data_path, "weight": source.weight}
+        | ({"shards": len(source.shards())} if source.is_streamed else {})
+        for source in sources
+    ]
+    return Batches(_loader(dataset, sampler, encoder, data, training), facts)
 
 
 def make_eval_loader(
-    data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: BadRows
+    data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: Callable[[RowError], None]
 ) -> BatchLoader | None:
-    """Return the batches of this process whose loss is measured, if any.
+    """Return the evaluation batches of this rank, or ``None`` without ``--eval_data_path``.
 
     Raises:
         RowError: If a source cannot be read, or there is no row.
@@ -140,61 +173,42 @@ def make_eval_loader(
     if not rows:
         raise RowError(f"{data.eval_data_path}: no row to evaluate on")
     rank, world_size = training.process_index, training.world_size
-    sampler = BatchSampler(len(rows), training.per_device_eval_batch_size, rank=rank, world_size=world_size)
-    collator = Collator(encoder.tokenizer.pad_token_id, packing=data.packing)
-    return _loader(RowDataset(rows, encoder, on_bad_row), sampler, collator, training)
+    sampler = BatchSampler([len(rows)], training.per_device_eval_batch_size, rank=rank, world_size=world_size)
+    return _loader(RowDataset(rows, encoder, on_bad_row), sampler, encoder, data, training)
 
 
-def _loader(dataset: Any, sampler: Any, collator: Collator, training: TrainingArguments) -> BatchLoader:
+def unwrap_worker_error(error: RowError) -> RowError:
+    """Return the error of a data-loading worker without the worker's traceback, whose last line is the message."""
+    prefix = f"{RowError.__module__}.{RowError.__qualname__}: "
+    return RowError(str(error).strip().splitlines()[-1].removeprefix(prefix))
+
+
+def _check_image_folder(source: DataSource, rows: Sequence[Row]) -> None:
+    """Refuse a wrong ``--image_folder`` before weights are loaded.
+
+    Raises:
+        RowError: If none of the first images of a source exists.
+    """
+    first = list(islice((image for row in rows for image in row.images if isinstance(image, Path)), 20))
+    if first and not any(image.is_file() for image in first):
+        raise RowError(
+            f"{source.data_path}: none of its first {len(first)} images exists, such as {first[0]}; set "
+            "--image_folder, or image_folder in a mixture, to the base folder of relative paths"
+        )
+
+
+def _loader(
+    dataset: Any, sampler: Any, encoder: Encoder, data: DataArguments, training: TrainingArguments
+) -> BatchLoader:
     has_workers = training.dataloader_num_workers > 0
     return BatchLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collator,
+        collate_fn=Collator(encoder.tokenizer.pad_token_id, packing=data.packing),
         num_workers=training.dataloader_num_workers,
         pin_memory=training.dataloader_pin_memory and torch.cuda.is_available(),
         persistent_workers=training.dataloader_persistent_workers and has_workers,
         prefetch_factor=training.dataloader_prefetch_factor if has_workers else None,
-        # Of its own, so that reading data leaves the random numbers of the training alone.
+        # A separate generator: reading data must not advance the random state of training.
         generator=torch.Generator().manual_seed(training.seed),
     )
-
-
-def _row_facts(
-    sources: Sequence[Source], parts: Sequence[Sequence[Row]], weighted: Sequence[Sequence[Row]]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "source": source.data_path,
-            "rows": len(part),
-            "rows_per_epoch": len(rows),
-            "pictures": Counter(modality_of(row) for row in rows)[1],
-        }
-        for source, part, rows in zip(sources, parts, weighted, strict=True)
-    ]
-
-
-def _stream_facts(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    return [
-        {"source": source.data_path, "weight": source.weight}
-        | ({"shards": len(source.shards())} if source.is_stream else {})
-        for source in sources
-    ]
-
-
-def _row_table(facts: Sequence[Mapping[str, Any]]) -> str:
-    total = sum(fact["rows_per_epoch"] for fact in facts)
-    lines = [f"{'rows':>10}{'per epoch':>11}{'share':>7}{'pictures':>10}  source"]
-    for fact in facts:
-        rows = fact["rows_per_epoch"]
-        lines.append(f"{fact['rows']:>10,}{rows:>11,}{rows / total:>7.1%}{fact['pictures']:>10,}  {fact['source']}")
-    return "\n".join(lines)
-
-
-def _stream_table(facts: Sequence[Mapping[str, Any]]) -> str:
-    total = sum(fact["weight"] for fact in facts)
-    lines = [f"{'share':>7}{'shards':>8}  source"]
-    for fact in facts:
-        shards = f"{fact['shards']:,}" if "shards" in fact else "-"
-        lines.append(f"{fact['weight'] / total:>7.1%}{shards:>8}  {fact['source']}")
-    return "\n".join(lines)

@@ -7,7 +7,7 @@ from yivl.data.rows import RowError
 from yivl.model.configuration import YiVLConfig
 from yivl.model.loss import CHUNK_SIZE
 from yivl.train.arguments import Arguments
-from yivl.train.dataloaders import own_words
+from yivl.train.dataloaders import unwrap_worker_error
 from yivl.train.parameters import PartSize
 from yivl.train.plan import Zero
 from yivl.train.run import Run
@@ -100,7 +100,7 @@ def describe_run(run: Run, config: YiVLConfig, sizes: Sequence[PartSize]) -> str
     try:
         first = next(iter(run.batches.loader))
     except RowError as error:
-        raise own_words(error) from error
+        raise unwrap_worker_error(error) from error
     samples, tokens = count_batch(first, config.num_patches)
     lines = [
         f"{run.total_steps:,} steps, global batch size {micro_batch * batches_per_step:,} ({micro_batch} per device x "

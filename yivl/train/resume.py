@@ -140,7 +140,7 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
     """
     before, now = read_json(checkpoint / ARGUMENTS), json.loads(json.dumps(flags, default=str))
     must_agree = _MUST_AGREE
-    if any(source.is_stream for source in read_sources(now["data_path"], ".")):
+    if any(source.is_streamed for source in read_sources(now["data_path"], ".")):
         must_agree += _STREAMS_MUST_AGREE
     for values in (before, now):
         values["global batch size"] = math.prod(values[name] for name in ROWS_OF_A_STEP)

@@ -81,6 +81,7 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
     run = Run(arguments, plan, args, start, encoder, batches, eval_loader, bad_rows, checkpoint, total_steps)
     if checkpoint is not None and not run.is_finished:
         check_same_run(checkpoint, as_dict(arguments, args), total_steps)
+        batches.check_record(checkpoint)
     return run
 
 

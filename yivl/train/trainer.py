@@ -22,7 +22,7 @@ from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments
-from yivl.train.dataloaders import Batches, BatchLoader, own_words
+from yivl.train.dataloaders import Batches, BatchLoader, unwrap_worker_error
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
 from yivl.train.plan import as_dict
 from yivl.train.resume import (
@@ -135,7 +135,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         try:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except RowError as error:
-            raise own_words(error) from error
+            raise unwrap_worker_error(error) from error
         for batch in batches:
             self._seen += torch.tensor(count_batch(batch, self.encoder.num_patches), dtype=torch.float64)
         if isinstance(num_items, torch.Tensor):
@@ -180,7 +180,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
                     loss = model(**inputs, skip_logits=True, num_items_in_batch=1).loss  # the sum over its tokens
                 total += torch.tensor([loss.item(), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())])
         except RowError as error:
-            raise own_words(error) from error
+            raise unwrap_worker_error(error) from error
         loss_sum, targets = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").tolist()
         if not targets:
             raise YiVLError(f"{self.arguments.data.eval_data_path}: no target token; check the answers of its rows")

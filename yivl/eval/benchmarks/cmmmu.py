@@ -1,9 +1,10 @@
-"""CMMMU: its questions as they are asked, what a response says, and whether that is right.
+"""CMMMU: 30 subjects in Chinese.
 
-The scoring rules are those of the benchmark's own evaluation of responses, with all their quirks. Source:
-CMMMU-Benchmark/CMMMU, eval/eval_script.py and eval/utils/eval_utils.py, as recorded in tests/cmmmu.
+Scores follow the official evaluation, quirks included, so that they compare. Source: CMMMU-Benchmark/CMMMU,
+eval/eval_script.py and eval/utils/eval_utils.py, as recorded in tests/eval/cmmmu.
 """
 
+import argparse
 import json
 import random
 import re
@@ -13,7 +14,16 @@ from functools import partial
 from typing import Any, Final
 
 from yivl.errors import YiVLError
-from yivl.eval.benchmarks.questions import Question, picture_bytes, picture_columns, read_split
+from yivl.eval.benchmarks import subjects
+from yivl.eval.benchmarks.benchmark import Question
+from yivl.eval.benchmarks.subjects import (
+    FALLBACK_SEED,
+    ReadImage,
+    accuracies,
+    key_phrases,
+    strip_punctuation,
+)
+from yivl.eval.report import Report, as_json
 
 DOMAINS: Final[dict[str, str]] = {
     "艺术与设计": "Art & Design",
@@ -23,10 +33,7 @@ DOMAINS: Final[dict[str, str]] = {
     "人文社会科学": "Humanities & Social Sciences",
     "技术与工程": "Technology & Engineering",
 }
-"""By ``category``, in the order in which they are scored, on which random answers depend. Source: as above."""
-
-FALLBACK_SEED: Final = 42
-"""Of the random answers to responses that say nothing. Source: as above."""
+"""By ``category``, in the order of scoring, which determines the random answers. Source: as above."""
 
 MAX_NEW_TOKENS: Final = 64
 """Source: 01-ai/Yi at 526ec7a, VL/llava/eval/01_eval_cmmmu.py."""
@@ -51,11 +58,10 @@ _TASKS: Final = {
 _LETTERS: Final = "ABCD"
 _TAG: Final = re.compile(r'<img="([^"]*)">')
 
-_ENDS: Final = (",", ".", "!", "?", ";", ":", "'")
-# What announces the result in a sentence.
-_ANNOUNCING_VALUE: Final = ("是", "为", "所以", "等于", "方案", "选择", "正确答案", "因此", "最后", "答案", "结果")
-_ANNOUNCING_JUDGEMENT: Final = ("是", "为", "所以", "判断", "陈述", "说法", "表达", "答案", "结果")
-# A phrase with one of the first says nothing, then the second are looked for, then the third.
+# Words that announce the result in a sentence.
+_VALUE_INDICATORS: Final = ("是", "为", "所以", "等于", "方案", "选择", "正确答案", "因此", "最后", "答案", "结果")
+_JUDGEMENT_INDICATORS: Final = ("是", "为", "所以", "判断", "陈述", "说法", "表达", "答案", "结果")
+# A phrase with one of the first is ambiguous; the second take precedence over the third.
 _UNCLEAR: Final = ("对错", "是否正确", "否正确", "或者", "是否", "正确性", "对不")
 _RIGHT: Final = ("正确", "对", "准确", "肯定", "对的")
 _WRONG: Final = ("不对", "错误", "不正确", "不准确", "不合适", "否定", "错的", "错")
@@ -64,98 +70,77 @@ _NUMBERS: Final = (
     re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),  # 1.5e-3
     re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+)(?![eE][+-]?\d+)(?!，\d)"),  # 12, 1.5, .5
 )
-_LONGER: Final = 20, 2  # an answer may have so many more characters, and so many more Latin letters, than the right one
+_EXTRA_CHARACTERS, _EXTRA_LETTERS = 20, 2  # a candidate has at most so many more, Latin letters too, than the answer
 
 
-def read_questions(data: str, split: str) -> list[Question]:
-    """Return the questions of a split as the authors of Yi-VL asked them, domain by domain in the official order.
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    subjects.add_flags(parser, "m-a-p/CMMMU", ("val", "test"))
 
-    Args:
-        data: As in ``read_split``.
-        split: ``val`` or ``test``.
 
-    Raises:
-        YiVLError: If the data set cannot be read, or a row is none of CMMMU.
-    """
-    dataset = read_split(data, split)
-    questions = [
-        _question(row, dataset, number, f"{data} {split} row {number}")
-        for number, row in enumerate(dataset.remove_columns(picture_columns(dataset)))
-    ]
+def max_new_tokens(_: argparse.Namespace) -> int:
+    """Return the maximum length of a response in tokens."""
+    return MAX_NEW_TOKENS
+
+
+def read_questions(arguments: argparse.Namespace) -> list[Question]:
+    """Return the questions of a split as the authors of Yi-VL asked them, in the official order of the domains."""
     order = [*DOMAINS]
+    questions = subjects.read_questions(arguments, _question)
     return sorted(questions, key=lambda question: order.index(question.fields["category"]))
 
 
-def _question(row: Mapping[str, Any], dataset: Any, number: int, origin: str) -> Question:
-    try:
-        kind, text, category = row["type"], row["question"], row["category"]
-        fields = {key: row[key] for key in ("id", "type", "answer", "category", "subcategory")}
-        options = [row[f"option{place}"] or "" for place in range(1, 5)]
-        names = [row[name] or "" for name in sorted(row) if re.fullmatch(r"image_\d+_filename", name)]
-    except KeyError as error:
-        raise YiVLError(f"{origin}: not a row of CMMMU (no {error})") from error
-    if not isinstance(text, str) or "image_1" not in dataset.column_names:
-        raise YiVLError(f"{origin}: not a row of CMMMU (no question, or no column image_1)")
-    if kind not in _TASKS or category not in DOMAINS:
-        raise YiVLError(f"{origin}: type {kind!r} of category {category!r} is none of CMMMU's")
-    if kind == CHOICE:
-        fields["index2ans"] = dict(zip(_LETTERS, options, strict=True))
-    asked = f"问题：{text}\n"
-    if kind == CHOICE:
-        asked += "选项：\n" + "".join(f"({letter}) {option}\n" for letter, option in fields["index2ans"].items()) + "\n"
-    # Files are named q_... in questions and a_... in options. The first of the question is shown, none where options
-    # have more than one.
-    of_question = [place for place, name in enumerate(names, 1) if name.startswith("q_")]
-    of_options = [name for name in names if name.startswith("a_")]
-    column = f"image_{of_question[0] if of_question else 1}"
-    picture = partial(picture_bytes, dataset, number, column)
-    prompt = _TAG.sub("", f"{_TASKS[kind]}\n\n{asked}正确答案：\n")
-    return Question(str(row["id"]), prompt, picture, fields, is_blank=len(of_options) > 1)
-
-
-def submission(questions: Sequence[Question], responses: Mapping[str, str]) -> tuple[str, str]:
-    """Return name and text of the responses in the form that the official evaluation takes, a line for each."""
+def report(arguments: argparse.Namespace, questions: Sequence[Question], responses: Mapping[str, str]) -> Report:
+    """Return scores, and the responses in the form of the official evaluation: a line for each."""
+    rows = [{**question.fields, "response": responses[question.id]} for question in questions]
     lines = [
-        {"id": question.fields["id"], "type": question.fields["type"], "response": responses[question.id]}
-        for question in questions
+        json.dumps({key: row[key] for key in ("id", "type", "response")}, ensure_ascii=False) + "\n" for row in rows
     ]
-    return "submission.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def place(fields: Mapping[str, Any]) -> tuple[str, str]:
-    """Return domain and subject of a question."""
-    return DOMAINS[fields["category"]], fields["subcategory"]
+    files = {"responses.json": as_json(responses), "submission.jsonl": "".join(lines)}
+    return subjects.report(arguments, [*map(_place, rows)], files, partial(score_rows, rows), PUBLISHED)
 
 
 def score_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return accuracies of responses, each question counting the same.
+    """Return the official accuracies, as ``accuracies`` does.
 
     Args:
         rows: With ``type``, ``category``, ``subcategory``, ``answer``, ``response``, and for 选择 ``index2ans``. Their
-            order decides the random answers.
-
-    Returns:
-        ``{"subjects": {name: {"num", "acc"}}, "domains": {name: acc}, "overall": acc}``.
+            order within a domain determines the random answers.
     """
     rng = random.Random(FALLBACK_SEED)
-    subjects: dict[str, list[bool]] = {}
-    domains: dict[str, list[bool]] = {}
-    for category, domain in DOMAINS.items():
-        for row in rows:
-            if row["category"] == category:
-                mark = is_correct(row, rng)
-                domains.setdefault(domain, []).append(mark)
-                subjects.setdefault(row["subcategory"], []).append(mark)
-    marks = [mark for right in domains.values() for mark in right]
-    return {
-        "subjects": {name: {"num": len(right), "acc": sum(right) / len(right)} for name, right in subjects.items()},
-        "domains": {name: sum(right) / len(right) for name, right in domains.items()},
-        "overall": sum(marks) / len(marks),
-    }
+    ordered = [row for category in DOMAINS for row in rows if row["category"] == category]
+    return accuracies([(*_place(row), is_correct(row, rng)) for row in ordered], DOMAINS.values())
+
+
+def _place(fields: Mapping[str, Any]) -> tuple[str, str]:
+    return DOMAINS[fields["category"]], fields["subcategory"]
+
+
+def _question(row: Mapping[str, Any], read_image: ReadImage, origin: str) -> Question:
+    try:
+        kind, text, category = row["type"], row["question"], row["category"]
+        fields = {key: row[key] for key in ("id", "type", "answer", "category", "subcategory")}
+        options = [row[f"option{number}"] or "" for number in range(1, 5)]
+        names = [row[name] or "" for name in sorted(row) if re.fullmatch(r"image_\d+_filename", name)]
+    except KeyError as error:
+        raise YiVLError(f"{origin}: not a row of CMMMU (no {error})") from error
+    if not isinstance(text, str) or kind not in _TASKS or category not in DOMAINS:
+        raise YiVLError(f"{origin}: not a row of CMMMU (question {text!r}, type {kind!r}, category {category!r})")
+    asked = f"问题：{text}\n"
+    if kind == CHOICE:
+        fields["index2ans"] = dict(zip(_LETTERS, options, strict=True))
+        asked += "选项：\n" + "".join(f"({letter}) {option}\n" for letter, option in fields["index2ans"].items()) + "\n"
+    # Image files are named q_... in questions and a_... in options. The first of the question is shown, and none if the
+    # options have several.
+    in_question = [number for number, name in enumerate(names, 1) if name.startswith("q_")]
+    is_blank = sum(name.startswith("a_") for name in names) > 1
+    image = partial(read_image, f"image_{in_question[0] if in_question else 1}")
+    prompt = _TAG.sub("", f"{_TASKS[kind]}\n\n{asked}正确答案：\n")
+    return Question(str(row["id"]), prompt, image, fields, is_blank=is_blank)
 
 
 def is_correct(row: Mapping[str, Any], rng: random.Random) -> bool:
-    """Return whether the response of a row is right."""
+    """Return whether the response of a row is correct."""
     answer: str = row["answer"]
     response: str = row["response"]
     if row["type"] == CHOICE:
@@ -166,15 +151,8 @@ def is_correct(row: Mapping[str, Any], rng: random.Random) -> bool:
 
 
 def parse_choice(response: str, index2ans: Mapping[str, str], rng: random.Random) -> str:
-    """Return the letters that a response names most often, in their order: ``AC``.
-
-    Args:
-        response: What the model said.
-        index2ans: The words of each option, A to D.
-        rng: Draws a letter where the response names none.
-    """
-    for mark in _ENDS:
-        response = response.strip(mark)
+    """Return the letters that a response names most often, by the options' text if it names none, else a random one."""
+    response = strip_punctuation(response)
     text = f" {response} "
     counts = {letter: text.count(f"({letter})") for letter in _LETTERS}
     if not any(counts.values()):
@@ -188,58 +166,41 @@ def parse_choice(response: str, index2ans: Mapping[str, str], rng: random.Random
 
 
 def parse_judgement(response: str, rng: random.Random) -> str:
-    """Return 对 or 错, whichever more phrases of a response say; drawn if as many say the one as the other."""
+    """Return 对 or 错 by majority of the key phrases of a response; a tie is broken at random."""
     phrases = [
         phrase
-        for phrase in set(_key_phrases(response, _ANNOUNCING_JUDGEMENT, in_last=()))
+        for phrase in set(_key_phrases(response, _JUDGEMENT_INDICATORS))
         if not any(word in phrase for word in _UNCLEAR)
     ]
-    said = Counter(
-        # 不正确 holds 正确 and counts as right, in the official evaluation too.
+    votes = Counter(
+        # 不正确 contains 正确 and counts as 对, as officially.
         "对" if any(word in phrase for word in _RIGHT) else "错"
         for phrase in phrases
         if any(word in phrase for word in _RIGHT + _WRONG)
     )
-    if said["对"] == said["错"]:
+    if votes["对"] == votes["错"]:
         return rng.choice("对错")
-    return "对" if said["对"] > said["错"] else "错"
+    return "对" if votes["对"] > votes["错"] else "错"
 
 
 def parse_blank(response: str, answer: str) -> list[str | float]:
-    """Return what a response may fill in: its key phrases and the numbers in them, none much longer than the answer."""
-    phrases = _key_phrases(response, _ANNOUNCING_VALUE, in_last=("=",))
+    """Return the candidate answers in a response: its key phrases and the numbers in them, unless much longer."""
+    phrases = _key_phrases(response, _VALUE_INDICATORS, in_last=("=",))
     numbers = [number for phrase in phrases for pattern in _NUMBERS for number in pattern.findall(phrase)]
     return sorted({value for text in phrases + numbers for value in _normalized(text, answer)}, key=str)
 
 
 def is_blank_correct(answer: str, parsed: Iterable[str | float]) -> bool:
-    """Return whether one of the parsed values is the answer, or is text that contains it."""
+    """Return whether one of the candidates equals the answer, or is text that contains it."""
     [wanted] = _normalized(answer, answer)
     return any(
         isinstance(wanted, str) and wanted in value if isinstance(value, str) else value == wanted for value in parsed
     )
 
 
-def _key_phrases(response: str, announcing: Sequence[str], in_last: Sequence[str]) -> list[str]:
-    """Return of each sentence the shortest text behind an announcing word, or the whole response if none has one.
-
-    Args:
-        response: What the model said.
-        announcing: The words.
-        in_last: More of them, in the last sentence.
-    """
+def _key_phrases(response: str, indicators: Sequence[str], in_last: Sequence[str] = ()) -> list[str]:
     text = response.strip("。").strip()
-    sentences = re.split("[。\n]", text)
-    phrases = []
-    for number, sentence in enumerate(sentences):
-        words = (*announcing, *in_last) if number == len(sentences) - 1 else announcing
-        shortest = ""
-        for phrase in (sentence.split(word)[-1].strip() for word in words if word in sentence):
-            if not shortest or len(phrase) < len(shortest):
-                shortest = phrase
-        if shortest and shortest not in _ENDS:
-            phrases.append(shortest)
-    return phrases or [text]
+    return key_phrases(re.split("[。\n]", text), indicators, in_last) or [text]
 
 
 def _normalized(text: str, answer: str) -> list[str | float]:
@@ -248,8 +209,7 @@ def _normalized(text: str, answer: str) -> list[str | float]:
     try:
         return [round(float(text.replace(",", "")), 2)]
     except ValueError:
-        more_characters, more_letters = _LONGER
-        if len(text) > len(answer) + more_characters or _letters(text) > _letters(answer) + more_letters:
+        if len(text) > len(answer) + _EXTRA_CHARACTERS or _letters(text) > _letters(answer) + _EXTRA_LETTERS:
             return []
         return [text]
 

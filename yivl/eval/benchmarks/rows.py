@@ -1,131 +1,121 @@
-"""Evaluation on rows of questions: each asked alone, greedily, and compared with its answer."""
+"""Rows of training data: the first question of each, compared with its answer."""
 
+import argparse
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from yivl.checkpoint.atomic import write_text
+from yivl import command_line
 from yivl.data.rows import RowError, parse_row, read_rows
-from yivl.eval.benchmarks.questions import Question, file_key
-from yivl.eval.report import Table
-
-Pictures = Literal["own", "another", "none"]
-"""Which picture is shown with a question: its own, that of another row, or none. The others are controls: a model that
-does as well with them does not look."""
+from yivl.eval.benchmarks.benchmark import Question, file_key
+from yivl.eval.report import Report, Table
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question."""
-
-    id: str
-    question: str
-    image: Path | None
-    answer: str
-    group: tuple[str, ...]
-    """Values of the fields that scores are grouped by."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a group of questions was answered."""
-
-    group: tuple[str, ...]
-    number: int
-    accuracy: float
-    """Percentage of answers that equal the right one."""
-    contains: float
-    """Percentage of answers that hold the right one, in upper or lower case."""
-    constant: float
-    """Percentage that the best single answer to all of them would reach."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    command_line.add_model_flags(parser)
+    parser.add_argument("--data", required=True, help="rows, .json or .jsonl (docs/data.md)")
+    parser.add_argument(
+        "--image-folder", default=".", help="base folder of relative image paths (default: %(default)s)"
+    )
+    parser.add_argument("--group-by", nargs="*", default=[], help="fields of the rows by which scores are grouped")
+    about = "image of each question; another and none are controls, with which a model that looks scores lower"
+    parser.add_argument("--images", "--pictures", choices=("own", "another", "none"), default="own", help=about)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="length of a response (default: %(default)s)")
 
 
-def read_items(data: Path, image_folder: Path, group_by: Sequence[str]) -> list[Item]:
-    """Return the first question of every row, with its picture.
+def max_new_tokens(arguments: argparse.Namespace) -> int:
+    """Return the maximum length of a response in tokens."""
+    return int(arguments.max_new_tokens)
+
+
+def read_questions(arguments: argparse.Namespace) -> list[Question]:
+    """Return the questions; their ids are indices, because rows may share an id.
 
     Raises:
-        RowError: If a row is not as it should be, or lacks a field that scores are grouped by.
+        RowError: If a row is invalid or lacks a field of ``--group-by``, or its first question has several images.
     """
-    items = []
-    for origin, fields in read_rows(data):
-        row = parse_row(fields, origin, image_folder)
-        if missing := [name for name in group_by if name not in fields]:
+    questions: list[Question] = []
+    images: list[Path | None] = []
+    for origin, fields in read_rows(Path(arguments.data).expanduser()):
+        row = parse_row(fields, origin, Path(arguments.image_folder).expanduser())
+        if missing := [name for name in arguments.group_by if name not in fields]:
             raise RowError(f"{origin}: no field {missing[0]!r} to group by")
         turn = row.turns[0]
         if turn.num_images > 1:
-            raise RowError(f"{origin}: {turn.num_images} pictures in the first question; it is asked with one at most")
-        image = row.images[0] if turn.num_images else None
-        assert turn.answer is not None
-        assert not isinstance(image, bytes)
-        group = tuple(str(fields[name]) for name in group_by)
-        items.append(Item(str(fields.get("id", origin)), turn.question, image, turn.answer.strip(), group))
-    if not items:
-        raise RowError(f"{data}: no rows")
-    return items
-
-
-def show(items: Sequence[Item], pictures: Pictures) -> list[Path | None]:
-    """Return the picture to be shown with each question.
-
-    ``another`` is that of another row of the same group, drawn at random; its answer may happen to be the same.
-    """
-    if pictures == "own":
-        return [item.image for item in items]
-    if pictures == "none":
-        return [None for _ in items]
-    rng = random.Random(0)
-    by_group: dict[tuple[str, ...], list[Item]] = defaultdict(list)
-    for item in items:
-        by_group[item.group].append(item)
-    shown: list[Path | None] = []
-    for item in items:
-        others = [other for other in by_group[item.group] if other.image != item.image]
-        shown.append(rng.choice(others).image if others else None)
-    return shown
-
-
-def questions(items: Sequence[Item], pictures: Pictures) -> list[Question]:
-    """Return what is asked; rows may share an id, so their places tell the questions apart."""
-    shown = show(items, pictures)
+            raise RowError(f"{origin}: {turn.num_images} images in the first question; expected at most one")
+        group = tuple(str(fields[name]) for name in arguments.group_by)
+        scored_by = {"id": str(fields.get("id", origin)), "answer": str(turn.answer).strip(), "group": group}
+        questions.append(Question(str(len(questions)), turn.question, lambda: None, scored_by))
+        images.append(Path(str(row.images[0])) if turn.num_images else None)
+    if not questions:
+        raise RowError(f"{arguments.data}: no rows")
+    shown = select_images(images, [question.fields["group"] for question in questions], arguments.images)
     return [
-        Question(str(place), item.question, partial(_as_it_is, path), {}, "" if path is None else file_key(path))
-        for place, (item, path) in enumerate(zip(items, shown, strict=True))
+        replace(
+            question,
+            image=partial(Path, path) if path else lambda: None,
+            image_key="" if path is None else file_key(path),
+        )
+        for question, path in zip(questions, shown, strict=True)
     ]
 
 
-def _as_it_is(path: Path | None) -> Path | None:
-    return path
+def report(arguments: argparse.Namespace, questions: Sequence[Question], responses: Mapping[str, str]) -> Report:
+    """Return the scores by group, and every question with its answer and response."""
+    lines = []
+    for question in questions:
+        fields = {"id": question.fields["id"], "question": question.prompt, "answer": question.fields["answer"]}
+        lines.append(json.dumps(fields | {"response": responses[question.id]}, ensure_ascii=False) + "\n")
+    scores = score(questions, responses)
+    columns = [*arguments.group_by, "questions", "exact %", "contains %", "best constant answer %"]
+    return Report(
+        {"answers.jsonl": "".join(lines)},
+        {"pictures": arguments.images, "group_by": arguments.group_by, "scores": scores},  # keys of published files
+        Table(columns, [[*group, *numbers] for group, *numbers in (one.values() for one in scores)]),
+    )
 
 
-def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """Return the scores of all groups, in the order in which they first occur."""
+def select_images(images: Sequence[Path | None], groups: Sequence[tuple[str, ...]], which: str) -> list[Path | None]:
+    """Return the image of each question: its ``own``, ``another`` at random of the same group, or ``none``.
+
+    The answer to another image may happen to be the same.
+    """
+    if which != "another":
+        return [image if which == "own" else None for image in images]
+    rng = random.Random(0)
+    by_group: dict[tuple[str, ...], list[Path | None]] = defaultdict(list)
+    for group, image in zip(groups, images, strict=True):
+        by_group[group].append(image)
+    selected: list[Path | None] = []
+    for group, image in zip(groups, images, strict=True):
+        others = [other for other in by_group[group] if other != image]
+        selected.append(rng.choice(others) if others else None)
+    return selected
+
+
+def score(questions: Sequence[Question], responses: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the scores of all groups, in the order of their first questions.
+
+    Returns:
+        ``group``, ``number`` of questions, and in percent: ``accuracy`` (responses that equal the answer), ``contains``
+        (that contain it, in upper or lower case), and ``constant``, what the most frequent answer would reach.
+    """
     by_group: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
-    for item, answer in zip(items, answers, strict=True):
-        by_group[item.group].append((item.answer, answer))
+    for question in questions:
+        by_group[question.fields["group"]].append((question.fields["answer"], responses[question.id]))
     scores = []
     for group, pairs in by_group.items():
-        exact = sum(answer == wanted for wanted, answer in pairs)
-        contains = sum(wanted.casefold() in answer.casefold() for wanted, answer in pairs)
-        [(_, most)] = Counter(wanted for wanted, _ in pairs).most_common(1)
-        scores.append(Score(group, len(pairs), *(100 * number / len(pairs) for number in (exact, contains, most))))
+        counts = {
+            "accuracy": sum(response == answer for answer, response in pairs),
+            "contains": sum(answer.casefold() in response.casefold() for answer, response in pairs),
+            "constant": max(Counter(answer for answer, _ in pairs).values()),
+        }
+        percent = {name: 100 * count / len(pairs) for name, count in counts.items()}
+        scores.append({"group": group, "number": len(pairs), **percent})
     return scores
-
-
-def write_answers(folder: Path, items: Sequence[Item], answers: Sequence[str]) -> None:
-    """Write ``answers.jsonl``: every question with its answer and the response."""
-    lines = [
-        {"id": item.id, "question": item.question, "answer": item.answer, "response": answer}
-        for item, answer in zip(items, answers, strict=True)
-    ]
-    write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def table(scores: Sequence[Score], group_by: Sequence[str]) -> Table:
-    """Return the scores as a table."""
-    columns = [*group_by, "questions", "exact %", "contains %", "best constant answer %"]
-    return Table(columns, [[*one.group, one.number, one.accuracy, one.contains, one.constant] for one in scores])

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from yivl.constants import IGNORE_INDEX, SYSTEM_PROMPT
 from yivl.conversation import Turn
-from yivl.data.encoding import Collator, Example
+from yivl.data.collator import Collator
+from yivl.data.encoding import Sample
 from yivl.model.fusion import expand_placeholders, merge_features
 from yivl.tiny.recipe.loop import HeldOutScore, fit, training_folder
 from yivl.tiny.recipe.tokenizer import PATCH_WORDS, VOCAB_SIZE, token_ids, train_tokenizer
@@ -90,13 +91,13 @@ def symbolic_features(bags: torch.Tensor, embeddings: torch.Tensor, vocabulary: 
 
 
 @dataclass(frozen=True)
-class SymbolicScenes(Dataset[Example]):
+class SymbolicScenes(Dataset[Sample]):
     """Dialogues about symbolic images, whose bags take the place of pixels; the same on every machine."""
 
     tokenizer: Any
     vocabulary: PatchVocabulary
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Sample:
         """Return the encoded dialogue with noisy bags."""
         rng = random.Random(f"written {index}")
         scene = sample_scene("train", index)
@@ -111,12 +112,12 @@ class SymbolicScenes(Dataset[Example]):
         """Return the bags of a scene, ``(grid * grid, words)``."""
         return self.vocabulary.bags(render(scene, grid * _PATCH_PIXELS).patch_labels(grid))
 
-    def encode(self, turns: Sequence[Turn], bags: torch.Tensor, system: str = SYSTEM_PROMPT) -> Example:
+    def encode(self, turns: Sequence[Turn], bags: torch.Tensor, system: str = SYSTEM_PROMPT) -> Sample:
         """Return a dialogue as a training example."""
         encoded = encode_turns(turns, self.tokenizer, system)
         ids = torch.tensor(encoded.input_ids)
         labels = ids.masked_fill(~torch.tensor(encoded.is_target), IGNORE_INDEX)
-        return Example(ids, labels, bags.unsqueeze(0), len(ids) - 1 + len(bags))
+        return Sample(ids, labels, bags.unsqueeze(0), len(ids) - 1 + len(bags))
 
 
 def _turns(scene: Scene, language: Language, rng: random.Random) -> list[Turn]:

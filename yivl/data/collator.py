@@ -1,0 +1,47 @@
+"""Samples to one batch: padded on the right, or packed into one sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from yivl.constants import IGNORE_INDEX
+from yivl.data.encoding import Sample
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes one batch of samples; ``None``, a skipped row, is dropped.
+
+    If nothing is left, the batch is a dummy batch of two tokens without labels: every rank must take part in each step.
+    """
+
+    pad_token_id: int
+    packing: bool = False
+    """Concatenate the samples, which do not attend to each other, instead of padding them."""
+
+    def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Any]:
+        """Return ``images``, ``input_ids``, ``labels`` and ``attention_mask`` (batch, seq) or ``row_lengths`` (batch,).
+
+        ``images`` is ``(num_images, 3, image_size, image_size)`` in placeholder order, ``None`` without images.
+        """
+        rows = [sample for sample in samples if sample is not None] or [_dummy(self.pad_token_id)]
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        images = [row.pixel_values for row in rows if len(row.pixel_values)]
+        ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
+        batch: dict[str, Any] = {"images": torch.cat(images) if images else None}
+        if self.packing:
+            packed = {"input_ids": torch.cat(ids).unsqueeze(0), "labels": torch.cat(labels).unsqueeze(0)}
+            return batch | packed | {"row_lengths": lengths}
+        batch["input_ids"] = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+        # From the lengths and not from pad_token_id, which may also be a real token.
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        return batch
+
+
+def _dummy(pad_token_id: int) -> Sample:
+    ids = torch.full((2,), pad_token_id)
+    return Sample(ids, torch.full_like(ids, IGNORE_INDEX), torch.zeros(0), 2)
