@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from yivl.checkpoint.atomic import write_text, atomic_file
+from yivl.checkpoint.atomic import atomic_file, write_text
 from yivl.train.run_log import read_log
 
 logger = logging.getLogger(__name__)
@@ -49,20 +49,18 @@ def fit(
     warmup: int = 100,
     save_every: int = 500,
 ) -> None:
-    """Train a module in place, on a GPU if there is one, and leave it on the CPU in evaluation mode.
-
-    Resumes from the state in ``folder``. Sample ``n`` is used once, in step ``n // batch_size``.
+    """Train a module in place, resuming from ``folder``; sample ``n`` is used once, in step ``n // batch_size``.
 
     Args:
-        module: Module with float32 weights.
-        dataset: Samples by number; its length is not asked for.
+        module: Module with float32 weights; trained on a GPU if there is one, returned to the CPU in evaluation mode.
+        dataset: Samples by number; needs no length.
         loss_of: Loss of a batch; runs under bfloat16 autocast.
         folder: Folder of ``state.pt`` and ``log.jsonl``.
         steps: Number of optimizer steps.
         batch_size: Samples per optimizer step.
         collate: ``collate_fn`` of the ``DataLoader``.
         learning_rate: Peak learning rate of both optimizers.
-        warmup: Steps of linear warmup; a cosine decay to 3% follows.
+        warmup: Steps of linear warmup.
         save_every: Steps between two saved states.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,21 +68,13 @@ def fit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).train()
     optimizers = _optimizers(module, learning_rate)
-    first = 0
-    if state_path.is_file():
-        state = torch.load(state_path, weights_only=True)
-        first = state["step"]
-        module.load_state_dict(state["module"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        logger.info("%s: resuming at step %d of %d", folder, first, steps)
+    first = _load_state(state_path, module, optimizers) if state_path.is_file() else 0
     lines = [line for line in read_log(log_path) if line["step"] <= first]
     numbers = range(first * batch_size, steps * batch_size)
     loader = DataLoader(dataset, batch_size, sampler=numbers, collate_fn=collate, num_workers=1, prefetch_factor=4)
     losses: list[torch.Tensor] = []
     for step, batch in enumerate(tqdm(loader, initial=first, total=steps, desc=folder.name, disable=None), first):
-        cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-        scale = (step + 1) / warmup if step < warmup else cosine
+        scale = _schedule(step, steps, warmup)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = scale * learning_rate
         torch.manual_seed(step)  # the noise of a step must not depend on where the run was resumed
@@ -106,6 +96,23 @@ def fit(
             with atomic_file(state_path) as partial:
                 torch.save({"step": step + 1, "module": module.state_dict(), "optimizers": states}, partial)
     module.cpu().eval()
+
+
+def _load_state(path: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Load module and optimizers, and return the number of steps done."""
+    state = torch.load(path, weights_only=True)
+    module.load_state_dict(state["module"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    logger.info("%s: resuming after step %d", path, state["step"])
+    return int(state["step"])
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    """Return the factor of the learning rate: linear warmup, then cosine decay to 3%."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.03 + 0.97 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
 def _optimizers(module: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -24,22 +24,21 @@ from yivl.tiny.recipe.loop import HeldOutScore, fit, training_folder
 from yivl.tiny.world import words
 from yivl.tiny.world.rendering import render
 from yivl.tiny.world.scenes import sample_scene
-from yivl.tiny.world.words import Word
 from yivl.train.arguments import ModelArguments
 from yivl.train.initialization import load_start, read_start
 
 _BATCH_SIZE: Final = 16
 _BLOCK: Final = 16  # consecutive samples of one image size
 _SMALL_SHARE: Final = 0.4  # of the steps, at the start, with small images only
-_TEMPERATURE: Final = 24.0  # multiplies the cosine similarities to the words
+_LOGIT_SCALE: Final = 24.0  # of the cosine similarities to the words
 _WEIGHTS: Final = {words.WALL: 0.15, words.FLOOR: 0.15, words.SIGN: 2.0}  # of a patch in the loss; objects have 1
 _TARGETS: Final = {"kind": 90.0, "place": 95.0, "activity": 90.0}
-_GROUPS: Final[Mapping[str, Sequence[Word]]] = {
+_GROUPS: Final[Mapping[str, Sequence[words.Word]]] = {
     "kind": words.KINDS,
     "place": words.PLACES,
     "activity": words.ACTIVITIES,
-    "number": [Word(digit, digit) for digit in "0123456789"],
-    "word": [Word(text, text) for text in words.SIGN_WORDS],
+    "number": [words.Word(digit, digit) for digit in "0123456789"],
+    "word": [words.Word(text, text) for text in words.SIGN_WORDS],
 }
 
 
@@ -90,7 +89,7 @@ def naming_loss(
         vocabulary: Vocabulary of the bags.
     """
     features, bags, weights = features.float(), batch["bags"], batch["weights"]
-    logits = _similarities(features, vocabulary.embed(embeddings), _TEMPERATURE)
+    logits = _similarities(features, vocabulary.embed(embeddings), _LOGIT_SCALE)
     cross_entropy = -(functional.log_softmax(logits, -1) * bags).sum(-1) / bags.sum(-1)
     target = symbolic_features(bags, embeddings, vocabulary)
     distance = (features - target).pow(2).mean(-1) / target.pow(2).mean()
@@ -124,8 +123,7 @@ def train(language_model: Path, vision_tower: Path, folder: Path, steps: int, im
     initialize_projector(projector, embeddings)
     vocabulary = PatchVocabulary(start.tokenizer)
     num_small = round(_SMALL_SHARE * steps) * _BATCH_SIZE
-    patch_size = start.config.vision_config.patch_size
-    samples = LabeledPatches(vocabulary, patch_size, start.image_size, num_small)
+    samples = LabeledPatches(vocabulary, start.config.vision_config.patch_size, start.image_size, num_small)
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         features = model.encode_images(batch["pixel_values"])

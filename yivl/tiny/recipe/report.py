@@ -12,8 +12,6 @@ from typing import Any, Final
 
 from yivl import command_line
 from yivl.errors import YiVLError
-from yivl.tiny.recipe.loop import training_folder
-from yivl.train.run_log import draw_losses
 
 TARGETS: Final = {"presence": 95, "count": 95, "kind": 90, "activity": 90, "colour": 90, "place": 85, "sign": 80}
 """Exact-match accuracy on new scenes, in percent; other kinds of questions have no target. Source: ours."""
@@ -21,7 +19,11 @@ TARGETS: Final = {"presence": 95, "count": 95, "kind": 90, "activity": 90, "colo
 SPLITS: Final = {"scenes": "new scenes", "combinations": "new combinations", "sizes": "new sizes"}
 CONTROLS: Final = {"scenes": "own image", "another": "another image", "none": "no image"}
 STAGES: Final = {"stage1": "stage 1, 96 pixels", "stage2": "stage 2, 192 pixels", "stage2-alone": "stage 2 without 1"}
-PHASES: Final = {"language_model": "language model", "clip": "CLIP", "naming": "patch naming"}
+PHASES: Final = {
+    "language_model.training": "language model",
+    "clip.training": "CLIP",
+    "naming.training": "patch naming",
+}
 
 Scores = Mapping[tuple[str, str], Mapping[str, Any]]
 
@@ -68,7 +70,7 @@ def report(folder: Path) -> str:
     held_out = [
         [score["name"], f"{score['reached']:.1f}", score["target"] or ""]
         for phase in PHASES
-        for score in json.loads((training_folder(folder / phase) / "gate.json").read_text())
+        for score in json.loads((folder / phase / "gate.json").read_text())
     ]
     times = [line.split("\t") for line in (folder / "seconds.tsv").read_text(encoding="utf-8").splitlines()]
     sections = [
@@ -106,12 +108,13 @@ def main() -> None:
     if arguments.command == "gate":
         print(gate(arguments.scores))  # noqa: T201 (the result)
         return
+    from yivl.train.run_log import draw_losses
+
     folder = arguments.output_dir
     text = report(folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    outputs = {title: training_folder(folder / phase) for phase, title in PHASES.items()}
-    outputs |= {f"stage {stage}": folder / f"stage{stage}" for stage in (1, 2, 3)}
-    draw_losses({title: output / "log.jsonl" for title, output in outputs.items()}, folder / "losses.png")
+    outputs = PHASES | {f"stage{stage}": f"stage {stage}" for stage in (1, 2, 3)}
+    draw_losses({title: folder / name / "log.jsonl" for name, title in outputs.items()}, folder / "losses.png")
     print(text)  # noqa: T201 (the result)
 
 

@@ -39,11 +39,7 @@ _QUESTIONS: Final[dict[QuestionKind, dict[Language, tuple[str, ...]]]] = {
     },
     "count": {
         "en": ("How many {kind.plural} are there?", "How many {kind.plural} do you see?", "Count the {kind.plural}."),
-        "zh": (
-            "有几{kind.measure}{kind.zh}？",
-            "图片里有几{kind.measure}{kind.zh}？",
-            "数一数有几{kind.measure}{kind.zh}。",
-        ),
+        "zh": ("有几{noun}？", "图片里有几{noun}？", "数一数有几{noun}。"),
     },
     "kinds": {
         "en": ("What kinds of things are there?", "Name the things in the image.", "Which things do you see?"),
@@ -120,9 +116,6 @@ def json_answer(scene: Scene, language: Language) -> tuple[str, str]:
     return question, json.dumps(fields, ensure_ascii=False)
 
 
-Ask = Callable[[Scene, Language, random.Random], SceneQuestion | None]
-
-
 def _phrase(kind: QuestionKind, language: Language, rng: random.Random, /, **fields: object) -> str:
     return rng.choice(_QUESTIONS[kind][language]).format(**fields)
 
@@ -146,7 +139,7 @@ def _ask_count(scene: Scene, language: Language, rng: random.Random) -> SceneQue
         kind = rng.choices(scene.kinds, [len(scene.of_kind(kind)) ** 3 for kind in scene.kinds])[0]
     else:
         return None
-    text = _phrase("count", language, rng, kind=kind)
+    text = _phrase("count", language, rng, kind=kind, noun=kind.measure + kind.zh)
     number = words.NUMBERS[len(scene.of_kind(kind))]
     if number is words.NUMBERS[0]:
         return SceneQuestion("count", text, _pick(language, "None.", "没有。"), "none", kind)
@@ -234,7 +227,7 @@ def _ask_detail(scene: Scene, language: Language, rng: random.Random) -> SceneQu
     return SceneQuestion("detail", _phrase("detail", language, rng), detail(scene, language), "")
 
 
-ASK: Final[dict[str, Ask]] = {
+ASK: Final[dict[str, Callable[[Scene, Language, random.Random], SceneQuestion | None]]] = {
     "presence": _ask_presence,
     "count": _ask_count,
     "kinds": _ask_kinds,
