@@ -1,9 +1,10 @@
 """The growing cache equals a concatenating one after every operation of transformers."""
 
+import pytest
 import torch
 from transformers import DynamicCache
 
-from yivl.inference.kv_cache import ROOM, make_cache
+from yivl.inference.kv_cache import ROOM, PrefixCache, copy_row, make_cache
 
 
 def states(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,3 +44,31 @@ def test_a_decoding_step_writes_in_place() -> None:
     keys, _ = cache.update(*states(5), 0)
     grown, _ = cache.update(*states(1), 0)
     assert grown.data_ptr() == keys.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shared"),
+    [([1, 2, 3, 9, 5, 6], 3), ([1, 2, 3, 4, 5, 6, 7], 6), ([1, 2, 3, 4, 5, 6], 5), ([9, 2], 0), ([1], 0)],
+)
+def test_a_prefix_cache_gives_the_longest_common_prefix_and_leaves_the_last_position(
+    prompt: list[int], shared: int
+) -> None:
+    cache, prefix = make_cache(), PrefixCache()
+    keys, _ = cache.update(*states(6, 1), 0)
+    prefix.put(cache, [1, 2, 3, 4, 5, 6])
+    assert prefix.num_bytes == 2 * 3 * (6 + ROOM) * 4 * 4
+    taken, length = prefix.take(prompt)
+    assert (length, taken.get_seq_length(), prefix.num_bytes) == (shared, shared, 0)
+    if shared:
+        assert torch.equal(taken.layers[0].keys, keys[:, :, :shared])
+    assert prefix.take(prompt)[1] == 0  # it belongs to the request that took it
+
+
+def test_a_copied_row_is_independent_of_the_batch() -> None:
+    batch = make_cache()
+    keys, values = batch.update(*states(6, 3), 0)
+    row = copy_row(batch, 1, 4)
+    assert torch.equal(row.layers[0].keys, keys[1:2, :, 2:])
+    assert torch.equal(row.layers[0].values, values[1:2, :, 2:])
+    row.layers[0].keys.zero_()
+    assert keys.ne(0).all()

@@ -205,6 +205,7 @@ def test_training_computes_logits_only_at_supervised_positions(loaded: LoadedMod
     output = model(torch.tensor([PROMPTS[0]]), images=images[:1], labels=labels, skip_logits=True)
     output.loss.backward()
     assert output.logits is None
+    assert model(torch.tensor([PROMPTS[0]]), images=images[:1], labels=labels).logits is not None  # by default
     assert rows[0] == 3
     assert output.loss > 0
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -185,7 +185,9 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
             is_stopped = [STOP_STRING in text or state.stop_event.is_set() for text in texts]
             return torch.tensor(is_stopped, device=input_ids.device)
 
-    with torch.inference_mode(), _seeded(settings.seed):
+    with torch.inference_mode(), torch.random.fork_rng(enabled=settings.seed is not None):
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
         output = model.generate(
             torch.tensor([state.input_ids], device=model.device),
             image_features=state.features,
@@ -199,30 +201,15 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
     yield state.finish("length")
 
 
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed PyTorch's generators inside the block and restore them after it; ``None`` changes nothing."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
 def answer_batch(
     loaded: LoadedModel,
     questions: Sequence[str],
     images: Sequence[ImageInput | None] | None = None,
     **sampling: Any,
 ) -> list[str]:
-    """Return the answers to independent single-turn questions, decoded together.
+    """Return the answers to independent questions, each with one image or ``None``, decoded together.
 
-    Args:
-        loaded: The model.
-        questions: One question per row.
-        images: One image or ``None`` per row.
-        **sampling: Fields of ``Sampling``, for all rows.
+    ``sampling`` are fields of ``Sampling``, for all questions.
 
     Raises:
         ImageError: If an image cannot be used.

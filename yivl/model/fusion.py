@@ -90,31 +90,6 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Layout of the rows of one packed sequence of ``fused`` positions."""
-
-    position_ids: torch.Tensor  # (1, fused) int64, starting at 0 in every row
-    starts: torch.Tensor  # (num_rows,) int64, first position of each row
-    lengths: list[int]  # sequence length of each row, image patches included
-
-
-def packed_layout(input_ids: torch.Tensor, row_lengths: torch.Tensor, num_patches: int) -> Packed:
-    """Return the layout of rows that are packed into a single sequence.
-
-    Args:
-        input_ids: ``(1, seq)`` int64, before the expansion.
-        row_lengths: ``(num_rows,)`` int64, ids of each row; their sum is ``seq``.
-        num_patches: Positions per image.
-    """
-    widths = torch.where(input_ids[0] == IMAGE_TOKEN_INDEX, num_patches, 1)
-    ends = widths.cumsum(0)[row_lengths.to(input_ids.device).cumsum(0) - 1]
-    lengths = ends.diff(prepend=ends.new_zeros(1))
-    starts = ends - lengths
-    positions = torch.arange(int(ends[-1]), device=ends.device) - starts.repeat_interleave(lengths)
-    return Packed(positions.unsqueeze(0), starts, lengths.tolist())
-
-
-@dataclass(frozen=True)
 class Fused:
     """Input of the decoder; shapes as in ``Expanded``."""
 
@@ -133,11 +108,31 @@ class Fused:
         return cls(inputs_embeds, expanded.attention_mask, position_ids, expanded.labels)
 
     @classmethod
-    def from_packed(cls, inputs_embeds: torch.Tensor, expanded: Expanded, packed: Packed) -> "Fused":
-        """Return packed rows; the end of a row does not predict the start of the next one."""
+    def from_packed(
+        cls,
+        inputs_embeds: torch.Tensor,
+        expanded: Expanded,
+        input_ids: torch.Tensor,
+        row_lengths: torch.Tensor,
+        num_patches: int,
+    ) -> "Fused":
+        """Return rows that are packed into a single sequence; positions start at 0 in every row.
+
+        Args:
+            inputs_embeds: ``(1, fused, hidden)``.
+            expanded: Ids and labels after the expansion.
+            input_ids: ``(1, seq)`` int64, before the expansion.
+            row_lengths: ``(num_rows,)`` int64, ids of each row; their sum is ``seq``.
+            num_patches: Positions per image.
+        """
+        widths = torch.where(input_ids[0] == IMAGE_TOKEN_INDEX, num_patches, 1)
+        ends = widths.cumsum(0)[row_lengths.to(input_ids.device).cumsum(0) - 1]
+        lengths = ends.diff(prepend=ends.new_zeros(1))
+        starts = ends - lengths
+        positions = torch.arange(int(ends[-1]), device=ends.device) - starts.repeat_interleave(lengths)
         if expanded.labels is not None:
-            expanded.labels[0, packed.starts] = IGNORE_INDEX
-        return cls(inputs_embeds, None, packed.position_ids, expanded.labels, packed.lengths)
+            expanded.labels[0, starts] = IGNORE_INDEX  # the end of a row does not predict the start of the next one
+        return cls(inputs_embeds, None, positions.unsqueeze(0), expanded.labels, lengths.tolist())
 
     def packed_kwargs(self) -> dict[str, Any]:
         """Return the decoder's arguments that keep packed rows apart, those of FlashAttention included."""

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.model.configuration import YiVLConfig
-from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features, packed_layout
+from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
 from yivl.model.vision_tower import Images, VisionTower, stack_images
@@ -140,7 +140,7 @@ class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             inputs_embeds = self._dummy_vision_forward(inputs_embeds)
         if row_lengths is None:
             return Fused.from_rows(inputs_embeds, expanded)
-        return Fused.from_packed(inputs_embeds, expanded, packed_layout(input_ids, row_lengths, num_patches))
+        return Fused.from_packed(inputs_embeds, expanded, input_ids, row_lengths, num_patches)
 
     def _dummy_vision_forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Add a zero that depends on tower and projector where a batch without images needs one.
