@@ -276,7 +276,7 @@ def test_an_answer_streams_and_stop_ends_it(visitor: Visitor) -> None:
 @browser_test
 def test_parameters_typed_as_soon_as_they_appear_are_used(browser: Browser, address: str) -> None:
     """A closed accordion of gradio resets what is typed while its fields are still being mounted."""
-    for _ in range(5):
+    for _ in range(3):
         visitor = Visitor(browser, address)
         visitor.page.evaluate(
             """() => {
