@@ -143,14 +143,14 @@ assert not {{"torch", "transformers", "PIL", "numpy", "gradio", "fastapi", "uvic
 
 WRONG_INPUTS: dict[str, tuple[tuple[str, ...], str]] = {
     "no image": (("--image-file", "nothing.jpg"), "error: nothing.jpg: no such file"),
-    "not an image": (("--image-file", "setup.py"), "error: setup.py: not a .+; use JPEG"),
+    "not an image": (("--image-file", "setup.py"), "error: setup.py: not a readable image; use JPEG"),
     "an address": (
         ("--image-file", "http://127.0.0.1:9/x.jpg"),
-        "error: http://127.0.0.1:9/x.jpg: remote .+; download the file or pass --allow-remote",
+        "error: http://127.0.0.1:9/x.jpg: remote images are disabled; download the file or pass --allow-remote",
     ),
     "no model": (("--model-path", "no/such"), "error: no/such: no such folder"),
     "no layout": (("--model-path", "tests"), "error: tests/config.json: no such file"),
-    "temperature": (("--temperature", "-1"), "error: temperature=-1.0; expected 0 .greedy. or 0.001 and more"),
+    "temperature": (("--temperature", "-1"), "error: temperature=-1.0; expected 0 .greedy. or at least 0.001"),
     "4 bits": (("--load-4bit", "--device", "cpu"), "error: 4 bits on a CPU need layer widths"),
     "base without adapter": (("--model-base", "x"), "error: .*: no adapter_config.json"),
     "no such device": (("--device", "gpu"), "error: device='gpu'; expected auto, cpu, mps, cuda"),
@@ -279,16 +279,16 @@ def test_a_missing_dependency_names_the_extra_that_installs_it(
         command_line.require(module)
 
 
-def test_the_extras_are_the_requirements() -> None:
-    required = {
-        re.split("[<>=]", line)[0].lower().replace("_", "-")
-        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith("#")
-    }
+def test_the_extras_are_the_groups_of_the_requirements() -> None:
     distributions = metadata.packages_distributions()
-    modules = [module for modules in command_line.EXTRAS.values() for module in modules]
-    provided = {name.lower().replace("_", "-") for module in modules for name in distributions[module]}
-    assert required <= provided
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    groups = dict(re.findall(r"^# \[(\w+)\].*\n((?:[^#\n].*\n)+)", text, re.MULTILINE))
+    assert len(groups) == len(command_line.EXTRAS)
+    for extra, group in groups.items():
+        required = {re.split("[<>=]", line)[0].lower().replace("_", "-") for line in group.splitlines()}
+        modules = command_line.EXTRAS["" if extra == "core" else extra]
+        provided = {name.lower().replace("_", "-") for module in modules for name in distributions[module]}
+        assert required <= provided, extra
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

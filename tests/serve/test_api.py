@@ -233,7 +233,7 @@ def test_everything_but_health_needs_the_key(api: Server, path: str, header: str
         ({"messages": [user("a", *["data:image/png;base64,AAAA"] * 4)]}, 400, None, "at most 3 images"),
     ],
 )
-def test_what_is_not_supported_is_said(
+def test_unsupported_parameters_are_reported(
     api: Server, change: dict[str, Any], status: int, param: str | None, message: str
 ) -> None:
     response = api.post({"model": "checkpoint", "messages": [user("hi")], **GREEDY, **change})
@@ -255,9 +255,12 @@ def test_what_is_not_supported_is_said(
         ("data:text/plain;base64,AAAA", "must be a data: URL"),
         ("data:image/png,AAAA", "must be a data: URL"),
         ("data:image/png;base64,??", "not valid base64"),
-        (data_url(b"nonsense"), "; use JPEG, PNG, WebP, BMP or TIFF"),
-        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "; use JPEG, PNG, WebP, BMP or TIFF"),
-        (data_url(b""), "; use JPEG, PNG, WebP, BMP or TIFF"),
+        (data_url(b"nonsense"), "not a readable image; use JPEG, PNG, WebP, BMP or TIFF"),
+        (
+            data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+            "not a readable image; use JPEG, PNG, WebP, BMP or TIFF",
+        ),
+        (data_url(b""), "not a readable image; use JPEG, PNG, WebP, BMP or TIFF"),
         (data_url(PHOTO.read_bytes()[:2_000]), "damaged or truncated"),
         (data_url(png(40_000, 30_000)), "pixels"),
         (data_url(png(3_000, 10)), "more than 1,000 pixels on a side"),
@@ -283,7 +286,7 @@ def test_the_key_is_checked_before_the_body_is_read(api: Server) -> None:
     assert response.status_code == 401
 
 
-def test_requests_that_are_no_requests(api: Server) -> None:
+def test_malformed_requests_are_refused(api: Server) -> None:
     headers = {"Authorization": f"Bearer {api.key}"}
     url = f"{api.url}/v1/chat/completions"
     as_json = {**headers, "Content-Type": "application/json"}
@@ -302,7 +305,7 @@ def test_requests_that_are_no_requests(api: Server) -> None:
     assert httpx.get(f"{api.url}/nothing", headers=headers).json()["error"]["message"] == "there is nothing here"
 
 
-def test_a_client_that_leaves_stops_its_answer(talkative: LoadedModel) -> None:
+def test_a_disconnected_client_cancels_its_answer(talkative: LoadedModel) -> None:
     body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 2000}
     with serving(talkative, Limits()) as server:
         url, headers = f"{server.url}/v1/chat/completions", {"Authorization": f"Bearer {server.key}"}
@@ -316,13 +319,13 @@ def test_a_client_that_leaves_stops_its_answer(talkative: LoadedModel) -> None:
         assert "yivl_completion_tokens_total 2.0" in metrics(server)  # only that of the last one was finished
 
 
-def test_what_is_null_is_not_set(api: Server) -> None:
+def test_null_fields_have_their_default(api: Server) -> None:
     body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY}
     nothing = dict.fromkeys(["top_p", "n", "stream", "stop", "seed", "presence_penalty", "response_format", "user"])
     assert api.post(body | nothing).json()["choices"] == api.post(body).json()["choices"]
 
 
-def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(talkative: LoadedModel) -> None:
+def test_cancelled_requests_leave_the_queue(talkative: LoadedModel) -> None:
     scheduler = Scheduler(talkative, Limits(max_queue=2, max_batch=1))
     ended = threading.Event()
 
@@ -351,7 +354,7 @@ def test_requests_that_nobody_waits_for_keep_no_place_in_the_queue(talkative: Lo
     scheduler.close()
 
 
-def test_a_full_queue_and_a_slow_answer_are_said(talkative: LoadedModel) -> None:
+def test_a_full_queue_and_a_timeout_are_reported(talkative: LoadedModel) -> None:
     body = {"model": "checkpoint", "messages": [user("Tell me a story")], "temperature": 0, "max_tokens": 2000}
     with serving(talkative, Limits(max_queue=1, max_batch=1)) as server, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(server.post, body | {"max_tokens": 1000})]
@@ -412,7 +415,7 @@ def answers_health(port: int) -> bool:
         return False
 
 
-def test_a_lack_of_memory_is_said_and_the_server_goes_on(
+def test_out_of_memory_is_reported_and_the_server_continues(
     api: Server, api_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY}
@@ -477,7 +480,7 @@ def test_the_log_holds_nothing_that_clients_wrote(api: Server, caplog: pytest.Lo
     assert "private" not in caplog.text
 
 
-def test_an_engine_that_is_closed_ends_what_waits_and_runs(talkative: LoadedModel) -> None:
+def test_closing_the_scheduler_fails_queued_and_running_requests(talkative: LoadedModel) -> None:
     async def ask(server: Server) -> list[int]:
         async with httpx.AsyncClient(timeout=60, headers={"Authorization": f"Bearer {server.key}"}) as client:
             body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 2000}
@@ -492,7 +495,7 @@ def test_an_engine_that_is_closed_ends_what_waits_and_runs(talkative: LoadedMode
 
 
 @pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
-def test_responses_are_as_described(api: Server, mode: schemathesis.GenerationMode) -> None:
+def test_responses_match_the_openapi_description(api: Server, mode: schemathesis.GenerationMode) -> None:
     """Requests made from the server's own description, as it asks for and as it does not."""
     headers = {"Authorization": f"Bearer {api.key}"}
     raw = httpx.get(f"{api.url}/openapi.json", headers=headers).json()

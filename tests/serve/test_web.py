@@ -276,7 +276,7 @@ def test_an_answer_streams_and_stop_ends_it(visitor: Visitor) -> None:
 @browser_test
 def test_parameters_typed_as_soon_as_they_appear_are_used(browser: Browser, address: str) -> None:
     """A closed accordion of gradio resets what is typed while its fields are still being mounted."""
-    for _ in range(5):
+    for _ in range(3):
         visitor = Visitor(browser, address)
         visitor.page.evaluate(
             """() => {
@@ -315,7 +315,7 @@ def test_a_file_that_is_no_image_is_refused_with_its_name(visitor: Visitor, tmp_
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"nonsense")
     visitor.show(bad)
-    expect(visitor.page.get_by_text(re.compile("bad.png: not a .+; use JPEG"))).to_be_visible()
+    expect(visitor.page.get_by_text("bad.png: not a readable image")).to_be_visible()
     assert visitor.page.get_by_text(str(tmp_path)).count() == 0
     visitor.ask("hello")
     assert len(visitor.messages) == 2
@@ -541,4 +541,4 @@ def test_conversations_are_bounded_by_number_and_memory(loaded: LoadedModel) -> 
     assert sessions.get("first") is first
     sessions.drop("first")
     assert sessions.get("first") is not first
-    sessions.drop("nobody")
+    sessions.drop("unknown")

@@ -93,25 +93,20 @@ class Page:
         session = self._current(bubbles, language, request)
         if not question.strip():
             raise gr.Error(TEXTS[language]["no_question"], print_exception=False)
-        pending = Pending(len(session.chat.turns), question, session.restart_stop_event())
-        return "", pending, [*_bubbles(session.chat), _bubble("user", question)]
+        return "", *_queue(session, len(session.chat.turns), question)
 
     def regenerate(self, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
         """Queue the last question again."""
         session = self._current(bubbles, language, request)
         if not session.chat.turns:
             raise gr.Error(TEXTS[language]["no_turns"], print_exception=False)
-        last = len(session.chat.turns) - 1
-        pending = Pending(last, session.chat.turns[last].question, session.restart_stop_event())
-        return pending, _bubbles(session.chat)[:-1]
+        return _queue(session, len(session.chat.turns) - 1, session.chat.turns[-1].question)
 
     def edit(self, edit: gr.EditData, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
         """Queue another question in place of an earlier one."""
         session = self._current(bubbles, language, request)
         assert isinstance(edit.index, int)
-        question = html.unescape(str(edit.value))
-        pending = Pending(edit.index // 2, question, session.restart_stop_event())
-        return pending, [*_bubbles(session.chat)[: edit.index], _bubble("user", question)]
+        return _queue(session, edit.index // 2, html.unescape(str(edit.value)))
 
     def answer(
         self,
@@ -132,7 +127,7 @@ class Page:
         with session.lock:
             chat = session.chat
             if not pending.stop_event.is_set():
-                shown = [*_bubbles(chat)[: 2 * pending.index], _bubble("user", pending.question)]
+                shown = _bubbles_up_to(chat, pending.index, pending.question)
                 for text in self._stream(session, pending, _sampling(temperature, top_p, max_tokens, seed)):
                     if isinstance(text, Exception):
                         gr.Warning(_explain(text, language))
@@ -250,6 +245,17 @@ def _bubbles(chat: Chat) -> list[Bubble]:
         for turn in chat.turns
         for role, text in (("user", turn.question), ("assistant", turn.answer))
     ]
+
+
+def _bubbles_up_to(chat: Chat, index: int, question: str) -> list[Bubble]:
+    """Return the turns before ``index``, and a question in place of the later ones."""
+    return [*_bubbles(chat)[: 2 * index], _bubble("user", question)]
+
+
+def _queue(session: Session, index: int, question: str) -> tuple[Pending, list[Bubble]]:
+    """Return a question for ``Page.answer``, and the conversation that shows it."""
+    pending = Pending(index, question, session.restart_stop_event())
+    return pending, _bubbles_up_to(session.chat, index, question)
 
 
 def _sampling(temperature: float, top_p: float, max_tokens: int, seed: int | None) -> dict[str, Any]:

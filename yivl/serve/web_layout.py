@@ -40,7 +40,7 @@ class _Layout:
         """The properties of each component that are in the visitor's language, and their keys in ``TEXTS``."""
         with gr.Row(elem_id="header"):
             gr.Markdown("# Yi-VL")
-            self._add(gr.Markdown, value="about")
+            self._add(gr.Markdown, {"value": "about"})
             self.language = gr.Radio(list(TEXTS), value="English", show_label=False, container=False, min_width=160)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -51,54 +51,43 @@ class _Layout:
         self.examples = gr.Examples(rows, [self.image, self.question], label=TEXTS["English"]["examples"]).dataset
         self.translated[self.examples] = {"label": "examples"}
 
-    def _add(self, component: Callable[..., Any], options: dict[str, Any] | None = None, **texts: str) -> Any:
+    def _add(self, component: Callable[..., Any], texts: dict[str, str], *values: Any, **options: Any) -> Any:
         """Add a component; ``texts`` are the keys of its translated properties."""
-        initial = {name: TEXTS["English"][key] for name, key in texts.items()}
-        added = component(**initial, **(options or {}))
+        added = component(*values, **{name: TEXTS["English"][key] for name, key in texts.items()}, **options)
         self.translated[added] = texts
         return added
 
     def _add_inputs(self) -> None:
-        self.image = self._add(
-            gr.Image,
-            {"sources": ["upload", "webcam", "clipboard"], "height": 320, "elem_id": "image"},
-            label="image",
-        )
-        limits, context = self.page.limits, self.page.loaded.model.config.max_position_embeddings
-        most = min(limits.max_tokens, context)
+        sources = ["upload", "webcam", "clipboard"]
+        self.image = self._add(gr.Image, {"label": "image"}, sources=sources, height=320, elem_id="image")
+        most = min(self.page.limits.max_tokens, self.page.loaded.model.config.max_position_embeddings)
         # Open until the page has loaded: gradio mounts the fields of a closed accordion when it is opened, and what is
         # typed before that has finished is overwritten by the defaults.
-        self.parameters = self._add(gr.Accordion, {"open": True}, label="parameters")
+        self.parameters = self._add(gr.Accordion, {"label": "parameters"}, open=True)
         with self.parameters:
             self.settings = [
-                self._add(
-                    gr.Slider,
-                    {"minimum": 0, "maximum": 2, "value": 0.2, "step": 0.05},
-                    label="temperature",
-                    info="temperature_hint",
-                ),
-                self._add(gr.Slider, {"minimum": 0.05, "maximum": 1, "value": 1.0, "step": 0.05}, label="top_p"),
-                self._add(
-                    gr.Slider, {"minimum": 1, "maximum": most, "value": min(512, most), "step": 1}, label="max_tokens"
-                ),
-                self._add(gr.Number, {"value": None, "precision": 0, "minimum": 0}, label="seed", info="seed_hint"),
+                self._add(gr.Slider, {"label": "temperature", "info": "temperature_hint"}, 0, 2, 0.2, step=0.05),
+                self._add(gr.Slider, {"label": "top_p"}, 0.05, 1, 1.0, step=0.05),
+                self._add(gr.Slider, {"label": "max_tokens"}, 1, most, min(512, most), step=1),
+                self._add(gr.Number, {"label": "seed", "info": "seed_hint"}, None, precision=0, minimum=0),
             ]
 
     def _add_conversation(self) -> None:
-        options = {
-            "show_label": False,  # it would cover the messages
-            "height": 440,
-            "editable": "user",
-            "render_markdown": False,
-            "buttons": ["copy", "copy_all"],
-            "feedback_options": None,
-            "elem_id": "conversation",
-        }
-        self.chatbot = self._add(gr.Chatbot, options, label="conversation", placeholder="empty")
+        self.chatbot = self._add(
+            gr.Chatbot,
+            {"label": "conversation", "placeholder": "empty"},
+            show_label=False,  # it would cover the messages
+            height=440,
+            editable="user",
+            render_markdown=False,
+            buttons=["copy", "copy_all"],
+            feedback_options=None,
+            elem_id="conversation",
+        )
         self.status = gr.Markdown(self.page.status(), elem_id="status")
         with gr.Row():
-            box = {"elem_id": "question", "scale": 5, "lines": 1, "max_lines": 6, "autofocus": True}
-            self.question = self._add(gr.Textbox, box, label="question", placeholder="question_hint")
+            texts = {"label": "question", "placeholder": "question_hint"}
+            self.question = self._add(gr.Textbox, texts, elem_id="question", max_lines=6, autofocus=True)
         with gr.Row():
             self.send = self._button("send", variant="primary")
             self.stop = self._button("stop", variant="stop", interactive=False)
@@ -107,8 +96,8 @@ class _Layout:
         with gr.Row():
             self.exports = {form: self._button(f"save_{form}", size="sm") for form in ("json", "md")}
 
-    def _button(self, key: str, **options: Any) -> Any:
-        return self._add(gr.Button, {"min_width": 90, "elem_id": key, **options}, value=key)
+    def _button(self, key: str, min_width: int = 90, **options: Any) -> Any:
+        return self._add(gr.Button, {"value": key}, min_width=min_width, elem_id=key, **options)
 
     def connect(self, blocks: gr.Blocks) -> None:
         """Give every event its callback."""
