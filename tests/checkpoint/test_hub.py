@@ -563,7 +563,7 @@ def test_a_card_tells_what_the_run_recorded(run: Path) -> None:
         assert ("num_train_epochs" in told) != ("max_steps" in told)
         record = json.loads((folder / RECORD).read_text())
         [source] = record["sources"]
-        facts = [f"{source[key]:,}" for key in ("rows", "rows_per_epoch", "pictures")]
+        facts = [f"{source[key]:,}" for key in ("rows", "rows_per_epoch", "images")]
         assert f"| `rows.json` | {' | '.join(facts)} |" in card
         assert record["base_model"] is None
         assert f"torch {torch.__version__.split('+')[0]}" in card
@@ -579,7 +579,7 @@ def test_a_card_tells_the_mix_the_base_and_the_versions_where_they_are_recorded(
     record = {
         "base_model": "01-ai/Yi-VL-6B",
         "sources": [
-            {"source": "/data/gqa.json", "rows": 50000, "rows_per_epoch": 25000, "pictures": 24000},
+            {"source": "/data/gqa.json", "rows": 50000, "rows_per_epoch": 25000, "images": 24000},
             {"source": "/data/laion/{00000..00099}.tar", "shards": 100, "weight": 3.0},
         ],
         "versions": {"yivl": "1.0", "torch": "2.10"},
@@ -599,12 +599,12 @@ def test_a_card_tells_the_mix_the_base_and_the_versions_where_they_are_recorded(
         make_card(run / "full", base_model="/data/model")
 
 
-def scores_file(path: Path, pictures: str = "own", data: str = "/home/someone/exam.json") -> Path:
+def scores_file(path: Path, images: str = "own", data: str = "/home/someone/exam.json") -> Path:
     scores = [
         {"group": ["count|en"], "number": 200, "accuracy": 99.54, "constant": 20.0},
         {"group": ["sign", "zh"], "number": 1200, "accuracy": 100 / 3, "constant": 4.0},
     ]
-    about = {"data": data, "model": "/home/tiny-yi-vl", "pictures": pictures, "group_by": ["kind", "language"]}
+    about = {"data": data, "model": "/home/tiny-yi-vl", "images": images, "group_by": ["kind", "language"]}
     path.write_text(json.dumps(about | {"scores": scores}))
     return path
 

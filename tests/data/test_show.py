@@ -49,7 +49,7 @@ def test_the_model_path_may_be_an_adapter_or_a_hub_id_and_is_the_embedded_model_
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "photo_rgb.jpg", "text": "A photo."}]))
     for program, flags in ((show, ["0"]), (check, ["--workers", "0", "--image-folder", str(GOLDEN / "images")])):
         command = ["program", str(tmp_path / "rows.json"), *flags]
-        for model_path in ("nobody/no-such-model", f"{tmp_path}/missing"):
+        for model_path in ("no-one/no-such-model", f"{tmp_path}/missing"):
             monkeypatch.setattr(sys, "argv", [*command, "--model-path", model_path])
             with pytest.raises(CheckpointError, match=f"^{model_path}: no such folder, and no model of that name"):
                 program.main()

@@ -517,7 +517,7 @@ def broken(folder: Path, what: str) -> str:
     rows.to_parquet(folder / f"{name}-00000-of-00001.parquet")
     if what == "damaged file":
         (folder / "validation-00000-of-00001.parquet").write_bytes(b"PAR1 and nothing else")
-    return "nobody/no-such-data-set" if what == "no such data set" else str(folder)
+    return "no-one/no-such-data-set" if what == "no such data set" else str(folder)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def broken(folder: Path, what: str) -> str:
         ("no rows", "split 'validation' cannot be read .*no data"),
         ("no such split", "no split 'validation'"),
         ("damaged file", "split 'validation' cannot be read"),
-        ("no such data set", "nobody/no-such-data-set: no such folder, and no data set"),
+        ("no such data set", "no-one/no-such-data-set: no such folder, and no data set"),
         ("same ids", "two questions have the same id"),
     ],
 )

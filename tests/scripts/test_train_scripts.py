@@ -484,5 +484,5 @@ def test_a_bad_row_in_a_data_loading_worker_is_one_line(processes: int, tmp_path
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     last = errors[-1]
-    assert re.match(rf"error: {rows} row \d: {tmp_path}/bad\.png: not a picture", last)
+    assert re.match(rf"error: {rows} row \d: {tmp_path}/bad\.png: not a readable image", last)
     assert "--on_bad_row skip" in last

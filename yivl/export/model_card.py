@@ -28,7 +28,7 @@ _FLAGS: Final = (
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
     *("max_rows_per_source", *ROWS_OF_A_STEP, "deepspeed", "bf16", "fp16", "seed"),
 )
-_SOURCE_COLUMNS: Final = ("rows", "rows_per_epoch", "pictures", "shards", "weight")
+_SOURCE_COLUMNS: Final = ("rows", "rows_per_epoch", "images", "shards", "weight")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _read_scores(path: Path) -> _Scores:
             )
         shown = {"own": "", "another": ", shown the image of another question", "none": ", shown no image"}
         return _Scores(
-            f"`{dataset}`{shown[about['pictures']]}, measured on `{model}`:",
+            f"`{dataset}`{shown[about['images']]}, measured on `{model}`:",
             (_cell(", ".join(about["group_by"]) or "group"), "exact %", "best constant answer %", "questions"),
             [
                 (", ".join(one["group"]) or "all", [float(one["accuracy"]), float(one["constant"]), int(one["number"])])
@@ -194,7 +194,7 @@ def _read_scores(path: Path) -> _Scores:
             dataset,
             model,
             "exact_match",
-            is_claim=about["pictures"] == "own",
+            is_claim=about["images"] == "own",
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a scores.json of python -m yivl.eval") from error

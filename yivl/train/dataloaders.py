@@ -41,7 +41,7 @@ class Batches:
 
     loader: BatchLoader
     sources: Sequence[Mapping[str, Any]]
-    """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``pictures`` (samples with images per
+    """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``images`` (samples with images per
     epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``."""
 
     @property
@@ -59,7 +59,7 @@ class Batches:
         lines = [f"{'rows':>10}{'per epoch':>11}{'share':>7}{'images':>10}  source"]
         for fact in self.sources:
             share = f"{fact[key] / total:>7.1%}"
-            lines.append(f"{fact['rows']:>10,}{fact[key]:>11,}{share}{fact['pictures']:>10,}  {fact['source']}")
+            lines.append(f"{fact['rows']:>10,}{fact[key]:>11,}{share}{fact['images']:>10,}  {fact['source']}")
         return "\n".join(lines)
 
     def check_record(self, checkpoint: Path) -> None:
@@ -117,7 +117,7 @@ def make_batches(
             "source": source.data_path,
             "rows": len(loaded),
             "rows_per_epoch": total,
-            "pictures": round(sum(bool(row.images) for row in loaded) * total / max(len(loaded), 1)),
+            "images": round(sum(bool(row.images) for row in loaded) * total / max(len(loaded), 1)),
         }
         | ({"subsampled": "per epoch"} if loaded and total % len(loaded) else {})
         for source, loaded, total in zip(sources, rows_of, sampler.samples_per_epoch, strict=True)

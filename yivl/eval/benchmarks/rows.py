@@ -76,7 +76,7 @@ def report(arguments: argparse.Namespace, questions: Sequence[Question], respons
     columns = [*arguments.group_by, "questions", "exact %", "contains %", "best constant answer %"]
     return Report(
         {"answers.jsonl": "".join(lines)},
-        {"pictures": arguments.images, "group_by": arguments.group_by, "scores": scores},  # keys of published files
+        {"images": arguments.images, "group_by": arguments.group_by, "scores": scores},  # keys of published files
         Table(columns, [[*group, *numbers] for group, *numbers in (one.values() for one in scores)]),
     )
 
