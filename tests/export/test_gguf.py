@@ -93,7 +93,7 @@ def expected_language(model: LoadedModel) -> dict[str, torch.Tensor]:
     half = config.head_dim // 2
     for name, value in expected.items():
         if name.endswith(("attn_q.weight", "attn_k.weight")):
-            # Neighbours in llama.cpp are half a head apart in transformers.
+            # Neighbors in llama.cpp are half a head apart in transformers.
             rows = [
                 head + half * (row % 2) + row // 2
                 for head in range(0, len(value), config.head_dim)
