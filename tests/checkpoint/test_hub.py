@@ -599,12 +599,12 @@ def test_a_card_tells_the_mix_the_base_and_the_versions_where_they_are_recorded(
         make_card(run / "full", base_model="/data/model")
 
 
-def scores_file(path: Path, pictures: str = "own", data: str = "/home/someone/exam.json") -> Path:
+def scores_file(path: Path, images: str = "own", data: str = "/home/someone/exam.json") -> Path:
     scores = [
         {"group": ["count|en"], "number": 200, "accuracy": 99.54, "constant": 20.0},
         {"group": ["sign", "zh"], "number": 1200, "accuracy": 100 / 3, "constant": 4.0},
     ]
-    about = {"data": data, "model": "/home/tiny-yi-vl", "pictures": pictures, "group_by": ["kind", "language"]}
+    about = {"data": data, "model": "/home/tiny-yi-vl", "pictures": images, "group_by": ["kind", "language"]}
     path.write_text(json.dumps(about | {"scores": scores}))
     return path
 

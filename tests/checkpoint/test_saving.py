@@ -155,16 +155,16 @@ def test_old_weights_go_and_other_files_stay(saved: Path, loaded: LoadedModel) -
         torch.testing.assert_close(again.model(PROMPT, images=IMAGE).logits, expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("stranger", ["thesis.txt", "checkpoint-1/config.json"])
+@pytest.mark.parametrize("unrelated", ["thesis.txt", "checkpoint-1/config.json"])
 def test_a_folder_that_holds_more_than_a_checkpoint_is_left_alone(
-    stranger: str, loaded: LoadedModel, tmp_path: Path
+    unrelated: str, loaded: LoadedModel, tmp_path: Path
 ) -> None:
     target = tmp_path / "run"
-    (target / stranger).parent.mkdir(parents=True)
-    (target / stranger).write_text("precious")
+    (target / unrelated).parent.mkdir(parents=True)
+    (target / unrelated).write_text("precious")
     with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
         loaded.model.save_pretrained(target)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [target / stranger]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [target / unrelated]
 
 
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(

@@ -19,7 +19,6 @@ from yivl.checkpoint.format import (
     METADATA,
     NON_LORA_TRAINABLES,
     StateDict,
-    adapter_key,
     check_keys,
     find_weights,
     published_name,
@@ -123,7 +122,8 @@ def read_image_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:
-    expected = {adapter_key(name): parameter for name, parameter in model.named_parameters() if ADAPTER in name}
+    # The files of peft leave out the name of the adapter.
+    expected = {name.replace(".default.", "."): value for name, value in model.named_parameters() if ADAPTER in name}
     check_keys(folder, expected, weights, fit="this base model")
 
 

@@ -64,11 +64,6 @@ def published_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def adapter_key(name: str) -> str:
-    """Return the key of a LoRA parameter in the files of peft."""
-    return name.replace(".default.", ".")
-
-
 def check_keys(
     source: str | os.PathLike[str],
     expected: Mapping[str, torch.Tensor],

@@ -27,7 +27,7 @@ from yivl.checkpoint.format import (
     vit_folder,
     weight_files,
 )
-from yivl.checkpoint.vit import copy_vit_weights, read_vit_weights
+from yivl.checkpoint.vit import copy_vit_weights, read_clip_weights
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
 from yivl.model.configuration import YiVLConfig
@@ -203,7 +203,8 @@ def load_pretrained(
     if fresh_projector:
         expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
     check_keys(folder, expected, found)
-    vit = read_vit_weights(folder, config.mm_vision_tower) if vit_weights is None else vit_weights
+    own_vit = vit_folder(folder, config.mm_vision_tower)
+    vit = read_clip_weights(own_vit) if vit_weights is None else vit_weights
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
     # The copy of the ViT in the main files may be of any shape: it is replaced.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
@@ -124,7 +124,7 @@ def write_checkpoint(
     write_json(folder / "config.json", fields)
     generation = model.generation_config.to_diff_dict() | {"max_length": config.max_position_embeddings}
     write_json(folder / "generation_config.json", generation)
-    save_shards(weights, folder, max_shard_size)
+    save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
     vision = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
     vision.pop("_name_or_path", None)  # a local path
     write_json(vit / "config.json", vision)
@@ -134,13 +134,3 @@ def write_checkpoint(
         image_processor.save_pretrained(vit)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def save_shards(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
-    """Write ``model.safetensors``, or numbered shards and their index."""
-    split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
-    for name, keys in split.filename_to_tensors.items():
-        save_file({key: weights[key] for key in keys}, folder / name, metadata=METADATA)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)

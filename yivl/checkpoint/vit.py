@@ -7,13 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig
 
-from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights, vit_folder
+from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights
 from yivl.errors import CheckpointError
 from yivl.model.zero import gathered
 
@@ -35,15 +34,6 @@ _OPEN_CLIP_BLOCK_NAMES = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-
-
-def read_vit_weights(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> StateDict:
-    """Return the ViT weights of a checkpoint.
-
-    Raises:
-        CheckpointError: If the ViT folder holds neither.
-    """
-    return read_clip_weights(vit_folder(checkpoint, mm_vision_tower))
 
 
 def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
@@ -148,26 +138,17 @@ def read_open_clip_config(path: Path) -> CLIPVisionConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         model = fields.get("model_cfg", fields)
-        return open_clip_vision_config(model["vision_cfg"], quick_gelu=bool(model.get("quick_gelu")))
+        vision = model["vision_cfg"]
+        width = vision["width"]
+        return CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
+            num_hidden_layers=vision["layers"],
+            num_attention_heads=width // vision.get("head_width", 64),
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu",  # the sigmoid approximation
+            layer_norm_eps=1e-5,
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not the configuration of an open_clip ViT ({error!r})") from error
-
-
-def open_clip_vision_config(vision_cfg: Mapping[str, Any], *, quick_gelu: bool = False) -> CLIPVisionConfig:
-    """Return the configuration of an open_clip visual tower.
-
-    Args:
-        vision_cfg: The ``vision_cfg`` of an ``open_clip_config.json`` (``width``, ``layers``, ``head_width``, ...).
-        quick_gelu: Whether the tower was trained with the sigmoid approximation of GELU.
-    """
-    width = vision_cfg["width"]
-    return CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=int(width * vision_cfg.get("mlp_ratio", 4.0)),
-        num_hidden_layers=vision_cfg["layers"],
-        num_attention_heads=width // vision_cfg.get("head_width", 64),
-        image_size=vision_cfg["image_size"],
-        patch_size=vision_cfg["patch_size"],
-        hidden_act="quick_gelu" if quick_gelu else "gelu",
-        layer_norm_eps=1e-5,
-    )

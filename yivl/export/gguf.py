@@ -23,9 +23,19 @@ from gguf import (
 )
 
 from yivl.checkpoint.atomic import atomic_file
-from yivl.checkpoint.format import BUFFERS, PROJECTOR, TOWER, VIT, StateDict, check_keys, read_weights, weight_files
+from yivl.checkpoint.format import (
+    BUFFERS,
+    PROJECTOR,
+    TOWER,
+    VIT,
+    StateDict,
+    check_keys,
+    read_weights,
+    vit_folder,
+    weight_files,
+)
 from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
-from yivl.checkpoint.vit import read_vit_weights
+from yivl.checkpoint.vit import read_clip_weights
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError, YiVLError
 from yivl.export.llava import chat_template
@@ -123,7 +133,8 @@ def _weight_readers(source: Path, config: YiVLConfig) -> list[Reader]:
         return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(BUFFERS)}
 
     def read_vit() -> StateDict:
-        return {f"{VIT}{key}": value for key, value in read_vit_weights(source, config.mm_vision_tower).items()}
+        vit = vit_folder(source, config.mm_vision_tower)
+        return {f"{VIT}{key}": value for key, value in read_clip_weights(vit).items()}
 
     return [*(partial(read_shard, path) for path in weight_files(source)), read_vit]
 

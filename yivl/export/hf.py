@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.atomic import write_json
 from yivl.checkpoint.format import PROJECTOR, TOKENIZER_FILES, TOWER, VIT, check_keys, read_json, read_main_weights
 from yivl.checkpoint.loading import empty_model
-from yivl.checkpoint.saving import check_apart, checkpoint_dir, save_checkpoint, save_shards
+from yivl.checkpoint.saving import check_apart, checkpoint_dir, save_checkpoint
 from yivl.errors import CheckpointError
 from yivl.export.llava import (
     STRATEGIES,
@@ -83,7 +84,7 @@ def to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
     for key in _VOCABULARY:
         weights[key] = torch.cat([weights[key], weights[key][:1].expand(rows - config.vocab_size, -1)])
     with checkpoint_dir(target) as new:
-        save_shards({_renamed(key, _NAMES): value.contiguous() for key, value in weights.items()}, new, "5GB")
+        save_torch_state_dict({_renamed(key, _NAMES): value for key, value in weights.items()}, new)
         write_json(new / "config.json", _hf_config(config, rows, weights["lm_head.weight"].dtype))
         write_json(new / _ORIGINALS, checkpoint.small_files)
         generation = checkpoint.small_files.get("generation_config.json", {})

@@ -10,9 +10,17 @@ from typing import Any, Final
 from transformers import LlamaTokenizer
 
 from yivl.checkpoint.atomic import write_json, write_text
-from yivl.checkpoint.format import TOKENIZER_FILES, VIT, StateDict, check_keys, read_json, read_main_weights
+from yivl.checkpoint.format import (
+    TOKENIZER_FILES,
+    VIT,
+    StateDict,
+    check_keys,
+    read_json,
+    read_main_weights,
+    vit_folder,
+)
 from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
-from yivl.checkpoint.vit import read_vit_weights
+from yivl.checkpoint.vit import read_clip_weights
 from yivl.constants import ASSISTANT, HUMAN, STOP_STRING, SYSTEM_PROMPT
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
@@ -60,7 +68,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: mm_projector_type={config.mm_projector_type!r}; other programs read only 'mlp2x_gelu_Norm'"
         )
-    vit = read_vit_weights(folder, config.mm_vision_tower)
+    vit = read_clip_weights(vit_folder(folder, config.mm_vision_tower))
     weights = read_main_weights(folder) | {f"{VIT}{key}": value for key, value in vit.items()}
     check_keys(folder, empty_model(config).state_dict(), weights)
     names = ("config.json", "generation_config.json", *TOKENIZER_FILES)

@@ -183,9 +183,10 @@ def _read_scores(path: Path) -> _Scores:
                 "accuracy",
                 is_claim=about["is_whole"],
             )
-        shown = {"own": "", "another": ", shown the image of another question", "none": ", shown no image"}
+        images = about["pictures"]  # a key of scores.json
+        shown = {"own": "", "another": ", shown the image of another question", "none": ", shown no image"}[images]
         return _Scores(
-            f"`{dataset}`{shown[about['pictures']]}, measured on `{model}`:",
+            f"`{dataset}`{shown}, measured on `{model}`:",
             (_cell(", ".join(about["group_by"]) or "group"), "exact %", "best constant answer %", "questions"),
             [
                 (", ".join(one["group"]) or "all", [float(one["accuracy"]), float(one["constant"]), int(one["number"])])
@@ -194,7 +195,7 @@ def _read_scores(path: Path) -> _Scores:
             dataset,
             model,
             "exact_match",
-            is_claim=about["pictures"] == "own",
+            is_claim=images == "own",
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a scores.json of python -m yivl.eval") from error
