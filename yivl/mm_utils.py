@@ -83,7 +83,7 @@ def get_model_name_from_path(model_path: str) -> str:
     return f"{run}_{name}" if name.startswith("checkpoint-") else name
 
 
-class KeywordsStoppingCriteria(StoppingCriteria):  # type: ignore[misc]
+class KeywordsStoppingCriteria(StoppingCriteria):
     """Stops once the new text of every row has every keyword; never at the first new token, as in the reference."""
 
     def __init__(self, keywords: Sequence[str], tokenizer: YiTokenizer, input_ids: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ _UTF8_LENGTHS = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-class YiTokenizer(LlamaTokenizer):  # type: ignore[misc]
+class YiTokenizer(LlamaTokenizer):
     """Llama tokenizer that decodes exactly as the reference implementation does.
 
     The reference decodes with SentencePiece, which keeps the valid characters of a run of byte tokens and drops a

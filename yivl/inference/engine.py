@@ -177,7 +177,7 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
     tokenizer, model, length = loaded.tokenizer, loaded.model, len(state.input_ids)
     settings = state.sampler.settings
 
-    class Stop(StoppingCriteria):  # type: ignore[misc]
+    class Stop(StoppingCriteria):
         """Ends a beam that contains the stop string, and all of them once the event is set."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:

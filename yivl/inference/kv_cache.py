@@ -10,7 +10,7 @@ ROOM: Final = 256
 """Spare positions of a new buffer: 0.5 MB per layer for Yi-VL-6B in bfloat16. Source: ours."""
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, exposed as views of the filled part of larger buffers.
 
     A decoding step writes one position instead of copying all of them. Crop, reorder and select of transformers stay

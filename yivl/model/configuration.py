@@ -25,7 +25,7 @@ _UNPUBLISHED: Final = (
 
 
 @strict
-class YiVLConfig(LlamaConfig):  # type: ignore[misc]
+class YiVLConfig(LlamaConfig):
     """Fields of ``config.json`` plus ``vision_config``, the configuration of the ViT.
 
     ``model_type`` is ``llava``, as in the released checkpoints. transformers has another class of that type, so this

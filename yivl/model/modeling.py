@@ -23,7 +23,7 @@ from yivl.model.projector import build_projector
 from yivl.model.vision_tower import Images, VisionTower, stack_images
 
 
-class ExactRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
+class ExactRotaryEmbedding(LlamaRotaryEmbedding):
     """Rotary position embeddings whose frequencies stay in float32 when the model is cast.
 
     Callers cast the loaded model, ``model.to(dtype=torch.bfloat16)``. transformers 5 computes the cosines from the
@@ -41,7 +41,7 @@ class ExactRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
         return self
 
 
-class YiVLModel(LlamaModel):  # type: ignore[misc]
+class YiVLModel(LlamaModel):
     """The Llama decoder, vision tower and projector, under the key names of the checkpoint."""
 
     config: YiVLConfig
@@ -60,7 +60,7 @@ class YiVLModel(LlamaModel):  # type: ignore[misc]
         self.post_init()
 
 
-class YiVLForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class YiVLForCausalLM(LlamaForCausalLM):
     """Yi-VL. State-dict names are those of the published checkpoints."""
 
     config: YiVLConfig

@@ -21,7 +21,7 @@ Images = torch.Tensor | Sequence[torch.Tensor]
 ``(3, image_size, image_size)`` or ``(n, 3, image_size, image_size)``."""
 
 
-class ViT(CLIPVisionModel):  # type: ignore[misc]
+class ViT(CLIPVisionModel):
     """``CLIPVisionModel`` under another class name, for which transformers has no renaming of checkpoint keys."""
 
 

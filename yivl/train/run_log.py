@@ -18,7 +18,7 @@ from yivl.checkpoint.format import LOG
 logger = logging.getLogger(__name__)
 
 
-class RunLog(TrainerCallback):  # type: ignore[misc]
+class RunLog(TrainerCallback):
     """Writes ``log.jsonl`` and ``loss.png``; shows a progress bar in a terminal, log lines elsewhere."""
 
     def __init__(self, output_dir: str) -> None:

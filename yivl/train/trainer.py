@@ -44,7 +44,7 @@ MAX_EMPTY_STEPS: Final = 10
 _HYPERPARAMETERS: Final = ("lr", "weight_decay", "betas", "eps")
 
 
-class YiVLTrainer(Trainer):  # type: ignore[misc]
+class YiVLTrainer(Trainer):
     """Trains a ``YiVLForCausalLM``, or peft around one.
 
     The loss of an optimizer step is the mean over the target tokens of all its micro-batches and ranks.
@@ -279,7 +279,7 @@ class YiVLTrainer(Trainer):  # type: ignore[misc]
         load_trained(self.model if model is None else model, resume_from_checkpoint)
 
 
-class _EpochOrder(TrainerCallback):  # type: ignore[misc]
+class _EpochOrder(TrainerCallback):
     """Sets the epoch of the batches; not every version of transformers does so in a resumed run."""
 
     def __init__(self, loader: BatchLoader) -> None:
