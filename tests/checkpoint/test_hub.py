@@ -604,11 +604,7 @@ def scores_file(path: Path, images: str = "own", data: str = "/home/someone/exam
         {"group": ["count|en"], "number": 200, "accuracy": 99.54, "constant": 20.0},
         {"group": ["sign", "zh"], "number": 1200, "accuracy": 100 / 3, "constant": 4.0},
     ]
-<<<<<<< HEAD
     about = {"data": data, "model": "/home/tiny-yi-vl", "images": images, "group_by": ["kind", "language"]}
-=======
-    about = {"data": data, "model": "/home/tiny-yi-vl", "pictures": images, "group_by": ["kind", "language"]}
->>>>>>> train
     path.write_text(json.dumps(about | {"scores": scores}))
     return path
 

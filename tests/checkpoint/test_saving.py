@@ -155,18 +155,6 @@ def test_old_weights_go_and_other_files_stay(saved: Path, loaded: LoadedModel) -
         torch.testing.assert_close(again.model(PROMPT, images=IMAGE).logits, expected, atol=0, rtol=0)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("other", ["thesis.txt", "checkpoint-1/config.json"])
-def test_a_folder_that_holds_more_than_a_checkpoint_is_left_alone(
-    other: str, loaded: LoadedModel, tmp_path: Path
-) -> None:
-    target = tmp_path / "run"
-    (target / other).parent.mkdir(parents=True)
-    (target / other).write_text("precious")
-    with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
-        loaded.model.save_pretrained(target)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [target / other]
-=======
 @pytest.mark.parametrize("unrelated", ["thesis.txt", "checkpoint-1/config.json"])
 def test_a_folder_that_holds_more_than_a_checkpoint_is_left_alone(
     unrelated: str, loaded: LoadedModel, tmp_path: Path
@@ -177,7 +165,6 @@ def test_a_folder_that_holds_more_than_a_checkpoint_is_left_alone(
     with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
         loaded.model.save_pretrained(target)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [target / unrelated]
->>>>>>> train
 
 
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(

@@ -205,13 +205,8 @@ def test_a_dataset_that_declares_nothing_has_the_default_columns(tmp_path: Path)
 
 
 def test_instructions_with_a_history_and_images_are_read(tmp_path: Path) -> None:
-<<<<<<< HEAD
-    columns = {"prompt": "ask", "query": "more", "response": "say", "history": "past", "images": "files"}
-    row = {"ask": "And", "more": "<image>?", "say": "B.", "past": [["<image>What?", "A."]], "files": ["1", "2"]}
-=======
     columns = {"prompt": "ask", "query": "more", "response": "say", "history": "past", "images": "photos"}
     row = {"ask": "And", "more": "<image>?", "say": "B.", "past": [["<image>What?", "A."]], "photos": ["1", "2"]}
->>>>>>> train
     alone = {"ask": "Who?", "say": "I.", "past": 1}  # which LLaMA-Factory passes over
     from_llamafactory(declare(tmp_path, {"columns": columns}, [row, alone]), "mine", tmp_path / "here.json")
     here, other = read(tmp_path / "here.json")

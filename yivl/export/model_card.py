@@ -183,14 +183,10 @@ def _read_scores(path: Path) -> _Scores:
                 "accuracy",
                 is_claim=about["is_whole"],
             )
-        images = about["pictures"]  # a key of scores.json
+        images = about["images"]  # a key of scores.json
         shown = {"own": "", "another": ", shown the image of another question", "none": ", shown no image"}[images]
         return _Scores(
-<<<<<<< HEAD
-            f"`{dataset}`{shown[about['images']]}, measured on `{model}`:",
-=======
             f"`{dataset}`{shown}, measured on `{model}`:",
->>>>>>> train
             (_cell(", ".join(about["group_by"]) or "group"), "exact %", "best constant answer %", "questions"),
             [
                 (", ".join(one["group"]) or "all", [float(one["accuracy"]), float(one["constant"]), int(one["number"])])
@@ -199,11 +195,7 @@ def _read_scores(path: Path) -> _Scores:
             dataset,
             model,
             "exact_match",
-<<<<<<< HEAD
-            is_claim=about["images"] == "own",
-=======
             is_claim=images == "own",
->>>>>>> train
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a scores.json of python -m yivl.eval") from error
