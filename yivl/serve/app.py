@@ -46,16 +46,10 @@ def build_app(
         api_key: The bearer token that clients must send, or ``None``.
         remote_hosts: Hosts that images may be fetched from.
     """
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(scheduler.close)
-
     app = FastAPI(
         title="yivl",
         description="Chat completions with images, in OpenAI's form.",
-        lifespan=lifespan,
+        lifespan=partial(_close_at_exit, scheduler),
         openapi_url="/openapi.json",
         docs_url=None,  # these pages would load scripts from other hosts
         redoc_url=None,
@@ -91,13 +85,7 @@ def build_app(
     @app.post("/v1/chat/completions", response_model=Completion, responses=_ERRORS | _STREAM)
     async def complete(body: ChatRequest, request: Request) -> Any:
         """Answer the last message of a conversation."""
-        if body.model != name:
-            message = f"there is no such model; this server has {name}"
-            raise APIError(404, message, code="model_not_found", param="model")
-        if body.n > limits.max_choices:
-            raise APIError(400, f"n is at most {limits.max_choices}", param="n")
-        if scheduler.is_full:
-            raise Overloaded
+        _check(body, scheduler, limits)
         deadline = asyncio.get_running_loop().time() + limits.max_seconds
         exchange = Exchange(body, limits, scheduler, deadline, metrics)
         async with asyncio.timeout_at(deadline):
@@ -106,3 +94,20 @@ def build_app(
         return await (exchange.stream(request) if body.stream else exchange.complete(request))
 
     return app
+
+
+@asynccontextmanager
+async def _close_at_exit(scheduler: Scheduler, _: FastAPI) -> AsyncIterator[None]:
+    yield
+    await run_in_threadpool(scheduler.close)
+
+
+def _check(body: ChatRequest, scheduler: Scheduler, limits: Limits) -> None:
+    """Refuse a request before its images are read."""
+    if body.model != scheduler.loaded.name:
+        message = f"there is no such model; this server has {scheduler.loaded.name}"
+        raise APIError(404, message, code="model_not_found", param="model")
+    if body.n > limits.max_choices:
+        raise APIError(400, f"n is at most {limits.max_choices}", param="n")
+    if scheduler.is_full:
+        raise Overloaded
