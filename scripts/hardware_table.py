@@ -20,12 +20,12 @@ FIELDS_6B = {
 LANGUAGE_MODEL = "--gradient_checkpointing True"
 BOTH = f"{LANGUAGE_MODEL} --vision_gradient_checkpointing True"
 MODES = {
-    "stage 1 (224), captions, 8 rows": f"--stage 1 --model_max_length 512 --per_device_train_batch_size 8 {BOTH}",
-    "stage 2 (448), captions, 8 rows": f"--stage 2 --model_max_length 1280 --per_device_train_batch_size 8 {BOTH}",
-    "stage 3, 1 row": f"--stage 3 {BOTH}",
-    "full, ViT and projector frozen, 1 row": f"--freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
-    "LoRA, 1 row": f"--lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
-    "QLoRA, 1 row": f"--bits 4 --lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
+    "stage 1 (224), captions, 8 samples": f"--stage 1 --model_max_length 512 --per_device_train_batch_size 8 {BOTH}",
+    "stage 2 (448), captions, 8 samples": f"--stage 2 --model_max_length 1280 --per_device_train_batch_size 8 {BOTH}",
+    "stage 3, 1 sample": f"--stage 3 {BOTH}",
+    "full, ViT and projector frozen, 1 sample": f"--freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
+    "LoRA, 1 sample": f"--lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
+    "QLoRA, 1 sample": f"--bits 4 --lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
 }
 # Number of GPUs, and GiB of each that are left by the CUDA context and fragmentation.
 MACHINES = {"1 × 24 GB": (1, 21.5), "1 × 80 GB": (1, 76.0), "8 × 80 GB": (8, 76.0)}
