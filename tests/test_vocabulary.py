@@ -46,6 +46,7 @@ DATA = (
     "Describe the picture in detail.",
     "What is in the picture?",
     "--pictures",
+    '"pictures"',
 )
 TEXTS = ("yivl/tiny/world/language.py", "yivl/tiny/world/words.py", "tests/test_vocabulary.py")
 KINDS = ("*.py", "*.md", "*.sh", "*.sbatch", "*.toml", "*.yml", "*.jinja", "*.txt")

@@ -13,7 +13,7 @@ from yivl.checkpoint import hub
 from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, LOG, RECORD, read_config, read_json
 from yivl.checkpoint.hub import CARD, MARKER, known_base, last_part
 from yivl.errors import CheckpointError
-from yivl.train.resume import ROWS_OF_A_STEP
+from yivl.train.resume import GLOBAL_BATCH_FLAGS
 from yivl.train.run_log import read_log
 
 TASK: Final = "image-text-to-text"
@@ -26,7 +26,7 @@ _FLAGS: Final = (
     *("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_vision_tower"),
     *("learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "lr_scheduler_type", "warmup_steps"),
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
-    *("max_rows_per_source", *ROWS_OF_A_STEP, "deepspeed", "bf16", "fp16", "seed"),
+    *("max_rows_per_source", *GLOBAL_BATCH_FLAGS, "deepspeed", "bf16", "fp16", "seed"),
 )
 _SOURCE_COLUMNS: Final = ("rows", "rows_per_epoch", "images", "shards", "weight")
 
@@ -146,7 +146,7 @@ def _training(folder: Path, base: str | None, adapter: Mapping[str, Any]) -> dic
     if log:
         facts.append(("optimizer steps", f"{log[-1]['step']:,}"))
     if flags:
-        facts.append(("global batch size", f"{math.prod(flags[name] for name in ROWS_OF_A_STEP):,}"))
+        facts.append(("global batch size", f"{math.prod(flags[name] for name in GLOBAL_BATCH_FLAGS):,}"))
     for key, label in (("loss", "loss"), ("eval_loss", "evaluation loss")):
         if line := next((line for line in reversed(log) if key in line), None):
             facts.append((f"{label}, at step {line['step']:,}", f"{line[key]:.4f}"))
@@ -183,7 +183,7 @@ def _read_scores(path: Path) -> _Scores:
                 "accuracy",
                 is_claim=about["is_whole"],
             )
-        images = about["images"]  # a key of scores.json
+        images = about["images"] if "images" in about else about["pictures"]  # the key of older files
         shown = {"own": "", "another": ", shown the image of another question", "none": ", shown no image"}[images]
         return _Scores(
             f"`{dataset}`{shown}, measured on `{model}`:",

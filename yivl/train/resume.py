@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 UNFINISHED: Final = ".unfinished"
 """Folder in which a checkpoint or the final model is written before it is moved."""
 _STATE: Final = "trainer_state.json"
-ROWS_OF_A_STEP: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+GLOBAL_BATCH_FLAGS: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 """Flags whose product is the global batch size."""
 # Paths may have changed, and kernels differ between machines.
 _PATHS: Final = ("model_name_or_path", "vision_tower", "attn_implementation")
@@ -41,7 +41,7 @@ _MUST_AGREE: Final = (
     *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _PATHS),
     *("max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "optim", "global batch size"),
 )
-_STREAMS_MUST_AGREE: Final = (*ROWS_OF_A_STEP, "dataloader_num_workers", "shuffle_buffer")
+_STREAMS_MUST_AGREE: Final = (*GLOBAL_BATCH_FLAGS, "dataloader_num_workers", "shuffle_buffer")
 # Schedules that cannot take a new learning rate, since their state depends on the losses so far.
 _ADAPTIVE: Final = ("reduce_lr_on_plateau", "greedy")
 _RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay")
@@ -143,7 +143,7 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
     if any(source.is_streamed for source in read_sources(now["data_path"], ".")):
         must_agree += _STREAMS_MUST_AGREE
     for values in (before, now):
-        values["global batch size"] = math.prod(values[name] for name in ROWS_OF_A_STEP)
+        values["global batch size"] = math.prod(values[name] for name in GLOBAL_BATCH_FLAGS)
         values["optim"] = values["optim"].removesuffix("_fused")  # the same optimizer, another kernel
         if values["lr_scheduler_type"] in _ADAPTIVE:
             must_agree += _RATES
