@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from yivl.inference.chat import Chat
+from yivl.inference.request import encode_image
 from yivl.serve.api_errors import APIError, add_error_handlers
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
@@ -43,7 +43,7 @@ def build_app(
     Args:
         scheduler: Generates the answers.
         limits: Of requests.
-        api_key: The bearer token that clients must send, or ``None``.
+        api_key: The bearer token that clients must send; ``None`` opens the API to everyone.
         remote_hosts: Hosts that images may be fetched from.
     """
     app = FastAPI(
@@ -57,8 +57,7 @@ def build_app(
     metrics, name, started = Metrics(scheduler), scheduler.loaded.name, int(time.time())
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     add_error_handlers(app)
-    chat = Chat(scheduler.loaded)
-    encode = lru_cache(limits.max_encoded_images)(lambda image: chat.encode(image.pixel_values))
+    encode = lru_cache(limits.max_encoded_images)(lambda image: encode_image(scheduler.loaded, image.pixel_values))
     read = partial(
         read_messages,
         limits=limits,
@@ -89,8 +88,8 @@ def build_app(
         deadline = asyncio.get_running_loop().time() + limits.max_seconds
         exchange = Exchange(body, limits, scheduler, deadline, metrics)
         async with asyncio.timeout_at(deadline):
-            conversation = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
-        exchange.submit(conversation, encode)
+            prompt = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
+        exchange.submit(*prompt, encode)
         return await (exchange.stream(request) if body.stream else exchange.complete(request))
 
     return app
