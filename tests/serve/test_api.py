@@ -32,6 +32,7 @@ from support.serving import data_url, free_port, user, wait_until
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.saving import save_checkpoint
 from yivl.inference.chat import Chat, GenerationState
+from yivl.inference.kv_cache import PrefixCache
 from yivl.serve.app import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Overloaded, Request, Scheduler
@@ -136,6 +137,14 @@ def test_answers_are_those_of_a_chat(api: Server, loaded: LoadedModel) -> None:
         assert completion.usage.prompt_tokens == chat.last_answer.prompt_tokens
         assert completion.usage.completion_tokens == chat.last_answer.new_tokens
         messages.append({"role": "assistant", "content": expected})
+
+
+def test_a_request_keeps_no_kv_cache(api: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr(PrefixCache, "put", lambda *arguments: kept.append(arguments))
+    body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY, "n": 2}
+    assert api.post(body).status_code == 200
+    assert not kept
 
 
 def test_a_stream_holds_the_same_answer(api: Server, loaded: LoadedModel) -> None:

@@ -71,13 +71,7 @@ class Exchange:
         def begin(sampling: Sampling) -> GenerationState:
             encoded = [[encode(image) for image in group] for group in images]
             return prepare(
-                self._scheduler.loaded,
-                turns,
-                encoded,
-                sampling,
-                system=system,
-                stops=stops,
-                stop_event=self._cancelled,
+                self._scheduler.loaded, turns, encoded, sampling, system=system, stops=stops, stop_event=self._cancelled
             )
 
         self._scheduler.submit(
@@ -95,11 +89,7 @@ class Exchange:
 
         states = await self._unless_disconnected(collect(), request)
         choices = [
-            Choice(
-                index=index,
-                message=AnswerMessage(content=state.text),
-                finish_reason=_finish_reason(state),
-            )
+            Choice(index=index, message=AnswerMessage(content=state.text), finish_reason=_finish_reason(state))
             for index, state in sorted(states.items())
         ]
         usage = self._usage(list(states.values()))

@@ -37,8 +37,6 @@ class Request:
     """Receives the events; must not block."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set it to end the answer; pass the same event to ``Chat.begin``."""
-    finish: Callable[[GenerationState], None] | None = None
-    """``Chat.finish`` of a chat that continues: called with the finished state before the state is delivered."""
 
 
 class Scheduler:
@@ -136,8 +134,6 @@ class Scheduler:
                 request.on_event(text)
             if state.finish_reason:
                 self._running.remove((request, state))
-                if request.finish is not None:
-                    request.finish(state)
                 request.on_event(state)
 
     def _fail_batch(self, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from yivl.checkpoint.loading import LoadedModel
@@ -19,20 +20,35 @@ class Session:
     stop_event: threading.Event = field(default_factory=threading.Event)
     """Ends the answer that is generated or queued."""
     image: ImageInput | None = None
-    """Of the next question."""
+    """Of the first question."""
+    upload: str | None = None
+    """The file of the image."""
+    upload_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def restart_stop_event(self) -> threading.Event:
-        """End the current answer and return the event of the next one."""
-        self.stop_event.set()
-        self.stop_event = threading.Event()
-        return self.stop_event
-
-    def restart(self, image: ImageInput | None) -> None:
-        """Start a new conversation, whose first question is about ``image``."""
+    def restart(self) -> None:
+        """Start a new conversation about the same image."""
         self.stop_event.set()
         with self.lock:
             self.chat.reset()
-            self.image = image
+
+    def show(self, upload: str | None, read: Callable[[str], ImageInput]) -> bool:
+        """Start a new conversation about an upload, or about none, unless it is shown already.
+
+        Args:
+            upload: Its file.
+            read: Returns the image of the file; if it raises, the conversation has no image.
+
+        Returns:
+            Whether the conversation is a new one.
+        """
+        with self.upload_lock:  # the browser sends an upload and the question after it at the same time
+            if upload == self.upload:
+                return False
+            self.image = self.upload = None
+            self.restart()
+            if upload is not None:
+                self.image, self.upload = read(upload), upload
+            return True
 
 
 class Sessions:
@@ -78,6 +94,5 @@ class Sessions:
     def drop(self, key: str) -> None:
         """Forget a visitor."""
         with self._lock:
-            session = self._sessions.pop(key, None)
-        if session is not None:
-            session.stop_event.set()
+            if session := self._sessions.pop(key, None):
+                session.stop_event.set()
