@@ -1,5 +1,6 @@
 """The API over real HTTP, mostly through OpenAI's own client, against what a chat answers."""
 
+import argparse
 import asyncio
 import io
 import json
@@ -326,6 +327,13 @@ def test_a_disconnected_client_cancels_its_answer(talkative: LoadedModel) -> Non
         server.wait_until_idle()
         assert server.post(body | {"max_tokens": 2}).status_code == 200
         assert "yivl_completion_tokens_total 2.0" in metrics(server)  # only that of the last one was finished
+
+
+def test_limits_are_flags() -> None:
+    parser = argparse.ArgumentParser()
+    Limits.add_flags(parser, "api")
+    given = parser.parse_args(["--max-seconds", "0.5", "--max-queue", "3"])
+    assert Limits.from_flags(given) == Limits(max_seconds=0.5, max_queue=3)
 
 
 def test_null_fields_have_their_default(api: Server) -> None:

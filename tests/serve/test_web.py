@@ -299,6 +299,7 @@ def test_parameters_typed_as_soon_as_they_appear_are_used(browser: Browser, addr
 
 @browser_test
 def test_markup_stays_text(visitor: Visitor) -> None:
+    visitor.greedy(12)
     question = "<script>window.hacked = 1</script> <img src=x onerror='window.hacked = 2'> <b>bold</b> &lt; a && b"
     visitor.ask(question)
     assert visitor.messages[0] == question
@@ -314,6 +315,7 @@ def test_markup_stays_text(visitor: Visitor) -> None:
 def test_a_file_that_is_no_image_is_refused_with_its_name(visitor: Visitor, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"nonsense")
+    visitor.greedy(12)
     visitor.show(bad)
     expect(visitor.page.get_by_text("bad.png: not a readable image")).to_be_visible()
     assert visitor.page.get_by_text(str(tmp_path)).count() == 0
@@ -386,6 +388,7 @@ def test_two_visitors_are_answered_at_once_and_a_third_sees_a_queue_position(bro
 
 @browser_test
 def test_an_example_is_a_start(visitor: Visitor) -> None:
+    visitor.greedy(12)
     visitor.page.get_by_text("What does the sign say?").click()
     expect(visitor.page.locator("#question textarea")).to_have_value("What does the sign say?")
     expect(visitor.page.locator("#image img").first).to_be_visible()
@@ -464,6 +467,19 @@ def test_a_question_before_the_event_of_its_upload_is_about_the_image(scheduler:
     _, pending, _ = page.send("hello", None, [], "English", visitor)
     list(page.answer(pending, 0, 1.0, 5, None, "English", visitor))
     assert [turn.num_images for turn in chat.turns] == [0]
+
+
+def test_an_image_removed_during_an_answer_is_not_asked_about(scheduler: Scheduler, upload: Path) -> None:
+    page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
+    _, pending, _ = page.send("hello", {"path": str(upload)}, [], "English", visitor)
+    answer = page.answer(pending, 0, 1.0, 4000, None, "English", visitor)
+    next(answer)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(page.show_image, None, visitor)
+        wait_until(pending.stop_event.is_set)
+        list(answer)
+    session = page.sessions.get("visitor")
+    assert (session.image, session.chat.turns) == (None, ())
 
 
 def test_only_uploads_are_opened(scheduler: Scheduler, upload: Path) -> None:

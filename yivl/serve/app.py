@@ -40,11 +40,7 @@ def build_app(
 ) -> FastAPI:
     """Return the API of a running scheduler; closing the application closes the scheduler.
 
-    Args:
-        scheduler: Generates the answers.
-        limits: Of requests.
-        api_key: The bearer token that clients must send; ``None`` opens the API to everyone.
-        remote_hosts: Hosts that images may be fetched from.
+    Clients must send ``api_key`` as a bearer token, unless it is ``None``. Images may be fetched from ``remote_hosts``.
     """
     app = FastAPI(
         title="yivl",

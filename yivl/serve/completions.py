@@ -29,15 +29,7 @@ _DEFAULT_TOKENS: Final = 1024  # of an answer. Source: 01-ai/Yi, VL/single_infer
 
 
 class Exchange:
-    """One request and its ``n`` answers.
-
-    Args:
-        body: The request.
-        limits: Of the request.
-        scheduler: Generates the answers.
-        deadline: When the request times out, on the clock of the event loop.
-        metrics: Counts the finished answers.
-    """
+    """One request and its ``n`` answers; ``deadline`` is on the clock of the event loop, in seconds."""
 
     def __init__(
         self, body: ChatRequest, limits: Limits, scheduler: Scheduler, deadline: float, metrics: Metrics

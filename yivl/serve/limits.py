@@ -27,7 +27,7 @@ class Limits:
     max_body_bytes: int = _limit(64 * 2**20, "bytes of a request", "api")
     max_choices: int = _limit(4, "answers to a request (n)", "api")
     max_batch: int = _limit(8, "answers generated in one batch", "api", "web")
-    max_seconds: float = _limit(600, "seconds of a request, the time in the queue included", "api")
+    max_seconds: float = _limit(600.0, "seconds of a request, the time in the queue included", "api")
     max_encoded_images: int = _limit(16, "images whose vision features are kept for later requests", "api")
     shutdown_seconds: int = _limit(20, "seconds that answers have to finish when the server is stopped", "api")
     max_sessions: int = _limit(64, "conversations kept", "web")

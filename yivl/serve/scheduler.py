@@ -40,12 +40,7 @@ class Request:
 
 
 class Scheduler:
-    """Answers requests with one model, several in one batch.
-
-    Args:
-        loaded: The model; no other thread may use it.
-        limits: The batch size and the length of the queue.
-    """
+    """Answers requests with one model, several in one batch; no other thread may use the model."""
 
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self.loaded = loaded

@@ -32,32 +32,22 @@ class Session:
             self.chat.reset()
 
     def show(self, upload: str | None, read: Callable[[str], ImageInput]) -> bool:
-        """Start a new conversation about an upload, or about none, unless it is shown already.
+        """Start a new conversation about an uploaded file or without one; return whether it is another than before.
 
-        Args:
-            upload: Its file.
-            read: Returns the image of the file; if it raises, the conversation has no image.
-
-        Returns:
-            Whether the conversation is a new one.
+        If ``read``, which returns the image of a file, raises, the conversation has no image.
         """
         with self.upload_lock:  # the browser sends an upload and the question after it at the same time
             if upload == self.upload:
                 return False
-            self.image = self.upload = None
             self.restart()
+            self.image = self.upload = None
             if upload is not None:
                 self.image, self.upload = read(upload), upload
             return True
 
 
 class Sessions:
-    """Sessions by the key of their visitor; the least recently used are dropped first.
-
-    Args:
-        loaded: The model, shared by all.
-        limits: The number of sessions and the bytes of their KV caches.
-    """
+    """Sessions by the key of their visitor; the least recently used are dropped first."""
 
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self._loaded = loaded

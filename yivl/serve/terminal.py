@@ -31,12 +31,8 @@ A line that ends with \\ continues in the next one. Ctrl-C stops an answer, not 
 class Terminal:
     """A chat that reads lines and prints the dialogue.
 
-    Args:
-        chat: The conversation.
-        sampling: The initial fields of ``Sampling``.
-        image: The image of the first question.
-        read_line: Returns the next line for a prompt; raises ``EOFError`` at the end.
-        output: Receives the dialogue.
+    ``sampling`` are the initial fields of ``Sampling``, ``image`` is that of the first question. ``read_line`` returns
+    the next line for a prompt and raises ``EOFError`` at the end.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the page does: the callbacks of its events. ``web_layout`` is what it looks like."""
+"""Callbacks of the web page; ``web_layout`` has its components."""
 
 import html
 import queue
@@ -45,12 +45,7 @@ class Pending:
 
 
 class Page:
-    """The callbacks.
-
-    Args:
-        scheduler: Generates the answers.
-        limits: Of uploads and sessions.
-    """
+    """The callbacks; the answers come from the scheduler, with those of all visitors in one batch."""
 
     def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
         self.scheduler = scheduler

@@ -1,4 +1,4 @@
-"""What the page looks like: its components, and the callback of each event."""
+"""Components of the web page, and the callback of each event."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -154,13 +154,7 @@ class _Layout:
 
 
 def build_page(scheduler: Scheduler, limits: Limits, examples: Sequence[tuple[Path, str]]) -> gr.Blocks:
-    """Return the page of a running scheduler.
-
-    Args:
-        scheduler: Generates the answers.
-        limits: Of uploads, sessions and the queue.
-        examples: Images and questions to start with.
-    """
+    """Return the page of a running scheduler; ``examples`` are images and questions to start with."""
     with gr.Blocks(title=scheduler.loaded.name, analytics_enabled=False, delete_cache=_UPLOAD_CLEANUP) as blocks:
         _Layout(Page(scheduler, limits), examples).connect(blocks)
     blocks.queue(max_size=limits.max_queue, default_concurrency_limit=1)
