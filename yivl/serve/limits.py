@@ -1,7 +1,7 @@
 """The limits of the page and the API, each with its flag."""
 
 import argparse
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from yivl.errors import YiVLError
@@ -43,7 +43,6 @@ class Limits:
         """Add the flags of ``program``: ``api`` or ``web``."""
         group = parser.add_argument_group("limits")
         for one in fields(Limits):
-            assert one.default is not MISSING
             if program in one.metadata["programs"]:
                 group.add_argument(
                     f"--{one.name.replace('_', '-')}",
