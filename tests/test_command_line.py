@@ -1,6 +1,7 @@
 """The entry scripts as a user runs them: output, exit codes, one line for every user-facing error."""
 
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -11,18 +12,18 @@ import runpy
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.golden import CHECKPOINT, GOLDEN, ROOT
+from support.models import talkative_checkpoint
 
 from yivl import command_line
-from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.checkpoint.saving import save_checkpoint
+from yivl.checkpoint.loading import LoadedModel
 from yivl.errors import YiVLError
 from yivl.image_processing import load_image
 from yivl.inference.chat import Chat
@@ -413,10 +414,15 @@ class PseudoTerminal:
             stderr=slave,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=self._prepare,
         )
         os.close(slave)
         self.screen = ""
+
+    @staticmethod
+    def _prepare() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell runs the tests in the background
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -440,23 +446,9 @@ class PseudoTerminal:
         self.screen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw)
 
 
-@pytest.fixture
-def talkative(tmp_path: Path) -> Path:
-    """The golden model without a wish to stop: stop string and end of text never lead."""
-    source = load_model(CHECKPOINT, device="cpu")
-    with torch.no_grad():
-        source.model.lm_head.weight[[294, 710, 2]] = 0.0
-    save_checkpoint(
-        source.model,
-        tmp_path / "talkative",
-        tokenizer=source.tokenizer,
-        image_processor=source.image_processor.clip_processor,
-    )
-    return tmp_path / "talkative"
-
-
-def test_cli_in_a_terminal_stops_an_answer_with_ctrl_c_and_leaves_with_ctrl_d(talkative: Path) -> None:
-    terminal = PseudoTerminal("cli.py", "--model-path", str(talkative), "--max-new-tokens", "3900")
+def test_cli_in_a_terminal_stops_an_answer_with_ctrl_c_and_leaves_with_ctrl_d(tmp_path: Path) -> None:
+    folder = talkative_checkpoint(tmp_path / "talkative")
+    terminal = PseudoTerminal("cli.py", "--model-path", str(folder), "--max-new-tokens", "3900")
     try:
         terminal.wait_for("Human:")
         terminal.type("你好\r")

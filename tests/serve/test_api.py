@@ -22,16 +22,15 @@ import httpx
 import openai
 import pytest
 import schemathesis
-import torch
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
 from support.golden import CHECKPOINT, GOLDEN, ROOT
+from support.models import talkative_checkpoint
 from support.serving import data_url, free_port, user, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.checkpoint.saving import save_checkpoint
 from yivl.inference.chat import Chat, GenerationState
 from yivl.inference.kv_cache import PrefixCache
 from yivl.serve.app import build_app
@@ -98,12 +97,8 @@ def api_model() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def talkative() -> LoadedModel:
-    """A model whose greedy answers are as long as they may be: neither stop string nor end of text ever leads."""
-    loaded = load_model(CHECKPOINT, device="cpu")
-    with torch.no_grad():
-        loaded.model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
-    return loaded
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(talkative_checkpoint(tmp_path_factory.mktemp("api") / "checkpoint"), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -408,10 +403,8 @@ def test_a_stopped_server_finishes_its_streams(api_model: LoadedModel) -> None:
 
 
 @pytest.mark.slow
-def test_a_terminated_server_finishes_its_streams(talkative: LoadedModel, tmp_path: Path) -> None:
-    folder, port = tmp_path / "checkpoint", free_port()
-    processor = talkative.image_processor.clip_processor
-    save_checkpoint(talkative.model, folder, tokenizer=talkative.tokenizer, image_processor=processor)
+def test_a_terminated_server_finishes_its_streams(tmp_path: Path) -> None:
+    folder, port = talkative_checkpoint(tmp_path / "checkpoint"), free_port()
     command = [sys.executable, "-m", "yivl.serve.api", "--model-path", str(folder), "--port", str(port)]
     body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 1000, "stream": True}
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:

@@ -16,14 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import torch
 from gradio.utils import get_upload_folder
 from playwright.sync_api import Browser, Download, Locator, Page, Request, expect, sync_playwright
-from support.golden import CHECKPOINT, GOLDEN, ROOT
+from support.golden import GOLDEN, ROOT
+from support.models import talkative_checkpoint
 from support.serving import free_port, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.checkpoint.saving import save_checkpoint
 from yivl.inference.chat import Chat
 from yivl.serve import web
 from yivl.serve.limits import Limits
@@ -43,14 +42,7 @@ expect.set_options(timeout=TIMEOUT)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model, changed so that neither stop string nor end of text ever leads: its answers are long."""
-    golden = load_model(CHECKPOINT, device="cpu")
-    with torch.no_grad():
-        golden.model.lm_head.weight[[294, 710, golden.tokenizer.eos_token_id]] = 0
-    target = tmp_path_factory.mktemp("web") / "checkpoint"
-    clip_processor = golden.image_processor.clip_processor
-    save_checkpoint(golden.model, target, tokenizer=golden.tokenizer, image_processor=clip_processor)
-    return target
+    return talkative_checkpoint(tmp_path_factory.mktemp("web") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
