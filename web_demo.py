@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from yivl import command_line
+from yivl.serve.limits import Limits
 
 IMAGES = Path(__file__).parent / "images"
 EXAMPLES = (
@@ -22,8 +23,6 @@ EXAMPLES = (
 
 def parse_args() -> argparse.Namespace:
     """Return the flags; those of the reference keep their names and defaults."""
-    from yivl.serve.limits import Limits
-
     parser = command_line.make_parser(__doc__)
     group = parser.add_argument_group("page")
     group.add_argument("--server-name", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -41,9 +40,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Load the model, then serve the page until Ctrl-C."""
     arguments = parse_args()
-
-    from yivl.serve.limits import Limits
-
     limits = Limits.from_flags(arguments)
     loaded = command_line.load(arguments)
 

@@ -31,23 +31,11 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "assets" / "yi-vl-tiny")
 """The small model in the package, trained on drawn images (docs/tiny.md)."""
 
 EXTRAS: Final = {
-    "": (
-        "PIL",
-        "accelerate",
-        "google",
-        "huggingface_hub",
-        "numpy",
-        "prompt_toolkit",
-        "safetensors",
-        "sentencepiece",
-        "torch",
-        "tqdm",
-        "transformers",
-    ),
-    "train": ("datasets", "deepspeed", "matplotlib", "open_clip", "peft", "tensorboard", "torchvision", "yaml"),
-    "quantization": ("bitsandbytes",),
-    "serve": ("fastapi", "gradio", "prometheus_client", "uvicorn"),
-    "export": ("gguf", "jinja2"),
+    "": "PIL accelerate google huggingface_hub numpy prompt_toolkit safetensors sentencepiece torch tqdm transformers",
+    "train": "datasets deepspeed matplotlib open_clip peft tensorboard torchvision yaml",
+    "quantization": "bitsandbytes",
+    "serve": "fastapi gradio prometheus_client uvicorn",
+    "export": "gguf jinja2",
 }
 """The modules that each extra of setup.py installs; "" is the installation without extras."""
 
@@ -194,7 +182,7 @@ def log_to_stderr() -> None:
         "torch",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says that there is no CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it logs that there is no CUDA
     transformers_logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if not sys.stderr.isatty():
@@ -225,9 +213,7 @@ def run(
     except BrokenPipeError:  # the reader of our output has left: Python must not write to it again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        message = _explain(error)
-        if is_out_of_memory(error):
-            message = f"not enough memory; {less_memory}"
+        message = f"not enough memory; {less_memory}" if is_out_of_memory(error) else _explain(error)
         if message is None:
             raise
         _fail(message, 1)
@@ -278,7 +264,7 @@ def _is_argument(file: Path) -> bool:
 def _missing(module: str) -> str | None:
     """Return how to install a dependency of ours, or ``None`` if it is installed or not ours."""
     package = module.partition(".")[0]
-    extra = next((extra for extra, modules in EXTRAS.items() if package in modules), None)
+    extra = next((extra for extra, modules in EXTRAS.items() if package in modules.split()), None)
     if extra is None or importlib.util.find_spec(package) is not None:
         return None
     fix = f"pip install 'yivl[{extra}]'" if extra else "run ./scripts/setup.sh, then use .venv/bin/python"

@@ -1,5 +1,6 @@
 """The API over real HTTP, mostly through OpenAI's own client, against what a chat answers."""
 
+import argparse
 import asyncio
 import io
 import json
@@ -21,17 +22,17 @@ import httpx
 import openai
 import pytest
 import schemathesis
-import torch
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
 from support.golden import CHECKPOINT, GOLDEN, ROOT
+from support.models import talkative_checkpoint
 from support.serving import data_url, free_port, user, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.checkpoint.saving import save_checkpoint
 from yivl.inference.chat import Chat, GenerationState
+from yivl.inference.kv_cache import PrefixCache
 from yivl.serve.app import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Overloaded, Request, Scheduler
@@ -96,12 +97,8 @@ def api_model() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def talkative() -> LoadedModel:
-    """A model whose greedy answers are as long as they may be: neither stop string nor end of text ever leads."""
-    loaded = load_model(CHECKPOINT, device="cpu")
-    with torch.no_grad():
-        loaded.model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
-    return loaded
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(talkative_checkpoint(tmp_path_factory.mktemp("api") / "checkpoint"), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +133,14 @@ def test_answers_are_those_of_a_chat(api: Server, loaded: LoadedModel) -> None:
         assert completion.usage.prompt_tokens == chat.last_answer.prompt_tokens
         assert completion.usage.completion_tokens == chat.last_answer.new_tokens
         messages.append({"role": "assistant", "content": expected})
+
+
+def test_a_request_keeps_no_kv_cache(api: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr(PrefixCache, "put", lambda *arguments: kept.append(arguments))
+    body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY, "n": 2}
+    assert api.post(body).status_code == 200
+    assert not kept
 
 
 def test_a_stream_holds_the_same_answer(api: Server, loaded: LoadedModel) -> None:
@@ -319,6 +324,13 @@ def test_a_disconnected_client_cancels_its_answer(talkative: LoadedModel) -> Non
         assert "yivl_completion_tokens_total 2.0" in metrics(server)  # only that of the last one was finished
 
 
+def test_limits_are_flags() -> None:
+    parser = argparse.ArgumentParser()
+    Limits.add_flags(parser, "api")
+    given = parser.parse_args(["--max-seconds", "0.5", "--max-queue", "3"])
+    assert Limits.from_flags(given) == Limits(max_seconds=0.5, max_queue=3)
+
+
 def test_null_fields_have_their_default(api: Server) -> None:
     body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY}
     nothing = dict.fromkeys(["top_p", "n", "stream", "stop", "seed", "presence_penalty", "response_format", "user"])
@@ -391,10 +403,8 @@ def test_a_stopped_server_finishes_its_streams(api_model: LoadedModel) -> None:
 
 
 @pytest.mark.slow
-def test_a_terminated_server_finishes_its_streams(talkative: LoadedModel, tmp_path: Path) -> None:
-    folder, port = tmp_path / "checkpoint", free_port()
-    processor = talkative.image_processor.clip_processor
-    save_checkpoint(talkative.model, folder, tokenizer=talkative.tokenizer, image_processor=processor)
+def test_a_terminated_server_finishes_its_streams(tmp_path: Path) -> None:
+    folder, port = talkative_checkpoint(tmp_path / "checkpoint"), free_port()
     command = [sys.executable, "-m", "yivl.serve.api", "--model-path", str(folder), "--port", str(port)]
     body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 1000, "stream": True}
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:

@@ -16,14 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import torch
 from gradio.utils import get_upload_folder
 from playwright.sync_api import Browser, Download, Locator, Page, Request, expect, sync_playwright
-from support.golden import CHECKPOINT, GOLDEN, ROOT
+from support.golden import GOLDEN, ROOT
+from support.models import talkative_checkpoint
 from support.serving import free_port, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.checkpoint.saving import save_checkpoint
 from yivl.inference.chat import Chat
 from yivl.serve import web
 from yivl.serve.limits import Limits
@@ -43,14 +42,7 @@ expect.set_options(timeout=TIMEOUT)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model, changed so that neither stop string nor end of text ever leads: its answers are long."""
-    golden = load_model(CHECKPOINT, device="cpu")
-    with torch.no_grad():
-        golden.model.lm_head.weight[[294, 710, golden.tokenizer.eos_token_id]] = 0
-    target = tmp_path_factory.mktemp("web") / "checkpoint"
-    clip_processor = golden.image_processor.clip_processor
-    save_checkpoint(golden.model, target, tokenizer=golden.tokenizer, image_processor=clip_processor)
-    return target
+    return talkative_checkpoint(tmp_path_factory.mktemp("web") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +291,7 @@ def test_parameters_typed_as_soon_as_they_appear_are_used(browser: Browser, addr
 
 @browser_test
 def test_markup_stays_text(visitor: Visitor) -> None:
+    visitor.greedy(12)
     question = "<script>window.hacked = 1</script> <img src=x onerror='window.hacked = 2'> <b>bold</b> &lt; a && b"
     visitor.ask(question)
     assert visitor.messages[0] == question
@@ -314,6 +307,7 @@ def test_markup_stays_text(visitor: Visitor) -> None:
 def test_a_file_that_is_no_image_is_refused_with_its_name(visitor: Visitor, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"nonsense")
+    visitor.greedy(12)
     visitor.show(bad)
     expect(visitor.page.get_by_text("bad.png: not a readable image")).to_be_visible()
     assert visitor.page.get_by_text(str(tmp_path)).count() == 0
@@ -386,6 +380,7 @@ def test_two_visitors_are_answered_at_once_and_a_third_sees_a_queue_position(bro
 
 @browser_test
 def test_an_example_is_a_start(visitor: Visitor) -> None:
+    visitor.greedy(12)
     visitor.page.get_by_text("What does the sign say?").click()
     expect(visitor.page.locator("#question textarea")).to_have_value("What does the sign say?")
     expect(visitor.page.locator("#image img").first).to_be_visible()
@@ -422,12 +417,66 @@ def test_no_request_leaves_the_machine_and_the_page_fits_the_screen(
     visitor.context.close()
 
 
-def test_only_uploads_are_opened(scheduler: Scheduler) -> None:
-    """A forged request can name any file of the server."""
-    page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
+@browser_test
+def test_a_question_sent_with_the_upload_is_about_the_image(visitor: Visitor, loaded: LoadedModel) -> None:
+    """The page sends both events at the same time."""
+    visitor.greedy(12)
+    visitor.type("Tell me a story")
+    visitor.page.evaluate(
+        """() => {
+            const send = () => document.querySelector("#image img") ? document.querySelector("#send").click()
+                                                                    : requestAnimationFrame(send);
+            send();
+        }"""
+    )
+    visitor.page.set_input_files("#image input[type=file]", PHOTO)
+    visitor.wait()
+    visitor.expect_messages(*answers(loaded, "Tell me a story", image=PHOTO))
+
+
+@pytest.fixture
+def upload() -> Iterator[Path]:
     upload = Path(get_upload_folder()) / "test" / "photo.jpg"
     upload.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(PHOTO, upload)
+    yield upload
+    shutil.rmtree(upload.parent)
+
+
+def test_a_question_before_the_event_of_its_upload_is_about_the_image(scheduler: Scheduler, upload: Path) -> None:
+    page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
+    shown = {"path": str(upload)}
+    _, pending, _ = page.send("hello", shown, [], "English", visitor)
+    page.show_image(shown, visitor)
+    list(page.answer(pending, 0, 1.0, 5, None, "English", visitor))
+    page.show_image(shown, visitor)
+    chat = page.sessions.get("visitor").chat
+    assert [turn.num_images for turn in chat.turns] == [1]
+    page.clear(visitor)
+    _, pending, _ = page.send("hello", shown, [], "English", visitor)
+    list(page.answer(pending, 0, 1.0, 5, None, "English", visitor))
+    assert [turn.num_images for turn in chat.turns] == [1]
+    _, pending, _ = page.send("hello", None, [], "English", visitor)
+    list(page.answer(pending, 0, 1.0, 5, None, "English", visitor))
+    assert [turn.num_images for turn in chat.turns] == [0]
+
+
+def test_an_image_removed_during_an_answer_is_not_asked_about(scheduler: Scheduler, upload: Path) -> None:
+    page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
+    _, pending, _ = page.send("hello", {"path": str(upload)}, [], "English", visitor)
+    answer = page.answer(pending, 0, 1.0, 4000, None, "English", visitor)
+    next(answer)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(page.show_image, None, visitor)
+        wait_until(pending.stop_event.is_set)
+        list(answer)
+    session = page.sessions.get("visitor")
+    assert (session.image, session.chat.turns) == (None, ())
+
+
+def test_only_uploads_are_opened(scheduler: Scheduler, upload: Path) -> None:
+    """A forged request can name any file of the server."""
+    page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
     page.show_image({"path": str(upload)}, visitor)
     assert page.sessions.get("visitor").image is not None
     link = upload.with_name("link.jpg")
@@ -437,7 +486,6 @@ def test_only_uploads_are_opened(scheduler: Scheduler) -> None:
         with pytest.warns(UserWarning, match="this is no upload"):
             page.show_image({"path": str(path)}, visitor)
         assert page.sessions.get("visitor").image is None
-    shutil.rmtree(upload.parent)
 
 
 def test_visitors_are_decoded_in_one_batch(scheduler: Scheduler, loaded: LoadedModel) -> None:
@@ -446,7 +494,7 @@ def test_visitors_are_decoded_in_one_batch(scheduler: Scheduler, loaded: LoadedM
     questions = ["Tell me a story", "你好，图片里有什么"]
     with ThreadPoolExecutor(2) as pool:
         for visitor, question in zip(visitors, questions, strict=True):
-            _, pending, _ = page.send(question, [], "English", visitor)
+            _, pending, _ = page.send(question, None, [], "English", visitor)
             pool.submit(list, page.answer(pending, 0, 1.0, 4000, None, "English", visitor))
         wait_until(lambda: scheduler.num_running == 2)
         for visitor in visitors:
@@ -463,7 +511,7 @@ def test_the_next_turn_of_a_visitor_reuses_the_cache(scheduler: Scheduler, loade
     page, visitor, expected = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor"), Chat(loaded)
     messages: list[web.Bubble] = []
     for question in ("hello", "And now?"):
-        _, pending, _ = page.send(question, messages, "English", visitor)
+        _, pending, _ = page.send(question, None, messages, "English", visitor)
         *_, (messages, _) = page.answer(pending, 0, 1.0, 12, None, "English", visitor)
         expected.ask(question, temperature=0, max_new_tokens=12)
     chat = page.sessions.get("visitor").chat
@@ -475,7 +523,7 @@ def test_the_next_turn_of_a_visitor_reuses_the_cache(scheduler: Scheduler, loade
 
 def test_a_visitor_who_leaves_frees_the_chat_only_after_its_last_step(scheduler: Scheduler) -> None:
     page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
-    _, pending, _ = page.send("hello", [], "English", visitor)
+    _, pending, _ = page.send("hello", None, [], "English", visitor)
     answer = page.answer(pending, 0, 1.0, 4000, None, "English", visitor)
     next(answer)
     answer.close()
@@ -494,22 +542,22 @@ def test_a_failure_is_reported_and_the_conversation_continues(
         raise RuntimeError(message)
 
     for message, said in (("CUDA out of memory", "not enough memory"), ("boom", "The answer failed")):
-        _, pending, _ = page.send("hello", [], "English", visitor)
+        _, pending, _ = page.send("hello", None, [], "English", visitor)
         with monkeypatch.context() as patch:
             patch.setattr(loaded.model.lm_head, "forward", partial(fail, message))
             with pytest.warns(UserWarning, match=said):
                 shown = list(page.answer(pending, 0, 1.0, 5, None, "English", visitor))
         assert shown == [([], page.status())]
     assert "boom" in caplog.text
-    _, pending, _ = page.send("hello", [], "English", visitor)
+    _, pending, _ = page.send("hello", None, [], "English", visitor)
     *_, (messages, _) = page.answer(pending, 0, 1.0, 5, None, "English", visitor)
     assert [one["role"] for one in messages] == ["user", "assistant"]
 
 
 def test_a_question_whose_conversation_was_closed_is_not_answered(scheduler: Scheduler) -> None:
     page, visitor = web.Page(scheduler, Limits(max_sessions=1)), SimpleNamespace(session_hash="visitor")
-    _, pending, _ = page.send("hello", [], "English", visitor)
-    page.send("hello", [], "English", SimpleNamespace(session_hash="another"))
+    _, pending, _ = page.send("hello", None, [], "English", visitor)
+    page.send("hello", None, [], "English", SimpleNamespace(session_hash="another"))
     with pytest.warns(UserWarning, match="closed to make room"):
         assert list(page.answer(pending, 0, 1.0, 5, None, "English", visitor)) == [([], page.status())]
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import CLIPVisionConfig
 
 from support.golden import CHECKPOINT
@@ -13,6 +14,16 @@ from yivl.model.modeling import YiVLForCausalLM
 OPEN_CLIP_VISION = {"width": 160, "layers": 3, "head_width": 80, "patch_size": 14, "image_size": 56}
 """``vision_cfg`` of a small open_clip model."""
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
+
+
+def talkative_checkpoint(folder: Path) -> Path:
+    """Save the golden model, changed so that neither stop string nor end of text ever leads: its answers are long."""
+    loaded = load_model(CHECKPOINT, device="cpu")
+    with torch.no_grad():
+        loaded.model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
+    processor = loaded.image_processor.clip_processor
+    save_checkpoint(loaded.model, folder, tokenizer=loaded.tokenizer, image_processor=processor)
+    return folder
 
 
 def wide_checkpoint(folder: Path) -> Path:

@@ -1,1 +1,1 @@
-"""Where people meet the model."""
+"""Clients of the model for users: the API, the web page and the chat in a terminal."""

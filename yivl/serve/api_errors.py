@@ -38,6 +38,10 @@ def as_api_error(error: Exception) -> APIError:
     match error:
         case APIError():
             return error
+        case HTTPException():
+            return http_error(error.status_code)
+        case RequestValidationError():
+            return _validation_error(error)
         case ContextLengthError():
             return APIError(400, str(error), code="context_length_exceeded", param="messages")
         case ImageError():
@@ -59,25 +63,19 @@ def http_error(status: int) -> APIError:
     return APIError(status, texts.get(status, "the request cannot be read"))
 
 
+def _validation_error(error: RequestValidationError) -> APIError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, str) or part.isidentifier())
+    unknown = first["type"] == "extra_forbidden"
+    message = "this parameter is not supported" if unknown else str(first["msg"])
+    return APIError(400, f"{place}: {message}" if place else message, param=place or None)
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every exception in OpenAI's form."""
 
     async def respond(_: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    async def refuse(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, str) or part.isidentifier())
-        unknown = first["type"] == "extra_forbidden"
-        message = "this parameter is not supported" if unknown else str(first["msg"])
-        return APIError(400, f"{place}: {message}" if place else message, param=place or None).response()
-
-    async def respond_to_status(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return http_error(error.status_code).response()
-
-    for kind in (APIError, YiVLError, Overloaded, TimeoutError, Exception):
+    for kind in (APIError, YiVLError, Overloaded, TimeoutError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
-    app.add_exception_handler(RequestValidationError, refuse)
-    app.add_exception_handler(HTTPException, respond_to_status)

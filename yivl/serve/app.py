@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from yivl.inference.chat import Chat
+from yivl.inference.request import encode_image
 from yivl.serve.api_errors import APIError, add_error_handlers
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
@@ -40,11 +40,7 @@ def build_app(
 ) -> FastAPI:
     """Return the API of a running scheduler; closing the application closes the scheduler.
 
-    Args:
-        scheduler: Generates the answers.
-        limits: Of requests.
-        api_key: The bearer token that clients must send, or ``None``.
-        remote_hosts: Hosts that images may be fetched from.
+    Clients must send ``api_key`` as a bearer token, unless it is ``None``. Images may be fetched from ``remote_hosts``.
     """
     app = FastAPI(
         title="yivl",
@@ -57,8 +53,7 @@ def build_app(
     metrics, name, started = Metrics(scheduler), scheduler.loaded.name, int(time.time())
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     add_error_handlers(app)
-    chat = Chat(scheduler.loaded)
-    encode = lru_cache(limits.max_encoded_images)(lambda image: chat.encode(image.pixel_values))
+    encode = lru_cache(limits.max_encoded_images)(lambda image: encode_image(scheduler.loaded, image.pixel_values))
     read = partial(
         read_messages,
         limits=limits,
@@ -89,8 +84,8 @@ def build_app(
         deadline = asyncio.get_running_loop().time() + limits.max_seconds
         exchange = Exchange(body, limits, scheduler, deadline, metrics)
         async with asyncio.timeout_at(deadline):
-            conversation = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
-        exchange.submit(conversation, encode)
+            prompt = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
+        exchange.submit(*prompt, encode)
         return await (exchange.stream(request) if body.stream else exchange.complete(request))
 
     return app

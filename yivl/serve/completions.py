@@ -5,29 +5,23 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
-from yivl.inference.chat import EncodedImage, GenerationState
+from yivl.conversation import Turn
+from yivl.inference.request import EncodedImage, GenerationState, prepare
+from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.api_errors import APIError, as_api_error
 from yivl.serve.limits import Limits
-from yivl.serve.messages import Conversation, SentImage
+from yivl.serve.messages import SentImage
 from yivl.serve.metrics import Metrics, log
 from yivl.serve.scheduler import Scheduler
-from yivl.serve.schema import (
-    FINISH_REASONS,
-    AnswerMessage,
-    ChatRequest,
-    Choice,
-    Completion,
-    ErrorResponse,
-    Usage,
-)
+from yivl.serve.schema import AnswerMessage, ChatRequest, Choice, Completion, ErrorResponse, FinishReason, Usage
 
 T = TypeVar("T")
 
@@ -35,15 +29,7 @@ _DEFAULT_TOKENS: Final = 1024  # of an answer. Source: 01-ai/Yi, VL/single_infer
 
 
 class Exchange:
-    """One request and its ``n`` answers.
-
-    Args:
-        body: The request.
-        limits: Of the request.
-        scheduler: Generates the answers.
-        deadline: When the request times out, on the clock of the event loop.
-        metrics: Counts the finished answers.
-    """
+    """One request and its ``n`` answers; ``deadline`` is on the clock of the event loop, in seconds."""
 
     def __init__(
         self, body: ChatRequest, limits: Limits, scheduler: Scheduler, deadline: float, metrics: Metrics
@@ -59,16 +45,27 @@ class Exchange:
         self._events: asyncio.Queue[tuple[int, serving.Event]] = asyncio.Queue()
         self._cancelled = threading.Event()
 
-    def submit(self, conversation: Conversation, encode: Callable[[SentImage], EncodedImage]) -> None:
+    def submit(
+        self,
+        system: str,
+        turns: Sequence[Turn],
+        images: Sequence[Sequence[SentImage]],
+        encode: Callable[[SentImage], EncodedImage],
+    ) -> None:
         """Queue the request ``n`` times.
 
         Raises:
             Overloaded: If the queue is full.
         """
-        stops = [self._body.stop] if isinstance(self._body.stop, str) else self._body.stop or []
-        begin = partial(
-            conversation.begin, self._scheduler.loaded, encode, [stop for stop in stops if stop], self._cancelled
-        )
+        given = [self._body.stop] if isinstance(self._body.stop, str) else self._body.stop or []
+        stops = [stop for stop in given if stop]
+
+        def begin(sampling: Sampling) -> GenerationState:
+            encoded = [[encode(image) for image in group] for group in images]
+            return prepare(
+                self._scheduler.loaded, turns, encoded, sampling, system=system, stops=stops, stop_event=self._cancelled
+            )
+
         self._scheduler.submit(
             [
                 serving.Request(partial(begin, sampling), partial(self._put, index), self._cancelled)
@@ -84,11 +81,7 @@ class Exchange:
 
         states = await self._unless_disconnected(collect(), request)
         choices = [
-            Choice(
-                index=index,
-                message=AnswerMessage(content=state.text),
-                finish_reason=FINISH_REASONS[state.finish_reason or "length"],
-            )
+            Choice(index=index, message=AnswerMessage(content=state.text), finish_reason=_finish_reason(state))
             for index, state in sorted(states.items())
         ]
         usage = self._usage(list(states.values()))
@@ -107,13 +100,15 @@ class Exchange:
     ) -> AsyncIterator[bytes]:
         states: list[GenerationState] = []
         options = self._body.stream_options
+        object_ = "chat.completion.chunk"
+        shared = {"id": self._id, "object": object_, "created": self._created, "model": self._body.model}
         # With include_usage every chunk has the field, and only an additional last one a value.
         usage: dict[str, Any] = {"usage": None} if options is not None and options.include_usage else {}
 
         def chunk(index: int, delta: dict[str, str], state: GenerationState | None = None) -> bytes:
-            reason = FINISH_REASONS[state.finish_reason or "length"] if state else None
+            reason = _finish_reason(state) if state else None
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-            return _event(self._chunk | {"choices": [choice]} | usage)
+            return _event(shared | {"choices": [choice]} | usage)
 
         try:
             for index in range(self._body.n):
@@ -128,18 +123,12 @@ class Exchange:
                 event = await anext(answers, None)
             counts = self._usage(states)
             if usage:
-                yield _event(self._chunk | {"choices": [], "usage": counts.model_dump()})
+                yield _event(shared | {"choices": [], "usage": counts.model_dump()})
             yield format_sse_event(data_str="[DONE]")
         except APIError as error:
             yield _event(ErrorResponse(error=error.body).model_dump())
         finally:
             self._cancelled.set()
-
-    @property
-    def _chunk(self) -> dict[str, Any]:
-        """The fields that all chunks of a stream share."""
-        object_ = "chat.completion.chunk"
-        return {"id": self._id, "object": object_, "created": self._created, "model": self._body.model}
 
     def _put(self, index: int, event: serving.Event) -> None:
         try:
@@ -189,32 +178,30 @@ class Exchange:
         """Return the token counts of the finished answers, and record them."""
         for state in states:
             self._metrics.count(state)
-        prompt_tokens, completion_tokens = len(states[0].keys), sum(len(state.new_ids) for state in states)
-        log(
-            "answer",
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            finish_reasons=[state.finish_reason for state in states],
-        )
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-        )
+        prompt, completion = len(states[0].keys), sum(len(state.new_ids) for state in states)
+        usage = Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        reasons = [state.finish_reason for state in states]
+        log("answer", prompt_tokens=prompt, completion_tokens=completion, finish_reasons=reasons)
+        return usage
 
 
-def _sampling(body: ChatRequest, limits: Limits, index: int) -> dict[str, Any]:
-    """Return the fields of ``Sampling`` for one of the ``n`` answers, each with a seed of its own."""
+def _sampling(body: ChatRequest, limits: Limits, index: int) -> Sampling:
+    """Return the settings of answer ``index``, each with a seed of its own."""
     wanted = body.max_completion_tokens or body.max_tokens
     if wanted and wanted > limits.max_tokens:
         raise APIError(400, f"an answer may have at most {limits.max_tokens} tokens", param="max_tokens")
-    return {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": 0,  # OpenAI's API has none
-        "max_new_tokens": wanted or min(_DEFAULT_TOKENS, limits.max_tokens),
-        "seed": None if body.seed is None else (body.seed + index) % 2**63,
-    }
+    return Sampling(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=0,  # OpenAI's API has none
+        max_new_tokens=wanted or min(_DEFAULT_TOKENS, limits.max_tokens),
+        seed=None if body.seed is None else (body.seed + index) % 2**63,
+    )
+
+
+def _finish_reason(state: GenerationState) -> FinishReason:
+    """Return OpenAI's finish reason; it has none for a cancelled answer."""
+    return "stop" if state.finish_reason == "stop" else "length"
 
 
 def _event(fields: dict[str, Any]) -> bytes:

@@ -15,11 +15,7 @@ from yivl.serve.metrics import Metrics, log
 class Guard:
     """Lets a request through to the application, or answers it with an error.
 
-    Args:
-        app: The application.
-        api_key: The bearer token that every path but ``/health`` needs, or ``None``.
-        max_body_bytes: Of a request.
-        metrics: Counts the responses.
+    With an ``api_key`` every path but ``/health`` needs it as a bearer token.
     """
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, metrics: Metrics) -> None:

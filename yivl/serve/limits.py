@@ -1,7 +1,7 @@
 """The limits of the page and the API, each with its flag."""
 
 import argparse
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from yivl.errors import YiVLError
@@ -27,7 +27,7 @@ class Limits:
     max_body_bytes: int = _limit(64 * 2**20, "bytes of a request", "api")
     max_choices: int = _limit(4, "answers to a request (n)", "api")
     max_batch: int = _limit(8, "answers generated in one batch", "api", "web")
-    max_seconds: float = _limit(600, "seconds of a request, the time in the queue included", "api")
+    max_seconds: float = _limit(600.0, "seconds of a request, the time in the queue included", "api")
     max_encoded_images: int = _limit(16, "images whose vision features are kept for later requests", "api")
     shutdown_seconds: int = _limit(20, "seconds that answers have to finish when the server is stopped", "api")
     max_sessions: int = _limit(64, "conversations kept", "web")
@@ -43,7 +43,6 @@ class Limits:
         """Add the flags of ``program``: ``api`` or ``web``."""
         group = parser.add_argument_group("limits")
         for one in fields(Limits):
-            assert one.default is not MISSING
             if program in one.metadata["programs"]:
                 group.add_argument(
                     f"--{one.name.replace('_', '-')}",

@@ -1,22 +1,19 @@
-"""Messages of an API request to a conversation that ``Chat`` can continue."""
+"""Messages of an API request to turns and images."""
 
 import base64
 import binascii
 import hashlib
 import re
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import torch
 
-from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
 from yivl.image_processing import ImageProcessor, load_image
-from yivl.inference.chat import Chat, EncodedImage, GenerationState
 from yivl.serve.limits import Limits
 from yivl.serve.remote import Fetcher
 from yivl.serve.schema import ImagePart, Message, SystemMessage, TextPart
@@ -34,36 +31,10 @@ class SentImage:
     """SHA-256 of the file, by which images are equal."""
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """The messages of a request, whose last question is to be answered."""
-
-    system: str
-    turns: list[Turn]
-    """Answered turns, oldest first."""
-    images: list[list[SentImage]]
-    """The images of each of these turns, and of the question."""
-    question: str
-
-    def begin(
-        self,
-        loaded: LoadedModel,
-        encode: Callable[[SentImage], EncodedImage],
-        stops: Sequence[str],
-        stop_event: threading.Event,
-        sampling: dict[str, Any],
-    ) -> GenerationState:
-        """Return the state of a new answer; arguments and errors are those of ``Chat.begin``."""
-        chat = Chat(loaded, system=self.system)
-        *earlier, last = [list(map(encode, group)) for group in self.images]
-        chat.restore(self.turns, earlier)
-        return chat.begin(self.question, last, stop_event=stop_event, stops=stops, **sampling)
-
-
 def read_messages(
     messages: Sequence[Message], limits: Limits, fetcher: Fetcher, image_processor: ImageProcessor
-) -> Conversation:
-    """Return the conversation of the messages; fetches, decodes and preprocesses their images.
+) -> tuple[str, list[Turn], list[list[SentImage]]]:
+    """Return the system message, the turns, of which the last one has no answer, and the images of each turn.
 
     Raises:
         ImageError: If an image cannot be used.
@@ -87,9 +58,9 @@ def read_messages(
     texts = [_text(message) for message in messages]
     turns = [
         Turn(question, answer, num_images=len(group))
-        for question, answer, group in zip(texts[:-1:2], texts[1::2], images, strict=False)
+        for question, answer, group in zip(texts[::2], [*texts[1::2], None], images, strict=True)
     ]
-    return Conversation(system, turns, images, texts[-1])
+    return system, turns, images
 
 
 def _text(message: Message) -> str:

@@ -1,4 +1,4 @@
-"""What operators see of the API: Prometheus metrics, and a log of JSON lines without anything that clients wrote."""
+"""Prometheus metrics of the API, and its log: JSON lines without anything that clients wrote."""
 
 import json
 import logging

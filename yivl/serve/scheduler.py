@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -32,27 +31,20 @@ class Request:
     """A question to be answered. All callables run in the scheduler's thread."""
 
     begin: Callable[[], GenerationState]
-    """Encodes the images and returns the state, from ``Chat.begin`` or ``Chat.begin_edit``."""
+    """Encodes the images and returns the state."""
     on_event: Callable[[Event], None]
     """Receives the events; must not block."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set it to end the answer; pass the same event to ``Chat.begin``."""
-    finish: Callable[[GenerationState], None] | None = None
-    """``Chat.finish`` of a chat that continues: called with the finished state before the state is delivered."""
+    """Set it to end the answer; it is the ``stop_event`` of the state, too."""
 
 
 class Scheduler:
-    """Answers requests with one model, several in one batch.
-
-    Args:
-        loaded: The model; no other thread may use it.
-        limits: The batch size and the length of the queue.
-    """
+    """Answers requests with one model, several in one batch; no other thread may use the model."""
 
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self.loaded = loaded
         self._limits = limits
-        self._queue: deque[Request] = deque()
+        self._queue: list[Request] = []
         self._running: list[tuple[Request, GenerationState]] = []
         self._engine = Engine(loaded)
         self._changed = threading.Condition()
@@ -63,7 +55,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Queued requests, without the cancelled ones."""
-        return sum(not request.cancelled.is_set() for request in list(self._queue))
+        return sum(not request.cancelled.is_set() for request in self._queue)
 
     @property
     def num_running(self) -> int:
@@ -84,7 +76,7 @@ class Scheduler:
         with self._changed:
             if self._is_closed or self.num_waiting + len(requests) > self._limits.max_queue:
                 raise Overloaded
-            self._queue += requests
+            self._queue = [*self._queue, *requests]  # never changed in place: other threads read it without the lock
             self._changed.notify()
 
     def close(self) -> None:
@@ -101,12 +93,10 @@ class Scheduler:
                 if self._is_closed:
                     break
                 cancelled = [request for request in self._queue if request.cancelled.is_set()]
-                self._queue = deque(request for request in self._queue if request not in cancelled)
+                waiting = [request for request in self._queue if request not in cancelled]
                 free = self._limits.max_batch - len(self._running)
-                joining = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
-            for request in cancelled:
-                self._fail(request, Cancelled())
-            for request in joining:
+                self._queue = waiting[free:]
+            for request in cancelled + waiting[:free]:
                 self._join(request)
             try:
                 self._deliver(self._engine.step())
@@ -115,10 +105,10 @@ class Scheduler:
         self._fail_batch(Overloaded())
         for request in self._queue:
             request.on_event(Overloaded())
-        self._queue.clear()
+        self._queue = []
 
     def _join(self, request: Request) -> None:
-        """Prefill the prompt of one request; an error here does not affect the others."""
+        """Prefill the prompt of one request, unless it was cancelled; an error here does not affect the others."""
         try:
             if request.cancelled.is_set():
                 raise Cancelled
@@ -136,8 +126,6 @@ class Scheduler:
                 request.on_event(text)
             if state.finish_reason:
                 self._running.remove((request, state))
-                if request.finish is not None:
-                    request.finish(state)
                 request.on_event(state)
 
     def _fail_batch(self, error: Exception) -> None:

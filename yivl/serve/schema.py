@@ -4,14 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from yivl.inference.chat import FinishReason
-
-# OpenAI has no finish reason for a cancelled answer.
-FINISH_REASONS: dict[FinishReason, Literal["stop", "length"]] = {
-    "stop": "stop",
-    "length": "length",
-    "cancelled": "length",
-}
+FinishReason = Literal["stop", "length"]
 
 
 class _Strict(BaseModel):
@@ -43,28 +36,29 @@ Stop = Annotated[str, Field(max_length=256)]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class SystemMessage(_Strict):
+class _Message(_Strict):
+    name: str | None = Field(None, description="no effect")
+
+
+class SystemMessage(_Message):
     """The first message, in place of the default system message."""
 
     role: Literal["system", "developer"]
     content: str | list[TextPart]
-    name: str | None = Field(None, description="no effect")
 
 
-class UserMessage(_Strict):
+class UserMessage(_Message):
     """A question; its images come before its text in the prompt."""
 
     role: Literal["user"]
     content: str | list[Part]
-    name: str | None = Field(None, description="no effect")
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(_Message):
     """An earlier answer."""
 
     role: Literal["assistant"]
     content: str | list[TextPart]
-    name: str | None = Field(None, description="no effect")
     refusal: None = None
 
 
@@ -107,9 +101,9 @@ class ChatRequest(_Strict):
     @classmethod
     def _null_is_the_default(cls, fields: Any) -> Any:
         """Drop fields that are ``null``: some clients send it for what they do not set."""
-        return (
-            {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
-        )
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class AnswerMessage(BaseModel):
@@ -126,7 +120,7 @@ class Choice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class Usage(BaseModel):

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from yivl.checkpoint.loading import LoadedModel
@@ -19,29 +20,34 @@ class Session:
     stop_event: threading.Event = field(default_factory=threading.Event)
     """Ends the answer that is generated or queued."""
     image: ImageInput | None = None
-    """Of the next question."""
+    """Of the first question."""
+    upload: str | None = None
+    """The file of the image."""
+    upload_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def restart_stop_event(self) -> threading.Event:
-        """End the current answer and return the event of the next one."""
-        self.stop_event.set()
-        self.stop_event = threading.Event()
-        return self.stop_event
-
-    def restart(self, image: ImageInput | None) -> None:
-        """Start a new conversation, whose first question is about ``image``."""
+    def restart(self) -> None:
+        """Start a new conversation about the same image."""
         self.stop_event.set()
         with self.lock:
             self.chat.reset()
-            self.image = image
+
+    def show(self, upload: str | None, read: Callable[[str], ImageInput]) -> bool:
+        """Start a new conversation about an uploaded file or without one; return whether it is another than before.
+
+        If ``read``, which returns the image of a file, raises, the conversation has no image.
+        """
+        with self.upload_lock:  # the browser sends an upload and the question after it at the same time
+            if upload == self.upload:
+                return False
+            self.restart()
+            self.image = self.upload = None
+            if upload is not None:
+                self.image, self.upload = read(upload), upload
+            return True
 
 
 class Sessions:
-    """Sessions by the key of their visitor; the least recently used are dropped first.
-
-    Args:
-        loaded: The model, shared by all.
-        limits: The number of sessions and the bytes of their KV caches.
-    """
+    """Sessions by the key of their visitor; the least recently used are dropped first."""
 
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self._loaded = loaded
@@ -78,6 +84,5 @@ class Sessions:
     def drop(self, key: str) -> None:
         """Forget a visitor."""
         with self._lock:
-            session = self._sessions.pop(key, None)
-        if session is not None:
-            session.stop_event.set()
+            if session := self._sessions.pop(key, None):
+                session.stop_event.set()

@@ -29,14 +29,10 @@ A line that ends with \\ continues in the next one. Ctrl-C stops an answer, not 
 
 
 class Terminal:
-    """The loop of questions, commands and answers.
+    """A chat that reads lines and prints the dialogue.
 
-    Args:
-        chat: The conversation.
-        sampling: The initial fields of ``Sampling``.
-        image: The image of the first question.
-        read_line: Returns the next line for a prompt; raises ``EOFError`` at the end.
-        output: Receives the dialogue.
+    ``sampling`` are the initial fields of ``Sampling``, ``image`` is that of the first question. ``read_line`` returns
+    the next line for a prompt and raises ``EOFError`` at the end.
     """
 
     def __init__(
@@ -101,7 +97,7 @@ class Terminal:
         actions: dict[str, Callable[[str], None]] = {
             "/image": self._image,
             "/clear": self._clear,
-            "/retry": self._retry,
+            "/retry": lambda _: self._show(self.chat.retry(**self.sampling)),
             "/save": self._save,
             "/system": self._system,
             "/params": self._params,
@@ -123,9 +119,6 @@ class Terminal:
         self.chat.reset()
         self.pending_images = []
         self._print("a new conversation, without images")
-
-    def _retry(self, _: str) -> None:
-        self._show(self.chat.retry(**self.sampling))
 
     def _save(self, path: str) -> None:
         if not path:

@@ -1,4 +1,4 @@
-"""What the page does: the callbacks of its events. ``web_layout`` is what it looks like."""
+"""Callbacks of the web page; ``web_layout`` has its components."""
 
 import html
 import queue
@@ -18,7 +18,7 @@ from gradio.utils import get_upload_folder
 from yivl.command_line import is_out_of_memory
 from yivl.errors import YiVLError
 from yivl.image_processing import load_image
-from yivl.inference.chat import Answer, Chat
+from yivl.inference.chat import Answer, Chat, GenerationState
 from yivl.serve import scheduler as serving
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Overloaded, Scheduler
@@ -45,12 +45,7 @@ class Pending:
 
 
 class Page:
-    """The callbacks.
-
-    Args:
-        scheduler: Generates the answers.
-        limits: Of uploads and sessions.
-    """
+    """The callbacks; the answers come from the scheduler, with those of all visitors in one batch."""
 
     def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
         self.scheduler = scheduler
@@ -59,21 +54,18 @@ class Page:
         self.sessions = Sessions(self.loaded, limits)
 
     def show_image(self, upload: dict[str, Any] | None, request: gr.Request) -> tuple[Any, list[Bubble], str]:
-        """Start a conversation about another image, or without one.
+        """Start a conversation about another image, or without one; ``upload`` is what the browser sent."""
+        try:
+            if not self._show(upload, request):
+                return gr.skip(), gr.skip(), gr.skip()
+        except YiVLError as error:
+            gr.Warning(str(error))
+            return None, [], self.status()
+        return gr.skip(), [], self.status()
 
-        Args:
-            upload: As the browser sent it.
-            request: Identifies the visitor.
-        """
-        image, shown = None, gr.skip()
-        if upload is not None:
-            try:
-                image = self._read(upload["path"])
-            except YiVLError as error:
-                gr.Warning(str(error))
-                shown = None
-        self._session(request).restart(image)
-        return shown, [], self.status()
+    def _show(self, upload: dict[str, Any] | None, request: gr.Request) -> bool:
+        path = None if upload is None else str(upload["path"])
+        return self._session(request).show(path, self._read)
 
     def _read(self, path: str) -> torch.Tensor:
         """Return the ``pixel_values`` of an upload, which are small however large the file is."""
@@ -88,11 +80,22 @@ class Page:
         except YiVLError as error:  # the visitor must not learn the path on the server
             raise YiVLError(str(error).replace(path, Path(path).name)) from error
 
-    def send(self, question: str, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
+    def send(
+        self,
+        question: str,
+        upload: dict[str, Any] | None,
+        bubbles: list[Bubble],
+        language: Language,
+        request: gr.Request,
+    ) -> Any:
         """Show a question and queue it."""
         session = self._current(bubbles, language, request)
         if not question.strip():
             raise gr.Error(TEXTS[language]["no_question"], print_exception=False)
+        try:
+            self._show(upload, request)  # the event of a new upload may come later than the question
+        except YiVLError as error:
+            raise gr.Error(str(error), print_exception=False) from error
         return "", *_queue(session, len(session.chat.turns), question)
 
     def regenerate(self, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
@@ -133,8 +136,8 @@ class Page:
                         gr.Warning(_explain(text, language))
                     else:
                         yield [*shown, _bubble("assistant", text)], gr.skip()
-                if len(chat.turns) > pending.index:  # not if it was stopped before its first token
-                    session.image = None
+                if any(chat.images):  # encoded once, also for the first question after Undo or Clear
+                    session.image = chat.images[0][0]
             yield _bubbles(chat), self.status(chat.last_answer if chat.turns else None, language)
         self.sessions.trim()
 
@@ -144,10 +147,17 @@ class Page:
         if pending.index < len(chat.turns):
             begin = partial(chat.begin_edit, pending.index, pending.question, stop_event=stop_event, **sampling)
         else:
-            begin = partial(chat.begin, pending.question, session.image, stop_event=stop_event, **sampling)
+            image = None if chat.turns else session.image
+            begin = partial(chat.begin, pending.question, image, stop_event=stop_event, **sampling)
         events: queue.SimpleQueue[serving.Event] = queue.SimpleQueue()
+
+        def receive(event: serving.Event) -> None:
+            if isinstance(event, GenerationState):
+                chat.finish(event)
+            events.put(event)
+
         try:
-            self.scheduler.submit([serving.Request(begin, events.put, stop_event, chat.finish)])
+            self.scheduler.submit([serving.Request(begin, receive, stop_event)])
         except Overloaded as error:
             yield error
             return
@@ -175,17 +185,15 @@ class Page:
         session = self._current(bubbles, language, request)
         session.stop_event.set()
         with session.lock:
-            images = session.chat.images[-1:]
             turn = session.chat.undo()
             if turn is None:
                 raise gr.Error(TEXTS[language]["no_turns"], print_exception=False)
-            if images and images[0]:
-                session.image = images[0][0]
             return turn.question, _bubbles(session.chat), self.status()
 
-    def clear(self, upload: dict[str, Any] | None, request: gr.Request) -> tuple[list[Bubble], str]:
+    def clear(self, request: gr.Request) -> tuple[list[Bubble], str]:
         """Start a new conversation about the same image."""
-        return self.show_image(upload, request)[1:]
+        self._session(request).restart()
+        return [], self.status()
 
     def leave(self, request: gr.Request) -> None:
         """Forget a visitor who closed the page."""
@@ -253,9 +261,10 @@ def _bubbles_up_to(chat: Chat, index: int, question: str) -> list[Bubble]:
 
 
 def _queue(session: Session, index: int, question: str) -> tuple[Pending, list[Bubble]]:
-    """Return a question for ``Page.answer``, and the conversation that shows it."""
-    pending = Pending(index, question, session.restart_stop_event())
-    return pending, _bubbles_up_to(session.chat, index, question)
+    """Return a question for ``Page.answer``, and the conversation that shows it; ends the current answer."""
+    session.stop_event.set()
+    session.stop_event = threading.Event()
+    return Pending(index, question, session.stop_event), _bubbles_up_to(session.chat, index, question)
 
 
 def _sampling(temperature: float, top_p: float, max_tokens: int, seed: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the page looks like: its components, and the callback of each event."""
+"""Components of the web page, and the callback of each event."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,19 +109,20 @@ class _Layout:
         blocks.unload(page.leave)
         self.language.change(self._translate, self.language, list(self.translated), **quick)
         self.image.change(page.show_image, self.image, [self.image, self.chatbot, self.status], **raw)
-        gr.on([self.clear.click, self.chatbot.clear], page.clear, self.image, [self.chatbot, self.status], **raw)
+        gr.on([self.clear.click, self.chatbot.clear], page.clear, None, [self.chatbot, self.status], **quick)
         self.stop.click(page.stop, **quick)
         shown = [self.chatbot, self.language]
         self.undo.click(page.undo, shown, [self.question, self.chatbot, self.status], **quick)
-        self._connect_questions(quick)
+        self._connect_questions(quick, raw)
         exported, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
         for form, button in self.exports.items():
             button.click(page.export, [gr.State(form), *self.settings], [exported, file_name], **quick).then(
                 None, [exported, file_name], None, js=_DOWNLOAD, **quick
             )
 
-    def _connect_questions(self, quick: dict[str, Any]) -> None:
+    def _connect_questions(self, quick: dict[str, Any], raw: dict[str, Any]) -> None:
         page, pending, shown = self.page, gr.State(), [self.chatbot, self.language]
+        asked = [self.question, self.image, *shown]
         controls = [self.send, self.stop, self.regenerate, self.undo, self.clear, self.question]
 
         def busy(is_busy: bool) -> list[Any]:
@@ -129,7 +130,7 @@ class _Layout:
 
         sending = [self.send.click, self.question.submit]
         for queued in (
-            gr.on(sending, page.send, [self.question, *shown], [self.question, pending, self.chatbot], **quick),
+            gr.on(sending, page.send, asked, [self.question, pending, self.chatbot], **raw),
             self.regenerate.click(page.regenerate, shown, [pending, self.chatbot], **quick),
             self.chatbot.edit(page.edit, shown, [pending, self.chatbot], **quick),
         ):
@@ -153,13 +154,7 @@ class _Layout:
 
 
 def build_page(scheduler: Scheduler, limits: Limits, examples: Sequence[tuple[Path, str]]) -> gr.Blocks:
-    """Return the page of a running scheduler.
-
-    Args:
-        scheduler: Generates the answers.
-        limits: Of uploads, sessions and the queue.
-        examples: Images and questions to start with.
-    """
+    """Return the page of a running scheduler; ``examples`` are images and questions to start with."""
     with gr.Blocks(title=scheduler.loaded.name, analytics_enabled=False, delete_cache=_UPLOAD_CLEANUP) as blocks:
         _Layout(Page(scheduler, limits), examples).connect(blocks)
     blocks.queue(max_size=limits.max_queue, default_concurrency_limit=1)
