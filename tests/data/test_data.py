@@ -113,11 +113,6 @@ def test_training_ids_before_an_answer_equal_the_inference_prompt(
         assert encoded.input_ids[:start] == prompt
 
 
-@pytest.fixture(scope="module")
-def model_once(loaded: LoadedModel) -> LoadedModel:
-    return loaded
-
-
 def test_a_tokenizer_that_merges_tokens_across_the_answer_boundary_is_an_error(loaded: LoadedModel) -> None:
     class Joining:
         """Merges a colon and the next word into one token."""
@@ -126,7 +121,7 @@ def test_a_tokenizer_that_merges_tokens_across_the_answer_boundary_is_an_error(l
             ids = [ord(character) for character in text.replace(": ", "\N{SNOWMAN}")]
             return type("Encoding", (), {"input_ids": ids})
 
-    with pytest.raises(CheckpointError, match="joins tokens across the border"):
+    with pytest.raises(CheckpointError, match="merges text across the boundary of an answer"):
         encode_turns([Turn("a", "b")], Joining())
 
 

@@ -61,7 +61,7 @@ def read_questions(
 def report(
     arguments: argparse.Namespace,
     places: Sequence[tuple[str, str]],
-    files: Mapping[str, str],
+    files: Mapping[str, Any],
     score: Callable[[], Mapping[str, Any]],
     published: Mapping[str, Mapping[str, float]],
 ) -> Report:
