@@ -113,6 +113,11 @@ def test_training_ids_before_an_answer_equal_the_inference_prompt(
         assert encoded.input_ids[:start] == prompt
 
 
+@pytest.fixture(scope="module")
+def model_once(loaded: LoadedModel) -> LoadedModel:
+    return loaded
+
+
 def test_a_tokenizer_that_merges_tokens_across_the_answer_boundary_is_an_error(loaded: LoadedModel) -> None:
     class Joining:
         """Merges a colon and the next word into one token."""
