@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -94,7 +94,7 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
         for key in entry.keys() & {"data_path", "image_folder"}:
             entry[key] = os.path.join(folder, os.path.expanduser(str(entry[key])))
         is_streamed = entry["data_path"].endswith(".tar")
-        defaults = {"image_folder": image_folder, "max_rows": None if is_streamed else max_rows}
+        defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": None if is_streamed else max_rows}
         try:
             sources.append(DataSource(**defaults | entry))
         except (TypeError, RowError) as error:

@@ -108,17 +108,16 @@ def answer_questions(
 ) -> dict[str, str]:
     """Return the response to each question by its id; those that ``folder`` holds are not generated again.
 
+    Responses are without outer whitespace, in the order of the questions, and the same on every rank.
+
     Args:
         load: Loads the model; called if anything is left to answer.
         questions: With unique ids.
         folder: The same for all ranks; holds ``settings.json``, and ``responses-*.jsonl`` of each rank.
         settings: What the responses depend on; a folder with other settings is refused.
         batch_size: Questions that are answered together.
-        max_new_tokens: Maximum length of a response.
+        max_new_tokens: Of a response.
         ranks: Each answers its shard.
-
-    Returns:
-        Responses without outer whitespace, in the order of the questions, on every rank.
 
     Raises:
         YiVLError: If ids are not unique, the folder holds responses of other settings, or a question cannot be asked.
@@ -148,9 +147,9 @@ def _answer(
     ranks: Ranks,
 ) -> dict[str, str]:
     """Return the responses of one rank; each batch is appended to its file at once."""
-    if not questions:
-        return {}
     responses: dict[str, str] = {}
+    if not questions:
+        return responses
     loaded = load()
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds; a log gets a line for each update
     with (
@@ -216,13 +215,9 @@ def fingerprint(questions: Sequence[Question], data: str, models: Sequence[str |
     asked = [[question.id, question.prompt, question.is_blank, question.image_key] for question in questions]
     folder = Path(data).expanduser()
     data_files = [folder] if folder.is_file() else [*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]
-    model_files = [
-        path
-        for model in map(Path, filter(None, models))
-        for folder in (model.expanduser(), *model.expanduser().glob("vit/*"))
-        for path in folder.glob("*")
-        if any(path.match(pattern) for pattern in _MODEL_FILES)
-    ]
+    folders = [Path(model).expanduser() for model in models if model]
+    folders += [tower for folder in folders for tower in folder.glob("vit/*")]
+    model_files = {path for folder in folders for pattern in _MODEL_FILES for path in folder.glob(pattern)}
     facts: dict[str, list[Any]] = {"questions": asked}
     facts |= {"data_files": sorted(map(file_key, data_files)), "model_files": sorted(map(file_key, model_files))}
     return {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}
