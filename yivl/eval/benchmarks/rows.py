@@ -55,16 +55,11 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     if not found:
         raise RowError(f"{arguments.data}: no rows")
     shown = select_images(images, [scored_by["group"] for _, scored_by in found], arguments.images)
-    return [
-        Question(
-            str(number),
-            prompt,
-            partial(Path, path) if path else lambda: None,
-            scored_by,
-            file_key(path) if path else "",
-        )
-        for number, ((prompt, scored_by), path) in enumerate(zip(found, shown, strict=True))
-    ]
+    questions: list[Question] = []
+    for (prompt, scored_by), path in zip(found, shown, strict=True):
+        image = partial(Path, path) if path else lambda: None
+        questions.append(Question(str(len(questions)), prompt, image, scored_by, file_key(path) if path else ""))
+    return questions
 
 
 def report(arguments: argparse.Namespace, questions: Sequence[Question], responses: Mapping[str, str]) -> Report:
