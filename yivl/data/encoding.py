@@ -63,7 +63,7 @@ class Encoder:
         return self._truncate(tokenize_chunks(render_chunks(messages, self.system), self.tokenizer))[1]
 
     def _truncate(self, input_ids: Sequence[int]) -> tuple[int, int]:
-        """Return how many ids fit in ``max_length``, and their sequence length; an image fits whole or not."""
+        """Return how many ids fit in ``max_length``, never part of an image, and their sequence length."""
         length = 0
         for index, token in enumerate(input_ids):
             width = self.num_patches if token == IMAGE_TOKEN_INDEX else 1
