@@ -101,21 +101,16 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size
 @settings(max_examples=200, deadline=None)
 @given(pairs=st.lists(st.tuples(TEXT, TEXT, st.integers(0, 1)), min_size=1, max_size=3))
 def test_training_ids_before_an_answer_equal_the_inference_prompt(
-    pairs: list[tuple[str, str, int]], model_once: LoadedModel
+    pairs: list[tuple[str, str, int]], loaded: LoadedModel
 ) -> None:
     turns = [Turn(*pair) for pair in pairs]
-    encoded = encode_turns(turns, model_once.tokenizer)
+    encoded = encode_turns(turns, loaded.tokenizer)
     starts = [i for i, flag in enumerate(encoded.is_target) if flag and not encoded.is_target[i - 1]]
     assert len(starts) == len(turns)
     for index, start in enumerate(starts):
         messages = [m for turn in turns[: index + 1] for m in turn.messages()]
-        prompt = tokenize_chunks(render_chunks([*messages[:-1], (ASSISTANT, None)]), model_once.tokenizer)
+        prompt = tokenize_chunks(render_chunks([*messages[:-1], (ASSISTANT, None)]), loaded.tokenizer)
         assert encoded.input_ids[:start] == prompt
-
-
-@pytest.fixture(scope="module")
-def model_once(loaded: LoadedModel) -> LoadedModel:
-    return loaded
 
 
 def test_a_tokenizer_that_merges_tokens_across_the_answer_boundary_is_an_error(loaded: LoadedModel) -> None:
@@ -126,7 +121,7 @@ def test_a_tokenizer_that_merges_tokens_across_the_answer_boundary_is_an_error(l
             ids = [ord(character) for character in text.replace(": ", "\N{SNOWMAN}")]
             return type("Encoding", (), {"input_ids": ids})
 
-    with pytest.raises(CheckpointError, match="joins tokens across the border"):
+    with pytest.raises(CheckpointError, match="merges text across the boundary of an answer"):
         encode_turns([Turn("a", "b")], Joining())
 
 

@@ -440,17 +440,28 @@ import sys, time
 from pathlib import Path
 from yivl import command_line
 from yivl.errors import YiVLError
-from yivl.eval.runner import join_ranks
+from yivl.eval import runner
+from yivl.eval.benchmarks.benchmark import Question
 
 def main():
     command_line.log_to_stderr()
-    with join_ranks() as ranks:
+    questions = [Question(str(number), "?", lambda: None, {}) for number in range(2000)]
+    with runner.join_ranks() as ranks:
         assert ranks.gather(ranks.rank) == [0, 1]
+
+        def begin(loaded, question, max_new_tokens):
+            if ranks.rank == 1 and int(question.id) > 10:
+                raise YiVLError(f"question {question.id}: damaged")
+
+        def finish(loaded, states):
+            time.sleep(0.1)  # all questions of rank 0 would take 100 seconds
+            return [""]
+
+        runner._begin, runner.finish_together = begin, finish
         start = time.monotonic()
         try:
-            with ranks.agree():
-                if ranks.rank == 1:
-                    raise YiVLError("question 7: damaged")
+            folder = Path(sys.argv[1], "out")
+            runner.answer_questions(object, questions, folder, {}, batch_size=1, max_new_tokens=1, ranks=ranks)
         finally:
             Path(sys.argv[1], str(ranks.rank)).write_text(str(time.monotonic() - start))
 
@@ -464,9 +475,10 @@ def test_an_error_of_one_rank_ends_all_ranks_at_once_with_one_line(tmp_path: Pat
     command += [str(tmp_path / "program.py"), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert [line for line in done.stderr.splitlines() if "damaged" in line] == ["error: question 7: damaged"]
+    assert [line for line in done.stderr.splitlines() if "damaged" in line] == ["error: question 11: damaged"]
     assert "Traceback" not in done.stderr
-    assert all(float((tmp_path / rank).read_text()) < 10 for rank in "01")
+    assert all(float((tmp_path / rank).read_text()) < 50 for rank in "01")
+    assert kept(tmp_path / "out").count("0") == 1  # earlier responses are kept
 
 
 @pytest.fixture(params=["one DatasetDict", "a DatasetDict for each subject", "merged parquet files"])

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row
 from yivl.data.sampler import BatchSampler, RowDataset
-from yivl.errors import CheckpointError
+from yivl.errors import CheckpointError, YiVLError
 from yivl.model.attention import register_packed_sdpa
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.train.arguments import DataArguments
-from yivl.train.dataloaders import make_batches
+from yivl.train.dataloaders import Batches, make_batches, make_eval_loader
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,6 +151,20 @@ def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_pa
         (folder / "training_run.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"checkpoint-1: the weight of .*rows\.json selected the same rows"):
         train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
+
+
+def test_a_run_with_a_weight_below_one_may_resume_with_moved_data(tmp_path: Path) -> None:
+    ours: list[dict[str, Any]] = [{"source": "new/a.json", "rows": 8, "rows_per_epoch": 4, "subsampled": "per epoch"}]
+    batches = Batches(mock.Mock(), ours)
+    for theirs in (ours[0] | {"source": "old/a.json"}, {"source": "b.json", "rows": 8, "rows_per_epoch": 16}):
+        (tmp_path / "training_run.json").write_text(json.dumps({"sources": [theirs]}))
+        batches.check_record(tmp_path)
+
+
+def test_streamed_evaluation_data_is_an_error(loaded: LoadedModel, tmp_path: Path) -> None:
+    data, training = DataArguments("rows.json", eval_data_path="shards/*.tar"), TrainingArguments(str(tmp_path))
+    with pytest.raises(YiVLError, match=r"^--eval_data_path: shards/\*\.tar: tar shards are streamed without end"):
+        make_eval_loader(data, training, encoder(loaded), pytest.fail)
 
 
 def test_grouped_batches_have_similar_lengths_and_one_modality_and_the_longest_comes_first() -> None:

@@ -49,16 +49,15 @@ def parse_args() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Finding:
-    """Properties of one row."""
+    """Properties of a valid row, or why a row is invalid."""
 
-    kind: str
+    kind: str = ""
     """``image``, ``text`` or ``caption``."""
-    sequence_length: int
+    sequence_length: int = 0
     """Before truncation."""
-    num_targets: int
+    num_targets: int = 0
     """Tokens the loss is computed on."""
-    reason: str
-    """Why the row is invalid; empty if it is valid."""
+    reason: str = ""
 
 
 def inspect_rows(encoder: "Encoder", rows: "Sequence[Row | RowError]") -> list[Finding]:
@@ -68,16 +67,15 @@ def inspect_rows(encoder: "Encoder", rows: "Sequence[Row | RowError]") -> list[F
 
     findings = []
     for row in rows:
-        if isinstance(row, RowError):
-            findings.append(Finding("", 0, 0, str(row)))
-            continue
-        kind = "text" if not row.images else "caption" if not row.turns[0].question else "image"
-        sequence_length = replace(encoder, max_length=sys.maxsize).sequence_length(row)
         try:
-            num_targets, reason = int((encoder(row).labels != IGNORE_INDEX).sum()), ""
+            if isinstance(row, RowError):
+                raise row
+            num_targets = int((encoder(row).labels != IGNORE_INDEX).sum())
+            kind = "text" if not row.images else "caption" if not row.turns[0].question else "image"
+            length = replace(encoder, max_length=sys.maxsize).sequence_length(row)
+            findings.append(Finding(kind, length, num_targets))
         except RowError as error:
-            num_targets, reason = 0, str(error)
-        findings.append(Finding(kind, sequence_length, num_targets, reason))
+            findings.append(Finding(reason=str(error)))
     return findings
 
 
@@ -93,11 +91,10 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
             yield from inspect_rows(encoder, [row])
         return
     invalid: list[RowError] = []
-    rows: Any = [*load_rows(source, 42, invalid.append), *invalid]
+    rows: Any = [*load_rows(source, 42, invalid.append), *invalid]  # 42 is the default seed of training
     if rows:  # the workers inspect rows where they usually collate samples
-        inspect: Any = partial(inspect_rows, encoder)
-        loader: DataLoader[Any] = DataLoader(rows, batch_size=32, num_workers=workers, collate_fn=inspect)
-        for findings in loader:
+        inspect = partial(inspect_rows, encoder)
+        for findings in DataLoader(rows, batch_size=32, num_workers=workers, collate_fn=inspect):
             yield from findings
 
 

@@ -27,21 +27,19 @@ class Collator:
 
         ``images`` is ``(num_images, 3, image_size, image_size)`` in placeholder order, ``None`` without images.
         """
-        rows = [sample for sample in samples if sample is not None] or [_dummy(self.pad_token_id)]
+        rows = [sample for sample in samples if sample is not None]
+        if not rows:
+            ids = torch.full((2,), self.pad_token_id)
+            rows = [Sample(ids, torch.full_like(ids, IGNORE_INDEX), torch.zeros(0), 2)]
         lengths = torch.tensor([len(row.input_ids) for row in rows])
         images = [row.pixel_values for row in rows if len(row.pixel_values)]
-        ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
+        token_ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
         batch: dict[str, Any] = {"images": torch.cat(images) if images else None}
         if self.packing:
-            packed = {"input_ids": torch.cat(ids).unsqueeze(0), "labels": torch.cat(labels).unsqueeze(0)}
+            packed = {"input_ids": torch.cat(token_ids).unsqueeze(0), "labels": torch.cat(labels).unsqueeze(0)}
             return batch | packed | {"row_lengths": lengths}
-        batch["input_ids"] = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        batch["input_ids"] = pad_sequence(token_ids, batch_first=True, padding_value=self.pad_token_id)
         batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
         # From the lengths and not from pad_token_id, which may also be a real token.
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return batch
-
-
-def _dummy(pad_token_id: int) -> Sample:
-    ids = torch.full((2,), pad_token_id)
-    return Sample(ids, torch.full_like(ids, IGNORE_INDEX), torch.zeros(0), 2)

@@ -44,35 +44,33 @@ class Encoder:
             RowError: If an image cannot be read, or truncation leaves no token to compute the loss on.
         """
         encoded = encode_turns(row.turns, self.tokenizer, self.system)
-        kept = self._num_kept(encoded.input_ids)
+        kept, sequence_length = self._truncate(encoded.input_ids)
         input_ids = torch.tensor(encoded.input_ids[:kept])
         labels = input_ids.masked_fill(~torch.tensor(encoded.is_target[:kept], dtype=torch.bool), IGNORE_INDEX)
         if not (labels[1:] != IGNORE_INDEX).any():
             raise RowError(f"{row.origin}: no answer within the maximum sequence length of {self.max_length}")
-        num_images = int((input_ids == IMAGE_TOKEN_INDEX).sum())
         try:
-            images = [load_image(image) for image in row.images[:num_images]]
+            images = [load_image(image) for image in row.images[: int((input_ids == IMAGE_TOKEN_INDEX).sum())]]
         except ImageError as error:
             raise RowError(f"{row.origin}: {error}") from error
         size = self.image_processor.image_size
         pixel_values = self.image_processor(images) if images else torch.zeros(0, 3, size, size)
-        return Sample(input_ids, labels, pixel_values, kept + num_images * (self.num_patches - 1))
+        return Sample(input_ids, labels, pixel_values, sequence_length)
 
     def sequence_length(self, row: Row) -> int:
         """Return the sequence length of a row, truncated as in its sample, without reading an image."""
         messages = [message for turn in row.turns for message in turn.messages()]
-        input_ids = tokenize_chunks(render_chunks(messages, self.system), self.tokenizer)
-        kept = self._num_kept(input_ids)
-        return kept + input_ids[:kept].count(IMAGE_TOKEN_INDEX) * (self.num_patches - 1)
+        return self._truncate(tokenize_chunks(render_chunks(messages, self.system), self.tokenizer))[1]
 
-    def _num_kept(self, input_ids: Sequence[int]) -> int:
-        """Return the number of ids within ``max_length``; an image that does not fit ends the sample before it."""
-        used = 0
+    def _truncate(self, input_ids: Sequence[int]) -> tuple[int, int]:
+        """Return how many ids fit in ``max_length``, never part of an image, and their sequence length."""
+        length = 0
         for index, token in enumerate(input_ids):
-            used += self.num_patches if token == IMAGE_TOKEN_INDEX else 1
-            if used > self.max_length:
-                return index
-        return len(input_ids)
+            width = self.num_patches if token == IMAGE_TOKEN_INDEX else 1
+            if length + width > self.max_length:
+                return index, length
+            length += width
+        return len(input_ids), length
 
 
 def load_encoder(model_path: str, model_base: str | None = None, *, max_length: int) -> Encoder:

@@ -42,13 +42,7 @@ def parse_row(
     A conversation is ``conversations`` (a list of ``{"from": "human" | "gpt" | "assistant", "value": text}``) with an
     optional ``image`` (a path or a list of paths, relative to ``image_folder``); a caption is ``image`` and ``text``.
     ``<image_placeholder>`` marks the turn of an image; in the prompt the image comes first in its turn. An image
-    without a placeholder belongs to the first turn.
-
-    Args:
-        fields: The JSON object.
-        origin: File and row, for error messages.
-        image_folder: Base folder of relative image paths.
-        images: The images, if they do not come from ``image``.
+    without a placeholder belongs to the first turn. ``images`` replaces the images of ``image``.
 
     Raises:
         RowError: If a role is unknown or out of order, a field is missing, or the numbers of placeholders and images
@@ -122,18 +116,17 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, 
         raise RowError(f"{name}: not UTF-8 text (byte {error.start})") from error
     if Path(path).suffix == ".jsonl":
         # Not splitlines(): it also splits at characters that JSON strings may contain, such as U+2028.
-        numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        places = [f"line {number}" for number, _ in numbered]
-        rows = [_parse(line, f"{name} {place}") for place, (_, line) in zip(places, numbered, strict=True)]
+        lines = {f"{name} line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+        rows = {origin: _parse(line, origin) for origin, line in lines.items()}
     else:
-        rows = _parse(text, name)
-        if not isinstance(rows, list):
+        listed = _parse(text, name)
+        if not isinstance(listed, list):
             raise RowError(f"{name}: expected a JSON list of rows; a file with one object per line is named .jsonl")
-        places = [f"row {index}" for index in range(len(rows))]
-    for place, row in zip(places, rows, strict=True):
+        rows = {f"{name} row {index}": row for index, row in enumerate(listed)}
+    for origin, row in rows.items():
         if not isinstance(row, Mapping):
-            raise RowError(f"{name} {place}: expected a JSON object")
-        yield f"{name} {place}", row
+            raise RowError(f"{origin}: expected a JSON object")
+        yield origin, row
 
 
 def _parse(text: str, origin: str) -> Any:

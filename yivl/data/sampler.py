@@ -55,8 +55,7 @@ class BatchSampler(Sampler[list[int]]):
         Args:
             num_rows: Rows of every source; the dataset holds one source after the other.
             batch_size: Samples per batch of one rank.
-            weights: Mixture weight of every source, 1 by default: 0.5 is a random half of its rows, drawn for each
-                epoch; 2.5 is all of them twice and a random half.
+            weights: Mixture weight of every source, as in ``DataSource``; 1 by default.
             seed: Of the shuffle and of the subsample.
             rank: Index of this rank.
             world_size: Number of ranks.
@@ -64,11 +63,11 @@ class BatchSampler(Sampler[list[int]]):
             groups: Class of every row (with or without an image); a batch has one class as far as possible.
         """
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
-        self.weights = [1.0] * len(num_rows) if weights is None else weights
         self.rank, self.world_size = rank, world_size
         self.lengths, self.groups = lengths, groups
         self.samples_per_epoch = [  # of every source
-            max(round(number * weight), min(number, 1)) for number, weight in zip(num_rows, self.weights, strict=True)
+            max(round(number * weight), min(number, 1))
+            for number, weight in zip(num_rows, weights or [1.0] * len(num_rows), strict=True)
         ]
         self.epoch = 0
 
@@ -102,30 +101,23 @@ class BatchSampler(Sampler[list[int]]):
         generator.shuffle(order)
         if self.lengths is None and self.groups is None:
             return [order[start : start + size] for start in range(0, len(order), size)]
-        by_class: dict[int, list[int]] = {}
-        for index in order:
-            by_class.setdefault(0 if self.groups is None else self.groups[index], []).append(index)
+        lengths, groups = (values or [0] * sum(self.num_rows) for values in (self.lengths, self.groups))
         # Full batches of one class; the remainders of the classes are mixed at the end.
         sorted_order: list[int] = []
         remainder: list[int] = []
-        for _, members in sorted(by_class.items()):
+        for group in sorted(set(groups)):
+            members = [index for index in order if groups[index] == group]
             full = len(members) // size * size
             for start in range(0, full, size * GROUP_SIZE):
-                sorted_order += self._by_length(members[start : min(start + size * GROUP_SIZE, full)])
+                part = members[start : min(start + size * GROUP_SIZE, full)]
+                sorted_order += sorted(part, key=lengths.__getitem__, reverse=True)
             remainder += members[full:]
-        sorted_order += self._by_length(remainder)
+        sorted_order += sorted(remainder, key=lengths.__getitem__, reverse=True)
         batches = [sorted_order[start : start + size] for start in range(0, len(order), size)]
         # The longest batch comes first, so that out-of-memory errors show at once; the smaller one stays last.
         last = batches.pop() if len(batches[-1]) < size else None
         generator.shuffle(batches)
-        if self.lengths is not None and batches:
-            longest = max(range(len(batches)), key=lambda index: max(self._length(row) for row in batches[index]))
+        if batches:
+            longest = max(range(len(batches)), key=lambda index: max(lengths[row] for row in batches[index]))
             batches[0], batches[longest] = batches[longest], batches[0]
         return batches if last is None else [*batches, last]
-
-    def _by_length(self, rows: list[int]) -> list[int]:
-        return rows if self.lengths is None else sorted(rows, key=self._length, reverse=True)
-
-    def _length(self, row: int) -> int:
-        assert self.lengths is not None
-        return self.lengths[row]

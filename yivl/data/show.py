@@ -7,9 +7,13 @@ import argparse
 import re
 import sys
 from itertools import groupby, islice
+from typing import TYPE_CHECKING
 
 from yivl import command_line
 from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+if TYPE_CHECKING:
+    from yivl.tokenization import YiTokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,9 +42,8 @@ def main() -> None:
     found = next(islice(read_rows(arguments.data), arguments.row, None), None) if arguments.row >= 0 else None
     if found is None:
         raise RowError(f"{arguments.data}: no row {arguments.row}")
-    origin, fields = found
     _, tokenizer, _ = load_processors(arguments.model_path, arguments.model_base)
-    encoded = encode_turns(parse_row(fields, origin).turns, tokenizer)
+    encoded = encode_turns(parse_row(found[1], found[0]).turns, tokenizer)
     before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")
     for is_target, group in groupby(zip(encoded.input_ids, encoded.is_target, strict=True), key=lambda pair: pair[1]):
         # Bytes: a character outside the vocabulary is several tokens.
@@ -49,11 +52,11 @@ def main() -> None:
     print(f"\n{len(encoded.input_ids)} tokens, {sum(encoded.is_target)} of them targets")  # noqa: T201
 
 
-def _bytes(token: int, tokenizer: object) -> bytes:
+def _bytes(token: int, tokenizer: "YiTokenizer") -> bytes:
     """Return the text of one token, leading space included, in UTF-8."""
     if token == IMAGE_TOKEN_INDEX:
         return DEFAULT_IMAGE_TOKEN.encode()
-    piece = str(tokenizer.convert_ids_to_tokens(token))  # type: ignore[attr-defined]
+    piece = str(tokenizer.convert_ids_to_tokens(token))
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 

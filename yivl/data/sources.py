@@ -66,11 +66,7 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
     """Return the data sources of ``--data_path``: the file itself, or the entries of a ``.yaml`` mixture.
 
     A mixture is a list of the fields of ``DataSource``; its relative paths start at the folder of the YAML file.
-
-    Args:
-        data_path: ``.json``, ``.jsonl``, ``.tar`` or ``.yaml``.
-        image_folder: Default of ``image_folder``.
-        max_rows: Default of ``max_rows``; not applied to tar shards.
+    ``image_folder`` and ``max_rows`` are its defaults; tar shards have no ``max_rows``.
 
     Raises:
         RowError: If the mixture cannot be read, or an entry is invalid.
@@ -97,9 +93,8 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
             raise RowError(f"{place}: weight {entry['weight']!r} is not a number")
         for key in entry.keys() & {"data_path", "image_folder"}:
             entry[key] = os.path.join(folder, os.path.expanduser(str(entry[key])))
-        defaults: dict[str, Any] = {"image_folder": image_folder}
-        if not entry["data_path"].endswith(".tar"):
-            defaults["max_rows"] = max_rows
+        is_streamed = entry["data_path"].endswith(".tar")
+        defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": None if is_streamed else max_rows}
         try:
             sources.append(DataSource(**defaults | entry))
         except (TypeError, RowError) as error:

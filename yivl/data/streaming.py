@@ -6,7 +6,8 @@ import random
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, groupby, islice
+from operator import itemgetter
 from typing import Any
 
 import datasets
@@ -77,17 +78,14 @@ class StreamDataset(Dataset[Sample | None]):
 
     def _epochs(self, source: DataSource, part: int, parts: int) -> Iterator[Row | RowError]:
         read = self._tar_rows if source.is_streamed else self._file_rows
-        epoch = 0
-        while True:
-            is_empty = True
+        for epoch in count():
+            row = None
             for row in read(source, epoch, part, parts):
-                is_empty = False
                 yield row
-            if is_empty:
+            if row is None:
                 raise RowError(
                     f"{source.data_path}: too few rows for {parts} streams (ranks x --dataloader_num_workers)"
                 )
-            epoch += 1
 
     def _file_rows(self, source: DataSource, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
         bad: list[RowError] = []
@@ -128,24 +126,21 @@ def _read_shards(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
     and one caption that is not UTF-8 ends the run. The end of a damaged shard is yielded as an error.
     """
     for path in paths:
-        files: dict[str, bytes] = {}
-        name = ""
         try:
             with tarfile.open(path) as tar:
-                for entry in tar:
-                    stem, _, suffix = os.path.basename(entry.name).partition(".")
-                    stem = os.path.join(os.path.dirname(entry.name), stem)
-                    if files and stem != name:
-                        yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
-                        files = {}
-                    content = tar.extractfile(entry)  # None for folders and links
-                    if content is not None:
-                        name, files = stem, files | {suffix.lower(): content.read()}
+                contents = ((*_split(entry.name), file.read()) for entry in tar if (file := tar.extractfile(entry)))
+                for name, group in groupby(contents, itemgetter(0)):
+                    files = {suffix: content for _, suffix, content in group}
+                    yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
         except (OSError, tarfile.TarError) as error:
             yield {"origin": path, "files": {}, "error": f"damaged shard ({error}); download it again"}
-            continue
-        if files:
-            yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the path of a file without suffixes, and all its suffixes."""
+    folder, name = os.path.split(name)
+    stem, _, suffix = name.partition(".")
+    return os.path.join(folder, stem), suffix.lower()
 
 
 def parse_shard_sample(sample: Mapping[str, Any]) -> Row:

@@ -59,14 +59,15 @@ def main() -> None:
             if arguments.batch_size < 1:
                 raise YiVLError(f"--batch-size {arguments.batch_size}: must be at least 1")
             questions = benchmark.read_questions(arguments)
-        max_new_tokens = benchmark.max_new_tokens(arguments)
-        settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
-        models = [arguments.model_path, arguments.model_base or _adapter_base(arguments.model_path)]
+            max_new_tokens = benchmark.max_new_tokens(arguments)
+            models = [arguments.model_path, arguments.model_base or _adapter_base(arguments.model_path)]
+            settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
+            settings |= {"max_new_tokens": max_new_tokens} | fingerprint(questions, arguments.data, models)
         responses = answer_questions(
             lambda: _load(arguments),
             questions,
             folder,
-            settings | {"max_new_tokens": max_new_tokens} | fingerprint(questions, arguments.data, models),
+            settings,
             batch_size=arguments.batch_size,
             max_new_tokens=max_new_tokens,
             ranks=ranks,

@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
 
-from yivl.checkpoint.atomic import atomic_file, write_text
+from yivl.checkpoint.atomic import atomic_file, write_json, write_text
 
 Cell = str | int | float
 
@@ -23,8 +22,8 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as aligned Markdown; a Chinese character takes two columns of a terminal."""
-        texts = [[_text(cell).replace("|", "\\|") for cell in row] for row in self.rows]
-        lines = [[*self.columns], *texts]
+        texts = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows]
+        lines = [[*self.columns], *([text.replace("|", "\\|") for text in row] for row in texts)]
         widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
         is_number = [all(not isinstance(cell, str) for cell in column) for column in zip(*self.rows, strict=True)]
         rule = ["-" * (width - right) + ":" * right for width, right in zip(widths, is_number, strict=True)]
@@ -71,8 +70,8 @@ class Chart:
 class Report:
     """Results of a benchmark."""
 
-    files: Mapping[str, str]
-    """Contents of text files by name; the last one holds the predictions."""
+    files: Mapping[str, Any]
+    """Contents of files by name: values of JSON files, text of others; the last one holds the predictions."""
     scores: Mapping[str, Any]
     """Of ``scores.json``."""
     table: Table | None
@@ -81,26 +80,20 @@ class Report:
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> str:
         """Write all files into a folder, with ``about`` in ``scores.json``, and return the text to print."""
-        for name, text in self.files.items():
-            write_text(folder / name, text)
+        for name, content in self.files.items():
+            if name.endswith(".json"):
+                write_json(folder / name, content, sort_keys=False)
+            else:
+                write_text(folder / name, content)
         if self.table is None:
             path = folder / [*self.files][-1]
             return f"{path}: {self.scores['questions']} predictions to submit; the answers are not published"
         write_text(folder / "scores.md", self.table.markdown() + "\n")
         write_text(folder / "scores.csv", self.table.csv())
-        write_text(folder / "scores.json", as_json({**about, **self.scores}))
+        write_json(folder / "scores.json", {**about, **self.scores}, sort_keys=False)
         if self.chart is not None:
             self.chart.draw(folder / "scores.png")
         return self.table.markdown()
-
-
-def as_json(value: Any) -> str:
-    """Return indented JSON."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _text(cell: Cell) -> str:
-    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
 
 
 def _width(text: str) -> int:

@@ -14,13 +14,16 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from yivl.checkpoint.atomic import atomic_file, write_json
+from yivl.checkpoint.format import read_json
 from yivl.checkpoint.loading import LoadedModel
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.eval.benchmarks.benchmark import Question, file_key
-from yivl.inference.chat import Chat, GenerationState, ImageInput
+from yivl.inference.chat import Chat, GenerationState
 from yivl.inference.engine import finish_together
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ _CHANGED: Final = {
 # The files that loading reads, not logs, cards and reports beside them.
 _MODEL_FILES: Final = ("*.safetensors", "*.bin", "tokenizer*", "*_tokens*.json", "*config.json")
 _TIMEOUT: Final = timedelta(days=7)  # the fastest rank waits for the slowest
+_FAILED: Final = "yivl.eval failed"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    store: Store | None = None
+    """Shared by the ranks; holds ``_FAILED`` after an error of one of them."""
+
+    def have_failed(self) -> bool:
+        """Return whether a rank raised a ``YiVLError``."""
+        return self.store is not None and self.store.check([_FAILED])
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, on every rank."""
@@ -59,6 +69,8 @@ class Ranks:
             yield
         except YiVLError as error:
             own = error
+            if self.store is not None:
+                self.store.set(_FAILED, "")
         if errors := [error for error in self.gather(own) if error is not None]:
             raise errors[0]
 
@@ -66,16 +78,17 @@ class Ranks:
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Join the ranks that torchrun started; if all raise the same ``YiVLError``, rank 0 logs it and all exit with 2."""
-    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if ranks.world_size == 1:
-        yield ranks
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
         return
+    store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+    ranks = Ranks(rank, world_size, store)
     # Gloo and not NCCL: only Python objects are exchanged, and ranks may share a GPU or have none.
-    distributed.init_process_group("gloo", timeout=_TIMEOUT)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     try:
         yield ranks
     except YiVLError as error:
-        if ranks.rank == 0:
+        if rank == 0:
             logger.error("error: %s", " ".join(str(error).split()))
         distributed.barrier()  # the launcher kills all ranks when the first exits, which must not precede the message
         sys.exit(2)
@@ -95,17 +108,16 @@ def answer_questions(
 ) -> dict[str, str]:
     """Return the response to each question by its id; those that ``folder`` holds are not generated again.
 
+    Responses are without outer whitespace, in the order of the questions, and the same on every rank.
+
     Args:
         load: Loads the model; called if anything is left to answer.
         questions: With unique ids.
         folder: The same for all ranks; holds ``settings.json``, and ``responses-*.jsonl`` of each rank.
         settings: What the responses depend on; a folder with other settings is refused.
         batch_size: Questions that are answered together.
-        max_new_tokens: Maximum length of a response.
+        max_new_tokens: Of a response.
         ranks: Each answers its shard.
-
-    Returns:
-        Responses without outer whitespace, in the order of the questions, on every rank.
 
     Raises:
         YiVLError: If ids are not unique, the folder holds responses of other settings, or a question cannot be asked.
@@ -145,13 +157,10 @@ def _answer(
         tqdm(total=len(questions), desc="questions", disable=ranks.rank > 0, mininterval=interval) as bar,
     ):
         for start in range(0, len(questions), batch_size):
+            if ranks.have_failed():
+                break
             batch = questions[start : start + batch_size]
-            try:
-                states = [_begin(loaded, question, max_new_tokens) for question in batch]
-            except YiVLError as error:
-                if ranks.world_size > 1:
-                    logger.warning("%s; the other ranks finish their shards first", error)
-                raise
+            states = [_begin(loaded, question, max_new_tokens) for question in batch]
             for question, text in zip(batch, finish_together(loaded, states), strict=True):
                 responses[question.id] = text.strip()
                 out.write(json.dumps({"id": question.id, "response": text.strip()}, ensure_ascii=False) + "\n")
@@ -161,13 +170,9 @@ def _answer(
 
 
 def _begin(loaded: LoadedModel, question: Question, max_new_tokens: int) -> GenerationState:
+    size = loaded.model.config.vision_config.image_size
     try:
-        image: ImageInput | None
-        if question.is_blank:
-            size = loaded.model.config.vision_config.image_size
-            image = torch.zeros(3, size, size)
-        else:
-            image = question.image()
+        image = torch.zeros(3, size, size) if question.is_blank else question.image()
         return Chat(loaded).begin(question.prompt, image, temperature=0, max_new_tokens=max_new_tokens)
     except (ImageError, ContextLengthError) as error:
         raise YiVLError(f"question {question.id}: {error}") from error
@@ -185,7 +190,7 @@ def _resume(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     if not responses:  # a run that failed before its first response may start with other settings
         write_json(path, settings, sort_keys=False)
         return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path)
     for key, value in settings.items():
         if earlier.get(key) != value:
             changed = _CHANGED.get(key, f"with {key}={earlier.get(key)!r}, now {value!r}")
@@ -210,16 +215,9 @@ def fingerprint(questions: Sequence[Question], data: str, models: Sequence[str |
     asked = [[question.id, question.prompt, question.is_blank, question.image_key] for question in questions]
     folder = Path(data).expanduser()
     data_files = [folder] if folder.is_file() else [*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]
-    model_files = [
-        path
-        for model in map(Path, filter(None, models))
-        for folder in (model.expanduser(), *model.expanduser().glob("vit/*"))
-        for path in folder.glob("*")
-        if any(path.match(pattern) for pattern in _MODEL_FILES)
-    ]
-    facts = {
-        "questions": asked,
-        "data_files": sorted(map(file_key, data_files)),
-        "model_files": sorted(map(file_key, model_files)),
-    }
+    folders = [Path(model).expanduser() for model in models if model]
+    folders += [tower for folder in folders for tower in folder.glob("vit/*")]
+    model_files = {path for folder in folders for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    facts: dict[str, list[Any]] = {"questions": asked}
+    facts |= {"data_files": sorted(map(file_key, data_files)), "model_files": sorted(map(file_key, model_files))}
     return {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}

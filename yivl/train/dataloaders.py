@@ -1,6 +1,5 @@
 """Data loaders of a run: the flags of the data to the batches of this rank."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from yivl.checkpoint.format import RECORD
+from yivl.checkpoint.format import RECORD, read_json
 from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
@@ -47,20 +46,14 @@ class Batches:
     @property
     def mix(self) -> str:
         """The mixture as a table."""
-        is_streamed = "weight" in self.sources[0]
-        key = "weight" if is_streamed else "rows_per_epoch"
-        total = sum(fact[key] for fact in self.sources)
-        if is_streamed:
-            lines = [f"{'share':>7}{'shards':>8}  source"]
-            for fact in self.sources:
-                shards = f"{fact['shards']:,}" if "shards" in fact else "-"
-                lines.append(f"{fact[key] / total:>7.1%}{shards:>8}  {fact['source']}")
-            return "\n".join(lines)
-        lines = [f"{'rows':>10}{'per epoch':>11}{'share':>7}{'images':>10}  source"]
-        for fact in self.sources:
-            share = f"{fact[key] / total:>7.1%}"
-            lines.append(f"{fact['rows']:>10,}{fact[key]:>11,}{share}{fact['images']:>10,}  {fact['source']}")
-        return "\n".join(lines)
+        weight = "weight" if "weight" in self.sources[0] else "rows_per_epoch"
+        total = sum(source[weight] for source in self.sources)
+        columns = ["shards"] if weight == "weight" else ["rows", "rows_per_epoch", "images"]
+        table = [["share", *(name.removeprefix("rows_").replace("_", " ") for name in columns), "source"]]
+        for source in self.sources:
+            counts = [f"{source[name]:,}" if name in source else "-" for name in columns]
+            table.append([f"{source[weight] / total:.1%}", *counts, source["source"]])
+        return "\n".join(f"{''.join(f'{cell:>11}' for cell in cells)}  {name}" for *cells, name in table)
 
     def check_record(self, checkpoint: Path) -> None:
         """Check that a checkpoint was trained on the same subsamples.
@@ -68,12 +61,12 @@ class Batches:
         Raises:
             CheckpointError: If the fraction of a weight was one subset for all epochs when it was written.
         """
-        recorded = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["sources"]
-        per_epoch = {source["source"] for source in recorded if "subsampled" in source}
-        for name in (source["source"] for source in self.sources if "subsampled" in source):
-            if name not in per_epoch:
+        if not any("subsampled" in source for source in self.sources):
+            return
+        for source in read_json(checkpoint / RECORD)["sources"]:
+            if "subsampled" not in source and source.get("rows_per_epoch", 0) % max(source.get("rows", 0), 1):
                 raise CheckpointError(
-                    f"{checkpoint}: the weight of {name} selected the same rows in every epoch when it was "
+                    f"{checkpoint}: the weight of {source['source']} selected the same rows in every epoch when it was "
                     "written, and now selects others in each; start a new run"
                 )
 
@@ -161,14 +154,17 @@ def _streamed_batches(
 def make_eval_loader(
     data: DataArguments, training: TrainingArguments, encoder: Encoder, on_bad_row: Callable[[RowError], None]
 ) -> BatchLoader | None:
-    """Return the evaluation batches of this rank, or ``None`` without ``--eval_data_path``.
+    """Return the evaluation batches of this rank, or ``None`` without ``--eval_data_path``; weights do not apply.
 
     Raises:
         RowError: If a source cannot be read, or there is no row.
+        YiVLError: If a source is streamed.
     """
     if data.eval_data_path is None:
         return None
     sources = read_sources(data.eval_data_path, data.image_folder)
+    if streamed := [source.data_path for source in sources if source.is_streamed]:
+        raise YiVLError(f"--eval_data_path: {streamed[0]}: tar shards are streamed without end; use .json or .jsonl")
     rows = [row for source in sources for row in load_rows(source, 0, on_bad_row)]
     if not rows:
         raise RowError(f"{data.eval_data_path}: no row to evaluate on")

@@ -16,14 +16,8 @@ from typing import Any, Final
 from yivl.errors import YiVLError
 from yivl.eval.benchmarks import subjects
 from yivl.eval.benchmarks.benchmark import Question
-from yivl.eval.benchmarks.subjects import (
-    FALLBACK_SEED,
-    ReadImage,
-    accuracies,
-    key_phrases,
-    strip_punctuation,
-)
-from yivl.eval.report import Report, as_json
+from yivl.eval.benchmarks.subjects import FALLBACK_SEED, ReadImage, accuracies, key_phrases, strip_punctuation
+from yivl.eval.report import Report
 
 DOMAINS: Final[dict[str, str]] = {
     "艺术与设计": "Art & Design",
@@ -85,9 +79,8 @@ def max_new_tokens(_: argparse.Namespace) -> int:
 
 def read_questions(arguments: argparse.Namespace) -> list[Question]:
     """Return the questions of a split as the authors of Yi-VL asked them, in the official order of the domains."""
-    order = [*DOMAINS]
     questions = subjects.read_questions(arguments, _question)
-    return sorted(questions, key=lambda question: order.index(question.fields["category"]))
+    return sorted(questions, key=lambda question: [*DOMAINS].index(question.fields["category"]))
 
 
 def report(arguments: argparse.Namespace, questions: Sequence[Question], responses: Mapping[str, str]) -> Report:
@@ -96,7 +89,7 @@ def report(arguments: argparse.Namespace, questions: Sequence[Question], respons
     lines = [
         json.dumps({key: row[key] for key in ("id", "type", "response")}, ensure_ascii=False) + "\n" for row in rows
     ]
-    files = {"responses.json": as_json(responses), "submission.jsonl": "".join(lines)}
+    files = {"responses.json": responses, "submission.jsonl": "".join(lines)}
     return subjects.report(arguments, [*map(_place, rows)], files, partial(score_rows, rows), PUBLISHED)
 
 
@@ -141,12 +134,11 @@ def _question(row: Mapping[str, Any], read_image: ReadImage, origin: str) -> Que
 
 def is_correct(row: Mapping[str, Any], rng: random.Random) -> bool:
     """Return whether the response of a row is correct."""
-    answer: str = row["answer"]
-    response: str = row["response"]
+    answer, response = row["answer"], row["response"]
     if row["type"] == CHOICE:
-        return bool(response) and parse_choice(response, row["index2ans"], rng) == answer
+        return response != "" and bool(parse_choice(response, row["index2ans"], rng) == answer)
     if row["type"] == JUDGEMENT:
-        return parse_judgement(response, rng) == answer
+        return bool(parse_judgement(response, rng) == answer)
     return is_blank_correct(answer, parse_blank(response, answer))
 
 
@@ -167,16 +159,11 @@ def parse_choice(response: str, index2ans: Mapping[str, str], rng: random.Random
 
 def parse_judgement(response: str, rng: random.Random) -> str:
     """Return 对 or 错 by majority of the key phrases of a response; a tie is broken at random."""
-    phrases = [
-        phrase
-        for phrase in set(_key_phrases(response, _JUDGEMENT_INDICATORS))
-        if not any(word in phrase for word in _UNCLEAR)
-    ]
     votes = Counter(
         # 不正确 contains 正确 and counts as 对, as officially.
         "对" if any(word in phrase for word in _RIGHT) else "错"
-        for phrase in phrases
-        if any(word in phrase for word in _RIGHT + _WRONG)
+        for phrase in set(_key_phrases(response, _JUDGEMENT_INDICATORS))
+        if not any(word in phrase for word in _UNCLEAR) and any(word in phrase for word in _RIGHT + _WRONG)
     )
     if votes["对"] == votes["错"]:
         return rng.choice("对错")

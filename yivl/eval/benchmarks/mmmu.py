@@ -10,24 +10,15 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from yivl.errors import YiVLError
 from yivl.eval.benchmarks import subjects
 from yivl.eval.benchmarks.benchmark import Question
-from yivl.eval.benchmarks.subjects import (
-    FALLBACK_SEED,
-    ReadImage,
-    accuracies,
-    key_phrases,
-    strip_punctuation,
-)
-from yivl.eval.report import Report, as_json
+from yivl.eval.benchmarks.subjects import FALLBACK_SEED, ReadImage, accuracies, key_phrases, strip_punctuation
+from yivl.eval.report import Report
 
-Protocol = Literal["yi", "official"]
-"""How questions are asked: as the authors of Yi-VL did, or as the example program of the benchmark does."""
-
-_MAX_NEW_TOKENS: Final[dict[Protocol, int]] = {"yi": 64, "official": 128}
+_MAX_NEW_TOKENS: Final = {"yi": 64, "official": 128}
 """Source: 01-ai/Yi at 526ec7a, VL/llava/eval/01_eval_mmmu.py; MMMU-Benchmark/MMMU, mmmu/utils/model_utils.py."""
 
 # The instructions after the question. Both configurations are YAML, in whose quoted text a blank line is one line
@@ -75,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     subjects.add_flags(parser, "MMMU/MMMU", ("validation", "test"))
     text = "prompts, images and response length of the authors of Yi-VL, or of MMMU's example (default: %(default)s)"
-    parser.add_argument("--protocol", choices=("yi", "official"), default="yi", help=text)
+    parser.add_argument("--protocol", choices=_MAX_NEW_TOKENS, default="yi", help=text)
 
 
 def max_new_tokens(arguments: argparse.Namespace) -> int:
@@ -99,7 +90,7 @@ def report(arguments: argparse.Namespace, questions: Sequence[Question], respons
         if fields["question_type"] == "multiple-choice":
             response = parse_multiple_choice(response, fields["all_choices"], fields["index2ans"], rng)
         predictions[question.id] = response
-    files = {"responses.json": as_json(responses), "submission.json": as_json(predictions)}
+    files = {"responses.json": responses, "submission.json": predictions}
     return subjects.report(arguments, [*map(place, rows)], files, partial(score_rows, rows), PUBLISHED)
 
 
@@ -127,7 +118,7 @@ def place(fields: Mapping[str, Any]) -> tuple[str, str]:
     raise ValueError(f"id {fields['id']!r} names no subject of MMMU")
 
 
-def _question(protocol: Protocol, row: Mapping[str, Any], read_image: ReadImage, origin: str) -> Question:
+def _question(protocol: str, row: Mapping[str, Any], read_image: ReadImage, origin: str) -> Question:
     try:
         id, text, kind = row["id"], row["question"], row["question_type"]
         options, answer = _as_list(row["options"]), row["answer"]

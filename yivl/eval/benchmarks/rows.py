@@ -5,7 +5,6 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     Raises:
         RowError: If a row is invalid or lacks a field of ``--group-by``, or its first question has several images.
     """
-    questions: list[Question] = []
+    found: list[tuple[str, dict[str, Any]]] = []
     images: list[Path | None] = []
     for origin, fields in read_rows(Path(arguments.data).expanduser()):
         row = parse_row(fields, origin, Path(arguments.image_folder).expanduser())
@@ -51,19 +50,16 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
             raise RowError(f"{origin}: {turn.num_images} images in the first question; expected at most one")
         group = tuple(str(fields[name]) for name in arguments.group_by)
         scored_by = {"id": str(fields.get("id", origin)), "answer": str(turn.answer).strip(), "group": group}
-        questions.append(Question(str(len(questions)), turn.question, lambda: None, scored_by))
+        found.append((turn.question, scored_by))
         images.append(Path(str(row.images[0])) if turn.num_images else None)
-    if not questions:
+    if not found:
         raise RowError(f"{arguments.data}: no rows")
-    shown = select_images(images, [question.fields["group"] for question in questions], arguments.images)
-    return [
-        replace(
-            question,
-            image=partial(Path, path) if path else lambda: None,
-            image_key="" if path is None else file_key(path),
-        )
-        for question, path in zip(questions, shown, strict=True)
-    ]
+    shown = select_images(images, [scored_by["group"] for _, scored_by in found], arguments.images)
+    questions: list[Question] = []
+    for (prompt, scored_by), path in zip(found, shown, strict=True):
+        image = partial(Path, path) if path else lambda: None
+        questions.append(Question(str(len(questions)), prompt, image, scored_by, file_key(path) if path else ""))
+    return questions
 
 
 def report(arguments: argparse.Namespace, questions: Sequence[Question], responses: Mapping[str, str]) -> Report:

@@ -61,7 +61,7 @@ def read_questions(
 def report(
     arguments: argparse.Namespace,
     places: Sequence[tuple[str, str]],
-    files: Mapping[str, str],
+    files: Mapping[str, Any],
     score: Callable[[], Mapping[str, Any]],
     published: Mapping[str, Mapping[str, float]],
 ) -> Report:
@@ -71,7 +71,7 @@ def report(
         arguments: Of the command.
         places: Domain and subject of every question.
         files: As in ``Report``.
-        score: Returns ``accuracies``; not called for the test split, whose answers are not published.
+        score: Returns ``accuracies``; not called for the test split.
         published: Accuracies in percent, by model and by split or domain.
     """
     number, split = len(places), arguments.split
@@ -80,12 +80,11 @@ def report(
     scores = score()
     domains = {domain: 100 * accuracy for domain, accuracy in scores["domains"].items()}
     overall = 100 * scores["overall"]
-    counts = Counter(places)
     rows: list[list[str | int | float]] = []
     for domain, accuracy in domains.items():
-        subjects = {subject: count for (its, subject), count in counts.items() if its == domain}
+        subjects = Counter(subject for its, subject in places if its == domain)
         rows += [[domain, name, n, 100 * scores["subjects"][name]["acc"]] for name, n in subjects.items()]
-        rows.append([domain, "all", sum(subjects.values()), accuracy])
+        rows.append([domain, "all", subjects.total(), accuracy])
     rows.append(["all", "all", number, overall])
     series = {"this model": domains | {"all": overall}}
     flags = {name: value for name, value in vars(arguments).items() if name in ("split", "protocol")}
@@ -106,9 +105,7 @@ def report(
 def accuracies(marks: Sequence[tuple[str, str, bool]], domains: Iterable[str]) -> dict[str, Any]:
     """Return ``{"subjects": {name: {"num", "acc"}}, "domains": {name: acc}, "overall": acc}``.
 
-    Args:
-        marks: Domain, subject, and whether the response is correct.
-        domains: In the order of the result.
+    ``marks`` are domain, subject, and whether the response is correct; the result is in the order of ``domains``.
     """
     by_subject: dict[str, list[bool]] = defaultdict(list)
     by_domain: dict[str, list[bool]] = defaultdict(list)
