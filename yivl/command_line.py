@@ -190,6 +190,7 @@ def log_to_stderr() -> None:
         "fsspec",
         "gguf",
         "httpx",
+        "huggingface_hub",
         "matplotlib",
         "torch",
     ):

@@ -4,7 +4,6 @@ Only the standard library is imported, so that ``--help`` and wrong flags answer
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
@@ -214,20 +213,19 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         YiVLError: If a flag is missing, unknown, out of range or contradicts another.
     """
     given = vars(_make_parser().parse([_underscored(word) for word in argv]))
-    if stage := STAGES.get(given.get("stage", 0)):
-        defaults = stage.flag_defaults()
-        if "gradient_accumulation_steps" in given:
-            del defaults["global_batch_size"]
-        given = defaults | given
-    groups: list[Any] = []
-    for group in Arguments.__annotations__.values():
-        own = {item.name: given.pop(item.name) for item in dataclasses.fields(group) if item.name in given}
-        # The training group comes last: what is left then is for transformers.
-        groups.append(group(**own, others=MappingProxyType(given)) if group is YiVLTrainingArguments else group(**own))
-    arguments = Arguments(*groups)
-    if (arguments.data.eval_data_path is None) != (arguments.training.eval_strategy == "no"):
+    defaults = dict(STAGES.get(given.get("stage", 0), {}))
+    if "gradient_accumulation_steps" in given:
+        defaults.pop("global_batch_size", None)
+    given = defaults | given
+
+    def take(group: type) -> dict[str, Any]:
+        return {name: given.pop(name) for name in dataclass_flags(group) if name in given}
+
+    model, data = ModelArguments(**take(ModelArguments)), DataArguments(**take(DataArguments))
+    training = YiVLTrainingArguments(**take(YiVLTrainingArguments), others=MappingProxyType(given))
+    if (data.eval_data_path is None) != (training.eval_strategy == "no"):
         raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) need each other")
-    return arguments
+    return Arguments(model, data, training)
 
 
 def _make_parser() -> Parser:
@@ -242,10 +240,8 @@ def _make_parser() -> Parser:
     for title, group in zip(("model", "data", "training"), Arguments.__annotations__.values(), strict=True):
         titled = parser.add_argument_group(title)
         for name, flag in dataclass_flags(group).items():
-            choices = theirs.pop(name).options.get("choices") if name in theirs else None
-            add_flag(
-                titled, name, flag if choices is None else flag._replace(options=flag.options | {"choices": choices})
-            )
+            choices = theirs.pop(name, flag).options
+            add_flag(titled, name, flag._replace(options=choices | flag.options))
     titled = parser.add_argument_group("transformers.TrainingArguments")
     for name, flag in theirs.items():
         hidden = {"help": argparse.SUPPRESS} if name in _REFUSED else {}
