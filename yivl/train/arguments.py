@@ -20,6 +20,12 @@ def _flag(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text} | metadata)
 
 
+def _check_positive(arguments: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise YiVLError(f"--{name} {value} is not positive")
+
+
 @dataclass(frozen=True)
 class ModelArguments:
     """The initialization of a run, and which parameters are trainable.
@@ -67,8 +73,7 @@ class ModelArguments:
             raise YiVLError(f"--bits {self.bits}: quantized weights cannot be trained; add --lora_enable")
         if self.lora_enable and self.freeze_backbone:
             raise YiVLError("--lora_enable adds adapters to the language model, --freeze_backbone freezes it; drop one")
-        if self.lora_r < 1:
-            raise YiVLError(f"--lora_r {self.lora_r} is not positive")
+        _check_positive(self, "lora_r")
         for name in ("lora_r", "lora_alpha", "lora_dropout"):
             if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
                 raise YiVLError(f"--{name} has no effect without adapters; add --lora_enable True, or drop it")
@@ -105,9 +110,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.data_path:
             raise YiVLError("--data_path is missing; see docs/data.md")
-        for name in ("model_max_length", "shuffle_buffer"):
-            if getattr(self, name) < 1:
-                raise YiVLError(f"--{name} {getattr(self, name)} is not positive")
+        _check_positive(self, "model_max_length", "shuffle_buffer")
 
 
 # Flags of transformers that would have no effect or a wrong one here, and what to use instead.
@@ -179,9 +182,7 @@ class YiVLTrainingArguments:
         for name, instead in _REFUSED.items():
             if self.others.get(name):
                 raise YiVLError(f"--{name} is not supported: {instead}")
-        for name in ("per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise YiVLError(f"--{name} {getattr(self, name)} is not positive")
+        _check_positive(self, "per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise YiVLError("--global_batch_size sets --gradient_accumulation_steps; drop one of them")
         if not self.others.get("average_tokens_across_devices", True):

@@ -37,10 +37,7 @@ MAX_EMPTY_STEPS: Final = 10
 
 
 class YiVLTrainer(Trainer):
-    """Trains a ``YiVLForCausalLM``, or peft around one.
-
-    The loss of an optimizer step is the mean over the target tokens of all its micro-batches and ranks.
-    """
+    """Trains a model on the mean loss over the target tokens of all micro-batches and ranks of an optimizer step."""
 
     args: TrainingArguments
     optimizer: torch.optim.Optimizer | None
