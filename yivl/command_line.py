@@ -190,7 +190,6 @@ def log_to_stderr() -> None:
         "fsspec",
         "gguf",
         "httpx",
-        "huggingface_hub",
         "matplotlib",
         "torch",
     ):

@@ -285,7 +285,7 @@ def test_position_embeddings_are_interpolated_as_transformers_does(loaded: Loade
         ({"eval_data_path": "EMPTY", "eval_strategy": "steps"}, "no row to evaluate on"),
         ({"data_path": "nowhere.json"}, r"nowhere\.json: cannot be read"),
         ({"data_path": "EMPTY"}, "no row to train on"),
-        ({"data_path": "*.tar"}, "by --max_steps"),
+        ({"data_path": "*.tar"}, "--max_steps is missing"),
         ({"resume": "nowhere"}, "nowhere: no checkpoint of a run"),
     ],
 )
