@@ -1,4 +1,4 @@
-"""DeepSpeed on several ranks, which must all run the same modules in the same order."""
+"""The launcher, and DeepSpeed on several ranks, which must all run the same modules in the same order."""
 
 import os
 import re
@@ -9,6 +9,18 @@ from pathlib import Path
 
 import pytest
 from support.golden import CHECKPOINT
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "stderr"),
+    [("sys.exit(3)", 3, ""), ("os.kill(os.getpid(), signal.SIGKILL)", 1, "error: rank 0 was ended by signal 9\n")],
+)
+def test_the_launcher_exits_as_the_rank_that_failed(code: str, exit_code: int, stderr: str, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(f"import os, signal, sys\n{code}\n")
+    command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--nproc-per-node", "1"]
+    result = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (exit_code, stderr)
+
 
 # Ranks differ in whether their batch has an image and in their number of logit chunks (1 and 3).
 WORKER = """

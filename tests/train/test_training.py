@@ -340,7 +340,7 @@ def test_bad_rows_stop_a_run_or_are_reported_at_its_end(tmp_path: Path, caplog: 
 
 def test_truncated_answers_are_an_error_and_never_a_loss_of_zero(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.json")
-    with pytest.raises(RowError, match="no answer left within 40 positions"):
+    with pytest.raises(RowError, match="no answer within the maximum sequence length of 40"):
         train(tmp_path / "error", data, model_max_length=40)
     with pytest.raises(YiVLError, match="no target token"):
         train(tmp_path / "skip", data, model_max_length=40, on_bad_row="skip")
@@ -380,7 +380,7 @@ def test_a_tokenizer_with_another_stop_token_is_refused(tmp_path: Path) -> None:
         minloglevel=2,
     )
     shutil.copy(tmp_path / "other.model", model / "tokenizer.model")
-    with pytest.raises(CheckpointError, match="joins tokens across the border of an answer"):
+    with pytest.raises(CheckpointError, match="merges text across the boundary of an answer"):
         train(tmp_path / "out", write_rows(tmp_path / "rows.json"), model_name_or_path=model)
 
 

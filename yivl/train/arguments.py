@@ -4,7 +4,6 @@ Only the standard library is imported, so that ``--help`` and wrong flags answer
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,12 @@ from yivl.train.stages import STAGES
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text} | metadata)
+
+
+def _check_positive(arguments: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise YiVLError(f"--{name} {value} is not positive")
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,7 @@ class ModelArguments:
             raise YiVLError(f"--bits {self.bits}: quantized weights cannot be trained; add --lora_enable")
         if self.lora_enable and self.freeze_backbone:
             raise YiVLError("--lora_enable adds adapters to the language model, --freeze_backbone freezes it; drop one")
-        if self.lora_r < 1:
-            raise YiVLError(f"--lora_r {self.lora_r} is not positive")
+        _check_positive(self, "lora_r")
         for name in ("lora_r", "lora_alpha", "lora_dropout"):
             if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
                 raise YiVLError(f"--{name} has no effect without adapters; add --lora_enable True, or drop it")
@@ -106,9 +110,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.data_path:
             raise YiVLError("--data_path is missing; see docs/data.md")
-        for name in ("model_max_length", "shuffle_buffer"):
-            if getattr(self, name) < 1:
-                raise YiVLError(f"--{name} {getattr(self, name)} is not positive")
+        _check_positive(self, "model_max_length", "shuffle_buffer")
 
 
 # Flags of transformers that would have no effect or a wrong one here, and what to use instead.
@@ -180,9 +182,7 @@ class YiVLTrainingArguments:
         for name, instead in _REFUSED.items():
             if self.others.get(name):
                 raise YiVLError(f"--{name} is not supported: {instead}")
-        for name in ("per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise YiVLError(f"--{name} {getattr(self, name)} is not positive")
+        _check_positive(self, "per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise YiVLError("--global_batch_size sets --gradient_accumulation_steps; drop one of them")
         if not self.others.get("average_tokens_across_devices", True):
@@ -214,20 +214,19 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         YiVLError: If a flag is missing, unknown, out of range or contradicts another.
     """
     given = vars(_make_parser().parse([_underscored(word) for word in argv]))
-    if stage := STAGES.get(given.get("stage", 0)):
-        defaults = stage.flag_defaults()
-        if "gradient_accumulation_steps" in given:
-            del defaults["global_batch_size"]
-        given = defaults | given
-    groups: list[Any] = []
-    for group in Arguments.__annotations__.values():
-        own = {item.name: given.pop(item.name) for item in dataclasses.fields(group) if item.name in given}
-        # The training group comes last: what is left then is for transformers.
-        groups.append(group(**own, others=MappingProxyType(given)) if group is YiVLTrainingArguments else group(**own))
-    arguments = Arguments(*groups)
-    if (arguments.data.eval_data_path is None) != (arguments.training.eval_strategy == "no"):
+    defaults = dict(STAGES.get(given.get("stage", 0), {}))
+    if "gradient_accumulation_steps" in given:
+        defaults.pop("global_batch_size", None)
+    given = defaults | given
+
+    def take(group: type) -> dict[str, Any]:
+        return {name: given.pop(name) for name in dataclass_flags(group) if name in given}
+
+    model, data = ModelArguments(**take(ModelArguments)), DataArguments(**take(DataArguments))
+    training = YiVLTrainingArguments(**take(YiVLTrainingArguments), others=MappingProxyType(given))
+    if (data.eval_data_path is None) != (training.eval_strategy == "no"):
         raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) need each other")
-    return arguments
+    return Arguments(model, data, training)
 
 
 def _make_parser() -> Parser:
@@ -242,10 +241,8 @@ def _make_parser() -> Parser:
     for title, group in zip(("model", "data", "training"), Arguments.__annotations__.values(), strict=True):
         titled = parser.add_argument_group(title)
         for name, flag in dataclass_flags(group).items():
-            choices = theirs.pop(name).options.get("choices") if name in theirs else None
-            add_flag(
-                titled, name, flag if choices is None else flag._replace(options=flag.options | {"choices": choices})
-            )
+            choices = theirs.pop(name, flag).options
+            add_flag(titled, name, flag._replace(options=choices | flag.options))
     titled = parser.add_argument_group("transformers.TrainingArguments")
     for name, flag in theirs.items():
         hidden = {"help": argparse.SUPPRESS} if name in _REFUSED else {}

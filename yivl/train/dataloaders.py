@@ -87,7 +87,7 @@ def make_batches(
         return _streamed_batches(sources, data, training, encoder, on_bad_row)
     rows_of = [load_rows(source, training.seed, on_bad_row) for source in sources]
     for source, loaded in zip(sources, rows_of, strict=True):
-        _check_image_folder(source, loaded)
+        _check_image_folder(source, loaded)  # before weights are loaded
     rows = [row for loaded in rows_of for row in loaded]
     if not rows:
         raise RowError(f"{data.data_path}: no row to train on")
@@ -168,8 +168,8 @@ def make_eval_loader(
     rows = [row for source in sources for row in load_rows(source, 0, on_bad_row)]
     if not rows:
         raise RowError(f"{data.eval_data_path}: no row to evaluate on")
-    rank, world_size = training.process_index, training.world_size
-    sampler = BatchSampler([len(rows)], training.per_device_eval_batch_size, rank=rank, world_size=world_size)
+    batch_size = training.per_device_eval_batch_size
+    sampler = BatchSampler([len(rows)], batch_size, rank=training.process_index, world_size=training.world_size)
     return _loader(RowDataset(rows, encoder, on_bad_row), sampler, encoder, data, training)
 
 
@@ -180,11 +180,7 @@ def unwrap_worker_error(error: RowError) -> RowError:
 
 
 def _check_image_folder(source: DataSource, rows: Sequence[Row]) -> None:
-    """Refuse a wrong ``--image_folder`` before weights are loaded.
-
-    Raises:
-        RowError: If none of the first images of a source exists.
-    """
+    """Raise a ``RowError`` if none of the first images of a source exists: the ``--image_folder`` is wrong."""
     first = list(islice((image for row in rows for image in row.images if isinstance(image, Path)), 20))
     if first and not any(image.is_file() for image in first):
         raise RowError(

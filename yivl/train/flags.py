@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -41,13 +42,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class Flag(NamedTuple):
-    """A field of a dataclass, as a command line sees it."""
+    """A field of a dataclass: the names of its types, its default, and options of ``add_argument``."""
 
     types: set[str]
-    """Names of the types in its annotation."""
     default: Any
     options: dict[str, Any]
-    """For ``add_argument``."""
 
 
 def dataclass_flags(dataclass: type) -> dict[str, Flag]:
@@ -121,20 +120,18 @@ def torchrun_parser(prog: str) -> Parser:
 
 
 def _to_bool(text: str) -> bool:
-    values = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
-    if text.lower() not in values:
+    is_true = text.lower() in ("yes", "true", "t", "y", "1")
+    if not is_true and text.lower() not in ("no", "false", "f", "n", "0"):
         raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected True or False")
-    return values[text.lower()]
+    return is_true
 
 
 def _literals(keywords: Sequence[ast.keyword]) -> dict[str, Any]:
-    """Return the keyword arguments of a call that are literals."""
+    """Return the keyword arguments of a call that are literals; others only the library can evaluate."""
     values = {}
     for keyword in keywords:
-        try:
+        with suppress(ValueError):
             values[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except ValueError:
-            continue  # a name or an expression, which only the library can evaluate
     return values
 
 

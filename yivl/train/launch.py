@@ -18,13 +18,13 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    # The rank that failed has logged its error in one line; torchrun would add its own traceback.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # The rank that failed has logged its error in one line; torchrun would add lines of its own.
+    logging.disable(logging.ERROR)
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        sys.exit(first.exitcode if first.exitcode > 0 else 1)
+        rank, first = error.get_first_failure()
+        sys.exit(first.exitcode if first.exitcode > 0 else f"error: rank {rank} was ended by signal {-first.exitcode}")
     except SignalException as error:
         sys.exit(128 + error.sigval)
 

@@ -1,10 +1,11 @@
 """Trainable parameters, their learning rates, LoRA adapters and gradient checkpointing."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,20 +25,14 @@ _VIT_LINEARS: Final = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
 
 def part_of(name: str) -> Part:
     """Return the part of the model that a parameter belongs to."""
-    parts: tuple[Part, ...] = ("vision_tower", "mm_projector")
-    for part in parts:
-        if published_name(name).startswith(f"model.{part}."):
-            return part
-    return "language_model"
+    match = re.match(r"model\.(vision_tower|mm_projector)\.", published_name(name))
+    return cast(Part, match[1]) if match else "language_model"
 
 
 def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -> PeftModel:
     """Return the model with new LoRA adapters on the linear layers of the decoder and, if asked, of the ViT.
 
-    Args:
-        model: Without adapters.
-        arguments: Rank, scale and dropout, and whether the ViT gets adapters.
-        base: ``base_model_name_or_path`` of the adapter.
+    ``base`` is the ``base_model_name_or_path`` of the adapter.
     """
     targets = _DECODER_LINEARS
     if arguments.lora_vision_tower:
@@ -56,33 +51,17 @@ def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -
 
 
 def select_trainable(model: nn.Module, arguments: ModelArguments, num_vision_layers: int) -> None:
-    """Set ``requires_grad`` of all parameters.
-
-    ViT layers after ``mm_vision_select_layer`` are not run and never trainable.
-
-    Args:
-        model: With adapters, if any.
-        arguments: Which parts are trainable.
-        num_vision_layers: ViT layers that are run.
-    """
+    """Set ``requires_grad`` of all parameters; those of the ViT after its ``num_vision_layers`` layers are not run."""
     is_trainable = {
         "vision_tower": arguments.unfreeze_mm_vision_tower,
         "mm_projector": not arguments.freeze_mm_mlp_adapter,
         "language_model": arguments.trains_language_model,
     }
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        parameter.requires_grad = ADAPTER in name or (
-            is_trainable[part]
-            and parameter.is_floating_point()
-            and not (part == "vision_tower" and _is_unused(name, num_vision_layers))
-        )
-
-
-def _is_unused(name: str, num_vision_layers: int) -> bool:
-    """Return whether a ViT parameter comes after the layer that feeds the projector."""
-    _, _, rest = name.partition(".encoder.layers.")
-    return "post_layernorm" in name or (bool(rest) and int(rest.split(".")[0]) >= num_vision_layers)
+        vision_layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+        is_run = not (".post_layernorm." in name or (vision_layer and int(vision_layer[1]) >= num_vision_layers))
+        is_trained = is_trainable[part_of(name)] and is_run and parameter.is_floating_point()
+        parameter.requires_grad = ADAPTER in name or is_trained
 
 
 def upcast_trainable_params(model: nn.Module) -> None:
@@ -106,10 +85,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups: each part of the model, with and without weight decay.
 
-    Args:
-        model: With its trainable parameters selected.
-        arguments: Learning rates and weight decay.
-        decayed: Names of the parameters with weight decay (no biases, no norms).
+    ``decayed`` holds the names of the parameters with weight decay.
     """
     decayed = set(decayed)
     groups: dict[tuple[Part, bool], list[nn.Parameter]] = defaultdict(list)
@@ -166,11 +142,8 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     """Return the outermost modules whose parameters are all frozen."""
     frozen: list[nn.Module] = []
     for child in model.children():
-        parameters = list(child.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            frozen.append(child)
-        else:
-            frozen += frozen_modules(child)
+        flags = [parameter.requires_grad for parameter in child.parameters()]
+        frozen += [child] if flags and not any(flags) else frozen_modules(child)
     return frozen
 
 

@@ -96,12 +96,12 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     from transformers import TrainingArguments
 
     training = arguments.training
-    # Gradient checkpointing is enabled per module in parameters.py; transformers knows all or none.
-    names = {field.name for field in dataclasses.fields(TrainingArguments)} - {"gradient_checkpointing"}
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
     given = {name: value for name, value in vars(training).items() if name in names}
     derived = {
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "warmup_steps": training.warmup_steps if training.warmup_ratio is None else training.warmup_ratio,
+        "gradient_checkpointing": False,  # enabled per part in parameters.py; transformers knows all or none
         "remove_unused_columns": False,
     }
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -122,25 +122,20 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
 
 def as_dict(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]:
     """Return what is saved with the model: the flags as given, those of transformers completed, and the world size."""
-    completed: dict[str, Any] = args.to_dict()
-    own = vars(arguments.training)
-    added = own.keys() - completed.keys() - {"others"} | {"gradient_checkpointing"}
-    own = {name: value for name, value in own.items() if name in added}
-    return vars(arguments.model) | vars(arguments.data) | completed | own | {"world_size": args.world_size}
+    model, data, training = (vars(group) for group in arguments)
+    flags: dict[str, Any] = model | data | training | args.to_dict()
+    del flags["others"]
+    return flags | {"gradient_checkpointing": training["gradient_checkpointing"], "world_size": args.world_size}
 
 
 def prepare_environment(training: YiVLTrainingArguments) -> None:
-    """Make a plain ``python -m yivl.train --deepspeed ...`` a run of one process, as a launcher would.
-
-    Without a GPU, DeepSpeed is told so, or it would look for accelerators and warn that there is none.
-    """
+    """Make a plain ``python -m yivl.train --deepspeed ...`` a run of one process, as a launcher would."""
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no accelerator
     if training.deepspeed and "RANK" not in os.environ:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(single)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -17,14 +16,11 @@ from peft import PeftModel
 from torch import nn
 
 import yivl
-from yivl.checkpoint.adapters import restore_adapter, save_adapter
+from yivl.checkpoint.adapters import restore_adapter
 from yivl.checkpoint.atomic import move_entries
-from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, StateDict, check_keys, read_json, read_main_weights
-from yivl.checkpoint.saving import write_checkpoint
+from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, check_keys, read_json, read_main_weights
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
-from yivl.image_processing import ImageProcessor
-from yivl.tokenization import YiTokenizer
 from yivl.train.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -45,14 +41,12 @@ _STREAMS_MUST_AGREE: Final = (*GLOBAL_BATCH_FLAGS, "dataloader_num_workers", "sh
 # Schedules that cannot take a new learning rate, since their state depends on the losses so far.
 _ADAPTIVE: Final = ("reduce_lr_on_plateau", "greedy")
 _RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay")
-_MAY_DIFFER: Final = frozenset(
-    [
-        *("output_dir", "image_folder", "run_name", "resume", "dry_run", "local_rank"),
-        *("save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
-        *("global_batch_size", "gradient_checkpointing", "vision_gradient_checkpointing"),
-    ]
+_MAY_DIFFER: Final = (
+    *("output_dir", "image_folder", "run_name", "resume", "dry_run", "local_rank"),
+    *("save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
+    *("global_batch_size", "gradient_checkpointing", "vision_gradient_checkpointing"),
 )
-_CONFIGURATIONS: Final = ("config.json", "adapter_config.json")
+_CONFIGURATIONS: Final = ("config.json", ADAPTER_CONFIG)
 
 
 def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -66,22 +60,14 @@ def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the content of ``RECORD``; a local folder is not recorded, since it means nothing on other machines.
-
-    Args:
-        model_name_or_path: Initialization of the run.
-        sources: Of its data, as in ``Batches``.
-    """
+    """Return the content of ``RECORD``; a local folder is not recorded, since it means nothing on other machines."""
     is_folder = Path(model_name_or_path).expanduser().exists()
     versions = {"yivl": yivl.__version__}
     for name in ("accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers"):
         with suppress(PackageNotFoundError):  # some are optional
             versions[name] = version(name)
-    return {
-        "base_model": None if is_folder else model_name_or_path,
-        "sources": list(sources),
-        "versions": versions,
-    }
+    base_model = None if is_folder else model_name_or_path
+    return {"base_model": base_model, "sources": list(sources), "versions": versions}
 
 
 def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> Path | None:
@@ -148,6 +134,7 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
         if values["lr_scheduler_type"] in _ADAPTIVE:
             must_agree += _RATES
     for name, value in now.items():
+        # A flag that did not exist when the checkpoint was written is not compared.
         if name in _MAY_DIFFER or before.get(name, value) == value:
             continue
         change = f"{name} was {before[name]} when {checkpoint.name} was written, and is {value} now"
@@ -156,11 +143,10 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
         logger.warning("%s", change)
     if (step := _global_step(checkpoint)) > total_steps:
         raise CheckpointError(f"{checkpoint}: is of step {step}, after the last step of this run ({total_steps})")
-    pattern = "global_step*" if now["deepspeed"] else "optimizer.*"
+    pattern, state = ("global_step*", "of") if now["deepspeed"] else ("optimizer.*", "to resume without")
     if not any(checkpoint.glob(pattern)):
         raise CheckpointError(
-            f"{checkpoint}: holds no optimizer state {'of' if now['deepspeed'] else 'to resume without'} DeepSpeed; "
-            "use the --deepspeed of the run that wrote it"
+            f"{checkpoint}: holds no optimizer state {state} DeepSpeed; use the --deepspeed of the run that wrote it"
         )
 
 
@@ -179,50 +165,18 @@ def publish(folder: Path, output_dir: Path) -> None:
     move_entries(folder, output_dir, stale=stale, last=_CONFIGURATIONS)
 
 
-def remove_old_checkpoints(output_dir: str | os.PathLike[str], limit: int | None) -> None:
-    """Remove all but the newest ``limit`` checkpoints, at least one; ``None`` keeps all."""
-    for path in finished_checkpoints(output_dir)[: -max(limit, 1)] if limit is not None else ():
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def save_trained(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    tokenizer: YiTokenizer,
-    image_processor: ImageProcessor,
-    state_dict: StateDict | None = None,
-) -> None:
-    """Write the trained parameters: a checkpoint, or an adapter folder if ``model`` is wrapped by peft.
-
-    Args:
-        model: A ``YiVLForCausalLM``, or peft around one.
-        folder: Empty or new.
-        tokenizer: Saved with a checkpoint.
-        image_processor: Saved with a checkpoint; an adapter folder records its settings.
-        state_dict: Weights gathered from all ranks (ZeRO-3).
-    """
-    if isinstance(model, PeftModel):
-        save_adapter(model, Path(folder), image_processor=image_processor, state_dict=state_dict)
-    else:
-        clip_processor = image_processor.clip_processor
-        write_checkpoint(
-            model, Path(folder), tokenizer=tokenizer, image_processor=clip_processor, state_dict=state_dict
-        )
-
-
-def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Load the parameters that ``save_trained`` wrote into the same model, in place.
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Load the parameters of a checkpoint into the model that wrote it, in place.
 
     Raises:
         CheckpointError: If they are missing or do not fit.
     """
-    is_adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if is_adapter != isinstance(model, PeftModel):
         kinds = ("an adapter", "the full model") if is_adapter else ("the full model", "an adapter")
         raise CheckpointError(f"{folder}: a checkpoint of {kinds[0]}, and this run trains {kinds[1]}")
     if is_adapter:
-        restore_adapter(model, Path(folder))
+        restore_adapter(model, folder)
     else:
         weights = read_main_weights(folder)
         check_keys(folder, model.state_dict(), weights, fit="the model of this run")

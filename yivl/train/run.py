@@ -12,10 +12,11 @@ from transformers import TrainingArguments, set_seed
 
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
+from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.train import parameters
 from yivl.train.arguments import Arguments
-from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader
+from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader, unwrap_worker_error
 from yivl.train.initialization import Start, empty_start, load_start, read_start
 from yivl.train.plan import RunPlan, as_dict, trainer_arguments
 from yivl.train.resume import check_same_run, find_checkpoint, finished_checkpoints, is_finished
@@ -92,12 +93,12 @@ def build_model(run: Run) -> tuple[Any, list[parameters.PartSize]]:
         YiVLError: If weights are missing or do not fit, or no parameter is trainable.
     """
     model_arguments, data, training = run.arguments
-    dtype = torch.bfloat16 if training.bf16 else torch.float32
-    model: Any = (
-        empty_start(run.start)
-        if training.dry_run
-        else load_start(run.start, model_arguments, dtype=dtype, packing=data.packing)
-    )
+    model: Any
+    if training.dry_run:
+        model = empty_start(run.start)
+    else:
+        dtype = torch.bfloat16 if training.bf16 else torch.float32
+        model = load_start(run.start, model_arguments, dtype=dtype, packing=data.packing)
     num_vision_layers = model.config.num_vision_layers
     if model_arguments.lora_enable:
         model = parameters.add_adapters(model, model_arguments, base=os.path.abspath(run.start.folder))
@@ -108,11 +109,8 @@ def build_model(run: Run) -> tuple[Any, list[parameters.PartSize]]:
         raise YiVLError("no parameter is trainable: the flags freeze every part of the model; drop one of them")
     if not training.deepspeed:
         parameters.upcast_trainable_params(model)
-    parameters.enable_gradient_checkpointing(
-        model,
-        language_model=training.gradient_checkpointing,
-        vision_tower=training.vision_gradient_checkpointing,
-    )
+    language_model, vision_tower = training.gradient_checkpointing, training.vision_gradient_checkpointing
+    parameters.enable_gradient_checkpointing(model, language_model=language_model, vision_tower=vision_tower)
     return model, sizes
 
 
@@ -137,6 +135,8 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
         where = f"--resume auto continues from {newest[0].name}" if newest else "there is no checkpoint to resume from"
         logger.info("interrupted at step %d; %s", step, where)
         raise
+    except RowError as error:
+        raise unwrap_worker_error(error) from error
     return trainer, result.metrics
 
 

@@ -30,9 +30,8 @@ class RunLog(TrainerCallback):
         """Open the bar, and drop the log lines after the checkpoint that is resumed from."""
         if not state.is_world_process_zero:
             return
-        kept = [
-            line for line in read_log(self.path) if line["step"] <= state.global_step and "train_runtime" not in line
-        ]
+        lines = read_log(self.path)
+        kept = [line for line in lines if line["step"] <= state.global_step and "train_runtime" not in line]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.started, self.first_step = time.monotonic(), state.global_step
         if sys.stderr.isatty() and not args.disable_tqdm:
@@ -100,12 +99,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(logs: Mapping[str, Path], plot: Path) -> None:
-    """Plot the losses of several logs side by side, at most three in a row, with a moving average of long ones.
-
-    Args:
-        logs: Log files by title.
-        plot: Image file to write.
-    """
+    """Plot the losses of log files, by title, three in a row, with a moving average of long ones."""
     from matplotlib.figure import Figure  # slow to import
 
     columns = min(len(logs), 3)
@@ -119,9 +113,9 @@ def draw_losses(logs: Mapping[str, Path], plot: Path) -> None:
 
 def _plot(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        steps, losses = [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line]
-        if not losses:
+        if not (points := [(line["step"], line[key]) for line in lines if key in line]):
             continue
+        steps, losses = zip(*points, strict=True)
         window = max(len(losses) // 50, 1)
         axes.plot(steps, losses, alpha=0.35 if window > 1 else 1, label=label, marker="." if len(losses) < 20 else None)
         if window > 1:

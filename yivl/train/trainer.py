@@ -10,29 +10,24 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from yivl.checkpoint.adapters import save_adapter
 from yivl.checkpoint.atomic import replace_dir, write_json
 from yivl.checkpoint.format import ARGUMENTS, RECORD
+from yivl.checkpoint.saving import write_checkpoint
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.encoding import Encoder
-from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments
-from yivl.train.dataloaders import Batches, BatchLoader, unwrap_worker_error
+from yivl.train.dataloaders import Batches, BatchLoader
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
 from yivl.train.plan import as_dict
-from yivl.train.resume import (
-    UNFINISHED,
-    describe_origin,
-    load_trained,
-    publish,
-    remove_old_checkpoints,
-    save_trained,
-)
+from yivl.train.resume import UNFINISHED, describe_origin, finished_checkpoints, load_trained, publish
 from yivl.train.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -40,15 +35,9 @@ logger = logging.getLogger(__name__)
 MAX_EMPTY_STEPS: Final = 10
 """Consecutive steps without a token to compute the loss on, after which a run stops. Source: ours."""
 
-# Of a parameter group, set by flags.
-_HYPERPARAMETERS: Final = ("lr", "weight_decay", "betas", "eps")
-
 
 class YiVLTrainer(Trainer):
-    """Trains a ``YiVLForCausalLM``, or peft around one.
-
-    The loss of an optimizer step is the mean over the target tokens of all its micro-batches and ranks.
-    """
+    """Trains a model on the mean loss over the target tokens of all micro-batches and ranks of an optimizer step."""
 
     args: TrainingArguments
     optimizer: torch.optim.Optimizer | None
@@ -83,7 +72,8 @@ class YiVLTrainer(Trainer):
         self._empty_steps, self._frozen = 0, frozen_modules(model)
         self._run_dir = Path(args.output_dir)
         self._final_dtype: torch.dtype | None = None
-        self._hyperparameters: list[dict[str, Any]] = []
+        # Hyperparameters of the parameter groups, as the flags set them.
+        self._given: list[dict[str, Any]] = []
         # Samples and tokens since the last log line, on this rank.
         self._seen, self._since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
 
@@ -97,23 +87,20 @@ class YiVLTrainer(Trainer):
         Raises:
             YiVLError: If ``--optim`` needs a package that is not installed.
         """
-        optimizer: torch.optim.Optimizer | None = self.optimizer
-        if optimizer is None:
-            model = self.model if model is None else model
-            try:
-                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            except (ImportError, ValueError) as error:
-                raise YiVLError(f"--optim {self.args.optim}: {error}") from error
-            if self.offloads_optimizer and self.args.optim.startswith("adamw_torch"):
-                from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, and only offloading needs it
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        try:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        except (ImportError, ValueError) as error:
+            raise YiVLError(f"--optim {self.args.optim}: {error}") from error
+        if self.offloads_optimizer and self.args.optim.startswith("adamw_torch"):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, and only offloading needs it
 
-                settings = {name: settings[name] for name in _HYPERPARAMETERS if name in settings}
-                optimizer_class = DeepSpeedCPUAdam
-            groups = parameter_groups(model, self.arguments.training, self.get_decay_parameter_names(model))
-            optimizer = self.optimizer = optimizer_class(groups, **settings)
-            self._hyperparameters = [
-                {name: group[name] for name in _HYPERPARAMETERS if name in group} for group in optimizer.param_groups
-            ]
+            optimizer_class, settings = DeepSpeedCPUAdam, _hyperparameters(settings)
+        groups = parameter_groups(model, self.arguments.training, self.get_decay_parameter_names(model))
+        optimizer: torch.optim.Optimizer = optimizer_class(groups, **settings)
+        self.optimizer, self._given = optimizer, [_hyperparameters(group) for group in optimizer.param_groups]
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -123,39 +110,33 @@ class YiVLTrainer(Trainer):
             return
         assert self.optimizer is not None
         groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
-        scheduler.base_lrs = [given["lr"] for given in self._hyperparameters]
-        for group, given, schedule in zip(groups, self._hyperparameters, scheduler.lr_lambdas, strict=True):
+        scheduler.base_lrs = [given["lr"] for given in self._given]
+        for group, given, schedule in zip(groups, self._given, scheduler.lr_lambdas, strict=True):
             group.update(given | {"initial_lr": given["lr"], "lr": given["lr"] * schedule(scheduler.last_epoch)})
         scheduler._last_lr = [group["lr"] for group in groups]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Return the micro-batches of a step and the number of tokens its loss is computed on."""
-        try:
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        except RowError as error:
-            raise unwrap_worker_error(error) from error
-        for batch in batches:
-            self._seen += torch.tensor(count_batch(batch, self.encoder.num_patches), dtype=torch.float64)
-        if isinstance(num_items, torch.Tensor):
-            self._check_targets(int(num_items))
-            num_items = num_items.clamp(min=1)  # it divides the loss
-        return batches, num_items
-
-    def _check_targets(self, num_targets: int) -> None:
-        """Warn of a step without target tokens, since its loss of 0 would look like success.
+        """Return the micro-batches of a step and the number of tokens its loss is computed on.
 
         Raises:
-            YiVLError: If too many consecutive steps have none.
+            YiVLError: If too many consecutive steps have no such token.
         """
-        self._empty_steps = 0 if num_targets else self._empty_steps + 1
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._seen += torch.tensor(count_batch(batch, self.encoder.num_patches), dtype=torch.float64)
+        if not isinstance(num_items, torch.Tensor):
+            return batches, num_items
+        # The loss of a step without target tokens is 0, which would look like success.
+        self._empty_steps = 0 if num_items else self._empty_steps + 1
         if self._empty_steps:
             logger.warning("step %d: no target token, all of its samples were left out", self.state.global_step + 1)
         if self._empty_steps == min(MAX_EMPTY_STEPS, self.state.max_steps):
             raise YiVLError(
                 f"no target token in {self._empty_steps} steps: all samples were left out; see bad_rows.jsonl"
             )
+        return batches, num_items.clamp(min=1)  # it divides the loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss without logits, which need 64,000 values per token."""
@@ -173,14 +154,11 @@ class YiVLTrainer(Trainer):
         started, model = time.perf_counter(), self.model_wrapped
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        try:
-            for batch in self.eval_loader:
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    inputs = self._prepare_inputs(batch)
-                    loss = model(**inputs, skip_logits=True, num_items_in_batch=1).loss  # the sum over its tokens
-                total += torch.tensor([loss.item(), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())])
-        except RowError as error:
-            raise unwrap_worker_error(error) from error
+        for batch in self.eval_loader:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(batch)
+                loss = model(**inputs, skip_logits=True, num_items_in_batch=1).loss  # the sum over its tokens
+            total += torch.tensor([loss.item(), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())])
         loss_sum, targets = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").tolist()
         if not targets:
             raise YiVLError(f"{self.arguments.data.eval_data_path}: no target token; check the answers of its rows")
@@ -226,7 +204,9 @@ class YiVLTrainer(Trainer):
                 self._run_dir = Path(self.args.output_dir)
         if self.args.should_save:
             replace_dir(folder / name, self._run_dir / name)
-            remove_old_checkpoints(self._run_dir, self.args.save_total_limit)
+            if self.args.save_total_limit is not None:
+                for old in finished_checkpoints(self._run_dir)[: -max(self.args.save_total_limit, 1)]:
+                    shutil.rmtree(old, ignore_errors=True)
             self.run_log.draw()
         self.accelerator.wait_for_everyone()
         self._since += time.perf_counter() - started  # saving does not count as training
@@ -265,18 +245,19 @@ class YiVLTrainer(Trainer):
         if self._final_dtype is not None and not self.arguments.model.lora_enable:
             weights = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {key: value.to(self._final_dtype) for key, value in weights.items()}
-        save_trained(
-            self.model,
-            folder,
-            tokenizer=self.encoder.tokenizer,
-            image_processor=self.encoder.image_processor,
-            state_dict=state_dict,
-        )
+        tokenizer, image_processor = self.encoder.tokenizer, self.encoder.image_processor
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, folder, image_processor=image_processor, state_dict=state_dict)
+        else:
+            clip_processor = image_processor.clip_processor
+            write_checkpoint(
+                self.model, folder, tokenizer=tokenizer, image_processor=clip_processor, state_dict=state_dict
+            )
         write_json(folder / ARGUMENTS, as_dict(self.arguments, self.args))
         write_json(folder / RECORD, describe_origin(self.arguments.model.model_name_or_path, self.sources))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self.model if model is None else model, resume_from_checkpoint)
+        load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
 class _EpochOrder(TrainerCallback):
@@ -288,6 +269,11 @@ class _EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Set the epoch, which decides the order."""
         self.loader.set_epoch(int(state.epoch or 0))
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a parameter group that flags set."""
+    return {name: group[name] for name in ("lr", "weight_decay", "betas", "eps") if name in group}
 
 
 def count_batch(batch: dict[str, Any], num_patches: int) -> tuple[int, int]:
