@@ -169,7 +169,8 @@ def log_to_stderr() -> None:
     """Log to stderr: of libraries only errors, and progress bars only in a terminal."""
     from transformers.utils import logging as transformers_logging
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    set_log_level(logging.INFO)
     for noisy in (
         "accelerate",
         "bitsandbytes",
@@ -187,6 +188,12 @@ def log_to_stderr() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+
+
+def set_log_level(level: int) -> None:
+    """Set the level of the package's own log lines."""
+    for name in ("yivl", "__main__"):
+        logging.getLogger(name).setLevel(level)
 
 
 def run(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from yivl import command_line
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
@@ -56,7 +57,7 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
     model, data, training = arguments
     args = trainer_arguments(arguments, plan)
     if args.process_index:
-        logging.getLogger().setLevel(logging.ERROR)
+        command_line.set_log_level(logging.ERROR)
     set_seed(training.seed)
     if training.deepspeed:
         import deepspeed
