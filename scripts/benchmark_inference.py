@@ -69,9 +69,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs per figure (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument(
-        "--load-only", type=Path, help=argparse.SUPPRESS
-    )  # the child process that loads and reports its memory
+    # For the child process that loads and reports its memory.
+    parser.add_argument("--load-only", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -1,7 +1,6 @@
 """Code that wraps the reference imports ``llava`` from ``compat/VL`` and gets the answers of ``Chat``."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -130,10 +129,9 @@ print(json.dumps({"input_ids": input_ids, "answer": answer.removesuffix("###").s
 
 
 def run(script: str, folder: Path, *arguments: object) -> list[Any]:
-    """Run a script that knows only its arguments of this repository; return the JSON lines it prints."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    """Run a script in another folder and return the JSON lines it prints; it finds ``llava`` by its arguments."""
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 

@@ -162,13 +162,10 @@ def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool
     Every chunk is tokenized separately, as in the reference. With ``text_is_data`` a special token spelled out in the
     text, such as ``<|im_end|>``, stays ordinary text; without it, it becomes its control id as in the reference.
     """
-    parts: list[list[int]] = []
-    for chunk in chunks:
-        text = chunk.encode("utf-8", "replace").decode("utf-8")  # unpaired surrogates
-        # verbose=False: callers check the sequence length after fusion, image patches included.
-        settings = {"add_special_tokens": False, "split_special_tokens": text_is_data, "verbose": False}
-        parts.append(tokenizer(text, **settings).input_ids)
-    return join_chunks(parts)
+    # verbose=False: callers check the sequence length after fusion, image patches included.
+    settings = {"add_special_tokens": False, "split_special_tokens": text_is_data, "verbose": False}
+    texts = (chunk.encode("utf-8", "replace").decode("utf-8") for chunk in chunks)  # unpaired surrogates
+    return join_chunks([tokenizer(text, **settings).input_ids for text in texts])
 
 
 def join_chunks(parts: Sequence[Sequence[int]]) -> list[int]:

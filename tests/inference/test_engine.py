@@ -9,16 +9,8 @@ from support.golden import CHECKPOINT, GOLDEN
 
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.errors import YiVLError
-from yivl.inference.chat import Chat
-from yivl.inference.engine import (
-    Engine,
-    GenerationState,
-    _pad_left,
-    answer_batch,
-    decode,
-    finish_together,
-    native_matrix_vector,
-)
+from yivl.inference.chat import Chat, GenerationState, answer_batch
+from yivl.inference.engine import Engine, _pad_left, decode, finish_together, native_matrix_vector
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
@@ -58,7 +50,7 @@ def test_requests_join_and_leave_between_the_steps_of_others(loaded: LoadedModel
         for index, (start, question, image, sampling) in enumerate(asked):
             if start == step:
                 states[index] = Chat(loaded).begin(question, image, **sampling)
-                pieces += engine.add([states[index]])
+                pieces.append((states[index], engine.add(states[index])))
         for index, state in states.items():
             streamed[index] += "".join(piece for owner, piece in pieces if owner is state)
         sizes.add(len(engine))
@@ -76,7 +68,8 @@ def test_padding_is_dropped_with_the_row_that_needed_it(loaded: LoadedModel) -> 
     engine = Engine(loaded)
     short = Chat(loaded).begin("hi", temperature=0, max_new_tokens=6)
     long = Chat(loaded).begin("hi", [PHOTO] * 8, temperature=0, max_new_tokens=2)
-    engine.add([short, long])
+    for request in (short, long):
+        engine.add(request)
     assert engine._cache is not None
     assert engine._cache.get_seq_length() == len(long.keys)
     engine.step()
@@ -89,7 +82,8 @@ def test_a_stop_event_ends_one_request_and_no_other(loaded: LoadedModel) -> None
     stopped = Chat(loaded).begin("hello", temperature=0, max_new_tokens=30, stop_event=event)
     other = Chat(loaded).begin("What is this?", PHOTO, **GREEDY)
     engine = Engine(loaded)
-    engine.add([stopped, other])
+    for request in (stopped, other):
+        engine.add(request)
     event.set()
     while len(engine):
         engine.step()
@@ -102,11 +96,11 @@ def test_additional_stop_strings_end_an_answer_and_are_not_shown(loaded: LoadedM
     middle = whole[len(whole) // 2 :][:3]
     state = Chat(loaded).begin("hello", temperature=0, max_new_tokens=30, stops=["never said", middle])
     engine = Engine(loaded)
-    pieces = engine.add([state])
+    text = engine.add(state)
     while len(engine):
-        pieces += engine.step()
+        text += "".join(piece for _, piece in engine.step())
     assert state.finish_reason == "stop"
-    assert "".join(piece for _, piece in pieces) == state.text == whole[: whole.index(middle)].strip()
+    assert text == state.text == whole[: whole.index(middle)].strip()
 
 
 @pytest.mark.parametrize("where", ["model", "cache", "sampler"])
@@ -115,7 +109,7 @@ def test_a_request_whose_prefill_fails_does_not_join(
 ) -> None:
     engine = Engine(loaded)
     state = Chat(loaded).begin("hello", **GREEDY)
-    engine.add([state])
+    engine.add(state)
     other = Chat(loaded).begin("What is this?", WIDE, **GREEDY)
     calls: list[int] = []
 
@@ -133,7 +127,7 @@ def test_a_request_whose_prefill_fails_does_not_join(
     else:
         monkeypatch.setattr(other.sampler, "choose", fail)
     with pytest.raises(RuntimeError, match="boom"):
-        engine.add([other])
+        engine.add(other)
     monkeypatch.undo()
     assert len(engine) == 1
     while len(engine):
@@ -149,7 +143,8 @@ def test_steps_in_a_batch_leave_the_global_generator_alone(loaded: LoadedModel) 
 
 
 def complete(engine: Engine, *states: GenerationState) -> None:
-    engine.add(states)
+    for state in states:
+        engine.add(state)
     while len(engine):
         engine.step()
 
@@ -209,9 +204,10 @@ def test_a_request_that_is_removed_keeps_its_answer_and_its_cache(loaded: Loaded
     chat, other = Chat(loaded), Chat(loaded).begin("What is this?", WIDE, **GREEDY)
     state = chat.begin("hello", temperature=0, max_new_tokens=500)
     engine = Engine(loaded)
-    engine.add([state, other])
+    for request in (state, other):
+        engine.add(request)
     engine.step()
-    engine.remove(state)
+    engine.remove([state])
     chat.finish(state)
     assert len(engine) == 1
     assert chat.last_answer is not None
@@ -223,13 +219,39 @@ def test_a_request_that_is_removed_keeps_its_answer_and_its_cache(loaded: Loaded
     assert other.text == Chat(loaded).ask("What is this?", WIDE, **GREEDY)
 
 
+def test_after_a_failed_step_every_chat_computes_its_cache_again(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats, references = [[Chat(loaded, reuse_cache=reuse) for _ in range(2)] for reuse in (True, False)]
+    for chat, reference in zip(chats, references, strict=True):
+        assert chat.ask("What is this?", WIDE, **GREEDY) == reference.ask("What is this?", WIDE, **GREEDY)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    engine = Engine(loaded)
+    for chat in chats:
+        engine.add(chat.begin("hello", **GREEDY))
+    engine.step()
+    monkeypatch.setattr(loaded.model.model.layers[2], "forward", fail)  # layers 0 and 1 hold the new position by then
+    with pytest.raises(RuntimeError, match="boom"):
+        engine.step()
+    monkeypatch.undo()
+    engine.clear()
+    for chat, reference in zip(chats, references, strict=True):
+        assert chat.ask("And now?", **GREEDY) == reference.ask("And now?", **GREEDY)
+        assert chat.turns == reference.turns
+        assert chat.last_answer is not None
+        assert chat.last_answer.cached_tokens == 0
+
+
 def test_the_cache_of_a_single_request_is_never_copied(loaded: LoadedModel) -> None:
     chat = Chat(loaded)
     engine = Engine(loaded)
     places = set()
     for question in ("hi", "And now?"):
         state = chat.begin(question, temperature=0, max_new_tokens=4)
-        engine.add([state])
+        engine.add(state)
         while len(engine):
             assert engine._cache is not None
             places.add(engine._cache.layers[0].keys.data_ptr())

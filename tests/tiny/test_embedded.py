@@ -17,8 +17,7 @@ from support.training import ROOT
 
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.command_line import EMBEDDED_MODEL
-from yivl.inference.chat import Chat
-from yivl.inference.engine import answer_batch
+from yivl.inference.chat import Chat, answer_batch
 from yivl.serve.app import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Scheduler

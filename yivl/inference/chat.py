@@ -1,50 +1,32 @@
 """Chat: the turns and images of one conversation. Start here to follow an answer from a question to its text.
 
-Several chats can share one ``LoadedModel``; ``yivl.inference.engine`` decodes their answers, one by one or together.
+``Chat.begin`` turns a question into a request, ``yivl.inference.engine`` decodes requests, one or many together, and
+``Chat.finish`` adds the answered turn. Several chats can share one ``LoadedModel``.
 """
 
 import os
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.constants import SYSTEM_PROMPT
-from yivl.conversation import Turn
-from yivl.errors import YiVLError
-from yivl.inference.engine import decode
-from yivl.inference.kv_cache import PrefixCache
-from yivl.inference.request import EncodedImage, FinishReason, GenerationState, ImageInput, encode_image, prepare
-from yivl.inference.sampling import Sampling
+import torch
 
-__all__ = ["Answer", "Chat", "EncodedImage", "FinishReason", "GenerationState", "ImageInput"]
+from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.constants import IMAGE_TOKEN_INDEX, STOP_STRING, SYSTEM_PROMPT
+from yivl.conversation import Turn, render_chunks
+from yivl.errors import ContextLengthError, YiVLError
+from yivl.image_processing import load_image
+from yivl.inference.engine import decode, finish_together
+from yivl.inference.kv_cache import PrefixCache
+from yivl.inference.request import Answer, EncodedImage, FinishReason, GenerationState, ImageInput
+from yivl.inference.sampling import AnswerText, Sampler, Sampling
+from yivl.tokenization import Detokenizer, tokenize_chunks
+
+__all__ = ["Answer", "Chat", "EncodedImage", "FinishReason", "GenerationState", "ImageInput", "answer_batch"]
 
 Images = ImageInput | Sequence[ImageInput] | None
 """The images of a question, shown before it."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer, its lengths in tokens and its times in seconds."""
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    """Sequence length of the prompt, image patches included."""
-    cached_tokens: int
-    """Those of them whose keys and values an earlier turn had computed."""
-    new_tokens: int
-    seconds_to_first_token: float
-    """From the call, image preprocessing included."""
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Rate after the first token; 0 for a single token."""
-        decoding = self.seconds - self.seconds_to_first_token
-        return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
 
 
 class Chat:
@@ -206,18 +188,9 @@ class Chat:
             state.finish("cancelled")
         if state.finish_reason == "cancelled" and not state.new_ids:
             return
-        end = time.perf_counter()
         self._turns[state.history :] = [Turn(state.turn.question, state.text, state.turn.num_images)]
         self._images[state.history :] = [state.images]
-        self.last_answer = Answer(
-            text=state.text,
-            finish_reason=state.finish_reason or "cancelled",
-            prompt_tokens=len(state.keys),
-            cached_tokens=state.num_cached,
-            new_tokens=len(state.new_ids),
-            seconds_to_first_token=(state.first_token_at or end) - state.start,
-            seconds=end - state.start,
-        )
+        self.last_answer = state.result()
 
     def restore(self, turns: Sequence[Turn], images: Sequence[Sequence[ImageInput]]) -> None:
         """Replace the conversation with one that was held elsewhere.
@@ -239,12 +212,17 @@ class Chat:
         self._turns = list(turns)
 
     def encode(self, image: ImageInput) -> EncodedImage:
-        """Return the features of an image; an encoded one is returned as it is.
+        """Return the features of an image, which several chats can share.
 
         Raises:
             ImageError: If the image cannot be used.
         """
-        return encode_image(self.loaded, image, allow_remote=self.allow_remote)
+        if isinstance(image, EncodedImage):
+            return image
+        if not isinstance(image, torch.Tensor):
+            image = self.loaded.image_processor([load_image(image, allow_remote=self.allow_remote)])
+        with torch.inference_mode():
+            return EncodedImage(self.loaded.model.encode_images(image)[0])
 
     def _prepare(
         self,
@@ -257,14 +235,35 @@ class Chat:
         stops: Sequence[str] = (),
     ) -> GenerationState:
         """Return the request for a question that follows the first ``index`` turns."""
-        return prepare(
-            self.loaded,
-            [*self._turns[:index], Turn(question, num_images=len(images))],
-            [*self._images[:index], images],
-            settings,
-            system=self.system,
-            stops=stops,
-            stop_event=stop_event,
+        turns = [*self._turns[:index], Turn(question, num_images=len(images))]
+        encoded = [image for group in (*self._images[:index], images) for image in group]
+        tokenizer, context = self.loaded.tokenizer, self.loaded.model.config.max_position_embeddings
+        chunks = render_chunks([message for turn in turns for message in turn.messages()], self.system)
+        num_characters = sum(map(len, chunks))
+        if num_characters > context * tokenizer.longest_piece:  # too long however it is tokenized, which takes time
+            raise ContextLengthError(f"the conversation has {num_characters} characters, too many for the context")
+        input_ids = tokenize_chunks(chunks, tokenizer)
+        image_keys = iter([-image.serial] * len(image.features) for image in encoded)
+        slots = (next(image_keys) if token == IMAGE_TOKEN_INDEX else [token] for token in input_ids)
+        keys = [key for slot in slots for key in slot]
+        if len(keys) >= context:
+            raise ContextLengthError(
+                f"the conversation takes {len(keys)} positions and the context has {context}; "
+                "start a new one, or ask with fewer or shorter turns"
+            )
+        return GenerationState(
+            turn=turns[-1],
+            images=images,
+            history=index,
+            input_ids=input_ids,
+            features=torch.stack([image.features for image in encoded]) if encoded else None,
+            keys=keys,
+            sampler=Sampler(settings, input_ids, self.loaded.model.device),
+            max_new_tokens=min(settings.max_new_tokens, context - len(keys)),
+            eos_token_id=tokenizer.eos_token_id,
+            detokenizer=Detokenizer(tokenizer),
+            answer=AnswerText((STOP_STRING, *stops)),
+            stop_event=stop_event or threading.Event(),
             prefix_cache=self._prefix_cache if self._reuse_cache else None,
             start=start,
         )
@@ -287,3 +286,22 @@ class Chat:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def answer_batch(
+    loaded: LoadedModel, questions: Sequence[str], images: Sequence[ImageInput | None] | None = None, **sampling: Any
+) -> list[str]:
+    """Return the answers to independent questions, each with one image or ``None``, decoded together.
+
+    ``sampling`` are fields of ``Sampling``, for all questions.
+
+    Raises:
+        ImageError: If an image cannot be used.
+        YiVLError: If a sampling value is out of range, or beam search is requested.
+        ValueError: If the numbers of questions and images differ.
+    """
+    images = [None] * len(questions) if images is None else images
+    if len(images) != len(questions):
+        raise ValueError(f"{len(questions)} questions but {len(images)} images")
+    chat = Chat(loaded, reuse_cache=False)
+    return finish_together(loaded, [chat.begin(*asked, **sampling) for asked in zip(questions, images, strict=True)])

@@ -12,20 +12,16 @@ from transformers.cache_utils import Cache
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import STOP_STRING
-from yivl.conversation import Turn
 from yivl.errors import YiVLError
 from yivl.inference.kv_cache import PrefixCache, copy_row
-from yivl.inference.request import GenerationState, ImageInput, encode_image, prepare
-from yivl.inference.sampling import Sampling
-
-__all__ = ["Engine", "GenerationState", "answer_batch", "decode", "finish_together"]
+from yivl.inference.request import GenerationState
 
 
 class Engine:
     """Decodes requests together: each step of the model gives every one of them its next token.
 
-    Requests join and leave between two steps. Prompts are computed one by one; in the batch rows are padded on the
-    left to the longest one.
+    Requests join and leave between two steps. Each prompt is computed alone, which needs no padding and lets every
+    chat reuse its own prefix; in the batch rows are padded on the left to the longest one.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -42,25 +38,29 @@ class Engine:
         self._states, self._lengths, self._cache = [], [], None
 
     @torch.inference_mode()
-    def add(self, states: Sequence[GenerationState]) -> list[tuple[GenerationState, str]]:
-        """Compute the prompts of new requests and return each with the text of its first token, which may be empty.
+    def add(self, state: GenerationState) -> str:
+        """Compute the prompt of a request and return the text of its first token, which may be empty.
 
         Raises:
-            YiVLError: If a request asks for beam search. After any error none of the requests has joined.
+            YiVLError: If the request asks for beam search. After any error the request has not joined.
         """
-        if any(state.sampler.settings.num_beams > 1 for state in states):
+        if state.sampler.settings.num_beams > 1:
             raise YiVLError("beam search decodes one request at a time; use num_beams=1 in a batch")
-        prefilled = [self._prefill(state) for state in states]
-        pieces = self._advance(states, [logits for _, logits in prefilled])
-        joining = []
-        for state, (cache, _) in zip(states, prefilled, strict=True):
-            if state.finish_reason is None:
-                joining.append((state, cache))
-            elif state.prefix_cache is not None:
-                state.prefix_cache.put(cache, state.keys)
-        if joining:
-            self._join(*zip(*joining, strict=True))
-        return pieces
+        model = self.loaded.model
+        cache, state.num_cached = (state.prefix_cache or PrefixCache()).take(state.keys)
+        fused = model.fuse(torch.tensor([state.input_ids], device=model.device), image_features=state.features)
+        logits = model(
+            inputs_embeds=fused.inputs_embeds[:, state.num_cached :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        text = state.take(state.sampler.choose(logits[:, -1].float()))
+        if state.finish_reason is None:
+            self._join(state, cache)
+        elif state.prefix_cache is not None:
+            state.prefix_cache.put(cache, state.keys)
+        return text
 
     @torch.inference_mode()
     def step(self) -> list[tuple[GenerationState, str]]:
@@ -85,57 +85,36 @@ class Engine:
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits
-        pieces = self._advance(self._states, logits[:, -1:].float())
-        self._leave([state for state in self._states if state.finish_reason])
+        rows = zip(self._states, logits[:, -1:].float(), strict=True)
+        pieces = [(state, state.take(state.sampler.choose(row))) for state, row in rows]
+        self.remove([state for state in self._states if state.finish_reason])
         return pieces
 
     @torch.inference_mode()
-    def remove(self, state: GenerationState) -> None:
-        """Let a request leave before it is finished; its keys and values go to its prefix cache."""
-        self._leave([state] if state in self._states else [])
-
-    def _prefill(self, state: GenerationState) -> tuple[Cache, torch.Tensor]:
-        """Return the cache of a prompt and ``(1, vocabulary)`` float32 logits of its last position."""
-        model = self.loaded.model
-        cache, state.num_cached = (state.prefix_cache or PrefixCache()).take(state.keys)
-        fused = model.fuse(torch.tensor([state.input_ids], device=model.device), image_features=state.features)
-        logits: torch.Tensor = model(
-            inputs_embeds=fused.inputs_embeds[:, state.num_cached :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return cache, logits[:, -1].float()
-
-    def _advance(
-        self, states: Sequence[GenerationState], logits: Sequence[torch.Tensor] | torch.Tensor
-    ) -> list[tuple[GenerationState, str]]:
-        """Choose a token for each state from its ``(1, vocabulary)`` logits."""
-        return [(state, state.take(state.sampler.choose(row))) for state, row in zip(states, logits, strict=True)]
-
-    def _join(self, states: Sequence[GenerationState], caches: Sequence[Cache]) -> None:
-        """Add rows of keys and values to the batch; a single row is adopted without a copy."""
-        num_before, lengths = len(self._states), [*self._lengths, *(len(state.keys) for state in states)]
-        first, *others = caches if self._cache is None else (self._cache, *caches)
-        try:
-            for layer, *rows in zip(first.layers, *(cache.layers for cache in others), strict=True):
-                if rows:
-                    layer.keys = torch.cat([_pad_left(row.keys, max(lengths)) for row in (layer, *rows)])
-                    layer.values = torch.cat([_pad_left(row.values, max(lengths)) for row in (layer, *rows)])
-        except BaseException:
-            self._keep(range(num_before))  # memory may run out between two layers
-            raise
-        self._states, self._lengths, self._cache = [*self._states, *states], lengths, first
-
-    def _leave(self, leaving: Sequence[GenerationState]) -> None:
-        """Remove rows from the batch and give their keys and values to their prefix caches."""
-        if not leaving:
+    def remove(self, leaving: Sequence[GenerationState]) -> None:
+        """Let requests leave, finished or not; their keys and values go to their prefix caches."""
+        if not leaving or self._cache is None:
             return
         for row, (state, length) in enumerate(zip(self._states, self._lengths, strict=True)):
-            if state in leaving and state.prefix_cache is not None and self._cache is not None:
-                cache = self._cache if len(self._states) == 1 else copy_row(self._cache, row, length)
+            if state in leaving and state.prefix_cache is not None:
+                cache = self._cache if len(self) == 1 else copy_row(self._cache, row, length)
                 state.prefix_cache.put(cache, (state.keys + state.new_ids)[:length])
         self._keep([row for row, state in enumerate(self._states) if state not in leaving])
+
+    def _join(self, state: GenerationState, cache: Cache) -> None:
+        """Add a row of keys and values to the batch; the first one is adopted without a copy."""
+        if self._cache is None:
+            self._states, self._lengths, self._cache = [state], [len(state.keys)], cache
+            return
+        lengths = [*self._lengths, len(state.keys)]
+        try:
+            for layer, row in zip(self._cache.layers, cache.layers, strict=True):
+                layer.keys = torch.cat([_pad_left(states, max(lengths)) for states in (layer.keys, row.keys)])
+                layer.values = torch.cat([_pad_left(states, max(lengths)) for states in (layer.values, row.values)])
+        except BaseException:
+            self._keep(range(len(self)))  # memory may run out between two layers
+            raise
+        self._states, self._lengths = [*self._states, state], lengths
 
     def _keep(self, rows: Sequence[int]) -> None:
         """Select rows of the batch and drop padding that none of them needs."""
@@ -160,16 +139,27 @@ def decode(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
         yield from _beam_search(loaded, state)
         return
     engine = Engine(loaded)
-    pieces = engine.add([state])
+    text = engine.add(state)
     try:
         while True:
-            yield from (text for _, text in pieces if text)
+            if text:
+                yield text
             if state.finish_reason:
                 return
-            pieces = engine.step()
+            ((_, text),) = engine.step()
     except GeneratorExit:
-        engine.remove(state)
+        engine.remove([state])
         raise
+
+
+def finish_together(loaded: LoadedModel, states: Sequence[GenerationState]) -> list[str]:
+    """Decode requests to their ends in one batch and return the answers."""
+    engine = Engine(loaded)
+    for state in states:
+        engine.add(state)
+    while len(engine):
+        engine.step()
+    return [state.text for state in states]
 
 
 def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
@@ -198,43 +188,6 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
         yield state.take(token)
         if state.finish_reason:
             return
-    yield state.finish("length")
-
-
-def answer_batch(
-    loaded: LoadedModel,
-    questions: Sequence[str],
-    images: Sequence[ImageInput | None] | None = None,
-    **sampling: Any,
-) -> list[str]:
-    """Return the answers to independent questions, each with one image or ``None``, decoded together.
-
-    ``sampling`` are fields of ``Sampling``, for all questions.
-
-    Raises:
-        ImageError: If an image cannot be used.
-        YiVLError: If a sampling value is out of range, or beam search is requested.
-        ValueError: If the numbers of questions and images differ.
-    """
-    images = [None] * len(questions) if images is None else images
-    if len(images) != len(questions):
-        raise ValueError(f"{len(questions)} questions but {len(images)} images")
-    settings = Sampling(**sampling)
-    encoded = [[] if image is None else [encode_image(loaded, image)] for image in images]
-    states = [
-        prepare(loaded, [Turn(question, num_images=len(group))], [group], settings)
-        for question, group in zip(questions, encoded, strict=True)
-    ]
-    return finish_together(loaded, states)
-
-
-def finish_together(loaded: LoadedModel, states: Sequence[GenerationState]) -> list[str]:
-    """Decode requests to their ends in one batch and return the answers."""
-    engine = Engine(loaded)
-    engine.add(states)
-    while len(engine):
-        engine.step()
-    return [state.text for state in states]
 
 
 class _NativeKernels:

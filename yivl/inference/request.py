@@ -1,4 +1,4 @@
-"""One request: from turns, images and settings to a prompt in tokens, and the answer as it grows."""
+"""One request to the engine: its prompt in tokens, its settings and the answer as it grows."""
 
 import secrets
 import threading
@@ -9,14 +9,11 @@ from typing import Literal
 
 import torch
 
-from yivl.checkpoint.loading import LoadedModel
-from yivl.constants import IMAGE_TOKEN_INDEX, STOP_STRING, SYSTEM_PROMPT
-from yivl.conversation import Turn, render_chunks
-from yivl.errors import ContextLengthError
-from yivl.image_processing import ImageSource, load_image
+from yivl.conversation import Turn
+from yivl.image_processing import ImageSource
 from yivl.inference.kv_cache import PrefixCache
-from yivl.inference.sampling import AnswerText, Sampler, Sampling
-from yivl.tokenization import Detokenizer, tokenize_chunks
+from yivl.inference.sampling import AnswerText, Sampler
+from yivl.tokenization import Detokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -35,23 +32,31 @@ ImageInput = ImageSource | torch.Tensor | EncodedImage
 """An image to load, its ``pixel_values`` ``(3, image_size, image_size)``, or its features."""
 
 
-def encode_image(loaded: LoadedModel, image: ImageInput, *, allow_remote: bool = False) -> EncodedImage:
-    """Return the features of an image; an encoded one is returned as it is.
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer, its lengths in tokens and its times in seconds."""
 
-    Raises:
-        ImageError: If the image cannot be used.
-    """
-    if isinstance(image, EncodedImage):
-        return image
-    if not isinstance(image, torch.Tensor):
-        image = loaded.image_processor([load_image(image, allow_remote=allow_remote)])
-    with torch.inference_mode():
-        return EncodedImage(loaded.model.encode_images(image)[0])
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    """Sequence length of the prompt, image patches included."""
+    cached_tokens: int
+    """Those of them whose keys and values an earlier turn had computed."""
+    new_tokens: int
+    seconds_to_first_token: float
+    """From the call, image preprocessing included."""
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate after the first token; 0 for a single token."""
+        decoding = self.seconds - self.seconds_to_first_token
+        return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
 
 
 @dataclass(eq=False)
 class GenerationState:
-    """One request: its prompt, its settings and the answer so far."""
+    """One request; ``Chat.begin`` builds it."""
 
     turn: Turn
     images: Sequence[EncodedImage]
@@ -103,57 +108,16 @@ class GenerationState:
         self.finish_reason = reason
         return self.answer.end(self.detokenizer.flush())
 
-
-def prepare(
-    loaded: LoadedModel,
-    turns: Sequence[Turn],
-    images: Sequence[Sequence[EncodedImage]],
-    settings: Sampling,
-    *,
-    system: str = SYSTEM_PROMPT,
-    stops: Sequence[str] = (),
-    stop_event: threading.Event | None = None,
-    prefix_cache: PrefixCache | None = None,
-    start: float | None = None,
-) -> GenerationState:
-    """Return the request for the answer to the last of ``turns``; ``images`` are those of each turn.
-
-    Raises:
-        ContextLengthError: If the prompt leaves no room for an answer.
-    """
-    start = time.perf_counter() if start is None else start
-    tokenizer, context = loaded.tokenizer, loaded.model.config.max_position_embeddings
-    num_characters = len(system) + sum(len(turn.question) + len(turn.answer or "") + 1 for turn in turns)
-    if num_characters > context * tokenizer.longest_piece:  # too long however it is tokenized, which takes time
-        raise ContextLengthError(f"the conversation has {num_characters} characters, too many for the context")
-    messages = [message for turn in turns for message in turn.messages()]
-    input_ids = tokenize_chunks(render_chunks(messages, system), tokenizer)
-    encoded = [image for group in images for image in group]
-    remaining, keys = iter(encoded), []
-    for token in input_ids:
-        if token == IMAGE_TOKEN_INDEX:
-            image = next(remaining)
-            keys += [-image.serial] * len(image.features)
-        else:
-            keys.append(token)
-    if len(keys) >= context:
-        raise ContextLengthError(
-            f"the conversation takes {len(keys)} positions and the context has {context}; "
-            "start a new one, or ask with fewer or shorter turns"
+    def result(self) -> Answer:
+        """Return the finished answer."""
+        end = time.perf_counter()
+        assert self.finish_reason is not None
+        return Answer(
+            text=self.text,
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self.keys),
+            cached_tokens=self.num_cached,
+            new_tokens=len(self.new_ids),
+            seconds_to_first_token=(self.first_token_at or end) - self.start,
+            seconds=end - self.start,
         )
-    return GenerationState(
-        turn=turns[-1],
-        images=images[-1],
-        history=len(turns) - 1,
-        input_ids=input_ids,
-        features=torch.stack([image.features for image in encoded]) if encoded else None,
-        keys=keys,
-        sampler=Sampler(settings, input_ids, loaded.model.device),
-        max_new_tokens=min(settings.max_new_tokens, context - len(keys)),
-        eos_token_id=tokenizer.eos_token_id,
-        detokenizer=Detokenizer(tokenizer),
-        answer=AnswerText((STOP_STRING, *stops)),
-        stop_event=stop_event or threading.Event(),
-        prefix_cache=prefix_cache,
-        start=start,
-    )

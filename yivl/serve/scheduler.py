@@ -114,7 +114,7 @@ class Scheduler:
                 raise Cancelled
             state = request.begin()
             self._running.append((request, state))
-            self._deliver(self._engine.add([state]))
+            self._deliver([(state, self._engine.add(state))])
         except Exception as error:
             self._running = [pair for pair in self._running if pair[0] is not request]
             self._fail(request, error)
