@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from yivl.inference.request import encode_image
+from yivl.inference.chat import Chat
 from yivl.serve.api_errors import APIError, add_error_handlers
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
@@ -53,7 +53,8 @@ def build_app(
     metrics, name, started = Metrics(scheduler), scheduler.loaded.name, int(time.time())
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     add_error_handlers(app)
-    encode = lru_cache(limits.max_encoded_images)(lambda image: encode_image(scheduler.loaded, image.pixel_values))
+    encoder = Chat(scheduler.loaded)
+    encode = lru_cache(limits.max_encoded_images)(lambda image: encoder.encode(image.pixel_values))
     read = partial(
         read_messages,
         limits=limits,

@@ -1,6 +1,7 @@
 """The answers to one API request, from the scheduler's thread to a JSON body or a stream of server-sent events."""
 
 import asyncio
+import dataclasses
 import json
 import threading
 import time
@@ -13,7 +14,8 @@ from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from yivl.conversation import Turn
-from yivl.inference.request import EncodedImage, GenerationState, prepare
+from yivl.inference.chat import Chat
+from yivl.inference.request import EncodedImage, GenerationState
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.api_errors import APIError, as_api_error
@@ -60,11 +62,11 @@ class Exchange:
         given = [self._body.stop] if isinstance(self._body.stop, str) else self._body.stop or []
         stops = [stop for stop in given if stop]
 
-        def begin(sampling: Sampling) -> GenerationState:
-            encoded = [[encode(image) for image in group] for group in images]
-            return prepare(
-                self._scheduler.loaded, turns, encoded, sampling, system=system, stops=stops, stop_event=self._cancelled
-            )
+        def begin(sampling: dict[str, Any]) -> GenerationState:
+            chat = Chat(self._scheduler.loaded, system=system, reuse_cache=False)
+            *earlier, shown = [[encode(image) for image in group] for group in images]
+            chat.restore(turns[:-1], earlier)
+            return chat.begin(turns[-1].question, shown, stop_event=self._cancelled, stops=stops, **sampling)
 
         self._scheduler.submit(
             [
@@ -185,18 +187,19 @@ class Exchange:
         return usage
 
 
-def _sampling(body: ChatRequest, limits: Limits, index: int) -> Sampling:
-    """Return the settings of answer ``index``, each with a seed of its own."""
+def _sampling(body: ChatRequest, limits: Limits, index: int) -> dict[str, Any]:
+    """Return the fields of ``Sampling`` for answer ``index``; each answer has its own seed."""
     wanted = body.max_completion_tokens or body.max_tokens
     if wanted and wanted > limits.max_tokens:
         raise APIError(400, f"an answer may have at most {limits.max_tokens} tokens", param="max_tokens")
-    return Sampling(
+    settings = Sampling(
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=0,  # OpenAI's API has none
         max_new_tokens=wanted or min(_DEFAULT_TOKENS, limits.max_tokens),
         seed=None if body.seed is None else (body.seed + index) % 2**63,
     )
+    return dataclasses.asdict(settings)
 
 
 def _finish_reason(state: GenerationState) -> FinishReason:
