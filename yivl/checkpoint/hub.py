@@ -32,7 +32,6 @@ from yivl.checkpoint.format import (
     check_weight_file,
     find_weights,
     read_json,
-    vit_folder,
     weight_files,
 )
 from yivl.checkpoint.loading import read_small_files, reason_of
@@ -166,7 +165,7 @@ def check_whole(folder: Path) -> None:
             check_weight_file(path)
         return
     config, _, _ = read_small_files(folder)
-    vit = vit_folder(folder, config.mm_vision_tower)
+    vit = folder / config.mm_vision_tower
     if not vit.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{folder}/config.json: mm_vision_tower={config.mm_vision_tower!r} is not in the folder")
     check_weight_file(find_weights(vit))
@@ -217,7 +216,7 @@ def _names_to_upload(folder: Path) -> list[str]:
     if (folder / ADAPTER_CONFIG).is_file():
         weights = [*folder.glob("adapter_model.*"), *_trained(folder)]
     else:
-        vit = vit_folder(folder, read_json(folder / "config.json")["mm_vision_tower"])
+        vit = folder / read_json(folder / "config.json")["mm_vision_tower"]
         weights = [*(vit / name for name in _VIT_CONFIGS), find_weights(vit), *weight_files(folder)]
     others = (path for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _UPLOADED))
     return sorted(Path(os.path.relpath(path, folder)).as_posix() for path in [*weights, *others] if path.is_file())
@@ -232,7 +231,7 @@ def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     configs = [folder / name for name in (*_CONFIGS, ADAPTER_CONFIG)]
     if (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
-        vit = vit_folder(folder, read_json(folder / "config.json")["mm_vision_tower"])
+        vit = folder / read_json(folder / "config.json")["mm_vision_tower"]
         configs += [vit / name for name in _VIT_CONFIGS]
     for path in (path for path in configs if path.is_file()):
         fields = read_json(path)

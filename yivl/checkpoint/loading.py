@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -16,16 +16,16 @@ from transformers.utils import is_flash_attn_2_available
 
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
-    BUFFERS,
     PROJECTOR,
-    TOWER,
     UNUSED_FILES,
     StateDict,
     check_keys,
     read_config,
+    read_image_settings,
+    read_json,
     read_shapes,
-    vit_folder,
     weight_files,
+    without_tower,
 )
 from yivl.checkpoint.vit import copy_vit_weights, read_clip_weights
 from yivl.errors import CheckpointError, YiVLError
@@ -103,9 +103,9 @@ def load_model(
         attn_implementation=attn_implementation,
     )
     if adapter is not None:
-        from yivl.checkpoint import adapters  # imports peft, which is slow
+        from yivl.checkpoint.adapters import load_adapter  # imports peft, which is slow
 
-        model = adapters.load_adapter(model, adapter, merge=merge_adapter)
+        model = load_adapter(model, adapter, merge=merge_adapter)
     return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
 
 
@@ -132,9 +132,10 @@ def resolve_model(
     """
     folder = resolve_checkpoint(model_path)
     if (folder / ADAPTER_CONFIG).is_file():
-        from yivl.checkpoint import adapters  # imports peft, which is slow
-
-        return resolve_checkpoint(model_base or adapters.base_of(folder)), folder, adapters.read_image_settings(folder)
+        base = model_base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not base:
+            raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
+        return resolve_checkpoint(base), folder, read_image_settings(folder)
     if model_base is not None:
         raise CheckpointError(f"{model_path}: no {ADAPTER_CONFIG}; --model-base goes with a LoRA adapter folder")
     return folder, None, {}
@@ -147,7 +148,7 @@ def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProces
         CheckpointError: If a file is missing or damaged.
     """
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    clip_processor = load_clip_processor(vit_folder(folder, config.mm_vision_tower))
+    clip_processor = load_clip_processor(folder / config.mm_vision_tower)
     return config, tokenizer, ImageProcessor(clip_processor, config.image_aspect_ratio)
 
 
@@ -220,15 +221,14 @@ def load_pretrained(
         CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
     """
     config = read_config(folder) if config is None else config
-    expected = _without_tower(empty_model(config).state_dict())
+    expected = without_tower(empty_model(config).state_dict())
     found: StateDict = {}
     for path in weight_files(folder):
-        found |= _without_tower(read_shapes(path))
+        found |= without_tower(read_shapes(path))
     if fresh_projector:
         expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
     check_keys(folder, expected, found)
-    own_vit = vit_folder(folder, config.mm_vision_tower)
-    vit = read_clip_weights(own_vit) if vit_weights is None else vit_weights
+    vit = read_clip_weights(Path(folder) / config.mm_vision_tower) if vit_weights is None else vit_weights
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
     # The copy of the ViT in the main files may be of any shape: it is replaced.
@@ -278,10 +278,6 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
-
-
-def _without_tower(weights: Mapping[str, torch.Tensor]) -> StateDict:
-    return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(BUFFERS)}
 
 
 def _quantization_config(config: YiVLConfig, bits: int, dtype: Dtype | torch.dtype) -> BitsAndBytesConfig:

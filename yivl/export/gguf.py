@@ -5,7 +5,6 @@ llama.cpp does not process images exactly as this package does: docs/interop.md 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -24,15 +23,13 @@ from gguf import (
 
 from yivl.checkpoint.atomic import atomic_file
 from yivl.checkpoint.format import (
-    BUFFERS,
     PROJECTOR,
-    TOWER,
     VIT,
     StateDict,
     check_keys,
     read_weights,
-    vit_folder,
     weight_files,
+    without_tower,
 )
 from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
 from yivl.checkpoint.vit import read_clip_weights
@@ -128,15 +125,10 @@ def _check_supported(source: Path, config: YiVLConfig) -> None:
 def _weight_readers(source: Path, config: YiVLConfig) -> list[Reader]:
     """Return readers of the main files, without their copy of the ViT, and of ``vit/``."""
 
-    def read_shard(path: Path) -> StateDict:
-        weights = read_weights(path)
-        return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(BUFFERS)}
-
     def read_vit() -> StateDict:
-        vit = vit_folder(source, config.mm_vision_tower)
-        return {f"{VIT}{key}": value for key, value in read_clip_weights(vit).items()}
+        return {f"{VIT}{key}": value for key, value in read_clip_weights(source / config.mm_vision_tower).items()}
 
-    return [*(partial(read_shard, path) for path in weight_files(source)), read_vit]
+    return [*(lambda path=path: without_tower(read_weights(path)) for path in weight_files(source)), read_vit]
 
 
 @contextmanager
