@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -61,9 +61,9 @@ def upload(
     repo_id: str,
     *,
     private: bool,
-    make_card: Callable[[], str],
-    base_model: str | None = None,
-    message: str = "Upload a Yi-VL model",
+    card: str | None,
+    base_model: str | None,
+    message: str,
 ) -> str:
     """Upload a checkpoint or an adapter with its model card and return the URL of the commit.
 
@@ -71,20 +71,18 @@ def upload(
     that the new one does not replace. An interrupted upload is repeated without sending again what the hub has.
 
     Args:
-        folder: The model card is written into it, unless its own was edited.
+        folder: Checked by ``check_whole``.
         repo_id: Created if it does not exist.
         private: Whether a new repository is private.
-        make_card: Returns the text of the model card.
+        card: The model card, which is written into the folder; ``None`` keeps the one there.
         base_model: Hub id of the base model; replaces a path in ``adapter_config.json``.
         message: Of the commit.
 
     Raises:
-        CheckpointError: If the folder is incomplete or names a local path; if the repository holds another kind of
-            model, or is public although ``private`` is set; if the hub refuses or cannot be reached.
+        CheckpointError: If the folder names a local path; if the repository holds another kind of model, or is public
+            although ``private`` is set; if the hub refuses or cannot be reached.
     """
-    check_whole(folder)
     changed = _without_paths(folder, known_base(folder, base_model))
-    card = None if is_edited(folder / CARD) else make_card()
     if get_token() is None:
         raise CheckpointError("no token for the hub: log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi()

@@ -88,9 +88,8 @@ def load_model(
     if isinstance(dtype, str) and dtype not in get_args(Dtype):
         raise YiVLError(f"dtype={dtype!r}; expected one of {', '.join(get_args(Dtype))}")
     # The small files first: their errors show before minutes of loading.
-    folder, adapter, image_settings = resolve_model(model_path, model_base)
-    config, tokenizer, image_processor = read_small_files(folder)
-    image_processor = set_images(config, image_processor.clip_processor, **image_settings)
+    folder, adapter, image_settings = _resolve_model(model_path, model_base)
+    config, tokenizer, image_processor = read_small_files(folder, **image_settings)
     device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
     check_support(config, attn_implementation, bits=bits, on_cpu=device_map == {"": "cpu"})
     model = YiVLForCausalLM.from_pretrained(
@@ -106,7 +105,8 @@ def load_model(
         from yivl.checkpoint.adapters import load_adapter  # imports peft, which is slow
 
         model = load_adapter(model, adapter, merge=merge_adapter)
-    return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
+    path = Path(model_path)
+    return LoadedModel(model.eval(), tokenizer, image_processor, (path.resolve() if path.exists() else path).name)
 
 
 def load_processors(
@@ -117,19 +117,14 @@ def load_processors(
     Raises:
         CheckpointError: If a folder or file is missing, or no hub id matches.
     """
-    folder, _, image_settings = resolve_model(model_path, model_base)
-    config, tokenizer, image_processor = read_small_files(folder)
-    return config, tokenizer, set_images(config, image_processor.clip_processor, **image_settings)
+    folder, _, image_settings = _resolve_model(model_path, model_base)
+    return read_small_files(folder, **image_settings)
 
 
-def resolve_model(
+def _resolve_model(
     model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None
 ) -> tuple[Path, Path | None, dict[str, Any]]:
-    """Return the folder of the checkpoint, and of a LoRA adapter its folder and image settings.
-
-    Raises:
-        CheckpointError: If a folder or hub id does not exist, or ``model_base`` is given without an adapter.
-    """
+    """Return the folder of the checkpoint, and of a LoRA adapter its folder and image settings."""
     folder = resolve_checkpoint(model_path)
     if (folder / ADAPTER_CONFIG).is_file():
         base = model_base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -141,15 +136,15 @@ def resolve_model(
     return folder, None, {}
 
 
-def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
-    """Return configuration, tokenizer and image processor of a checkpoint.
+def read_small_files(folder: Path, **image_settings: Any) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
+    """Return configuration, tokenizer and image processor of a checkpoint; the settings are those of ``set_images``.
 
     Raises:
-        CheckpointError: If a file is missing or damaged.
+        CheckpointError: If a file is missing or damaged, or a setting is not possible.
     """
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     clip_processor = load_clip_processor(folder / config.mm_vision_tower)
-    return config, tokenizer, ImageProcessor(clip_processor, config.image_aspect_ratio)
+    return config, tokenizer, set_images(config, clip_processor, **image_settings)
 
 
 def set_images(
@@ -159,7 +154,7 @@ def set_images(
     image_size: int | None = None,
     image_aspect_ratio: str | None = None,
 ) -> ImageProcessor:
-    """Return an image processor with other settings than those of the checkpoint.
+    """Return the image processor of a checkpoint, with other settings where given.
 
     Args:
         config: Its aspect ratio is set in place; its image size stays that of the weights until they are resized.
@@ -191,12 +186,12 @@ def check_support(config: YiVLConfig, attn_implementation: str, *, bits: int, on
     """
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
-    key_value = config.num_key_value_heads * config.head_dim
-    for width in (config.hidden_size, config.intermediate_size, key_value):
-        if bits == 4 and on_cpu and width % 64:
-            raise CheckpointError(
-                f"4 bits on a CPU need layer widths that are multiples of 64, this model has {width}; use 8 bits"
-            )
+    widths = (config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
+    odd = next((width for width in widths if width % 64), None)
+    if bits == 4 and on_cpu and odd:
+        raise CheckpointError(
+            f"4 bits on a CPU need layer widths that are multiples of 64, this model has {odd}; use 8 bits"
+        )
 
 
 def load_pretrained(
@@ -305,7 +300,3 @@ def _device_map(device: Device) -> Device:
     if not available.get(kind, True):
         raise YiVLError(f"device={device!r}: PyTorch finds no such device on this machine; use --device cpu")
     return {"": device}
-
-
-def _name(model_path: str | os.PathLike[str]) -> str:
-    return Path(model_path).resolve().name if Path(model_path).exists() else os.fspath(model_path).split("/")[-1]
