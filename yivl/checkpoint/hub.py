@@ -90,7 +90,8 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.model_info(repo_id)
         existing = {file.rfilename for file in info.siblings or ()}
-        _check_target(api, repo_id, existing, is_adapter=(folder / ADAPTER_CONFIG).is_file())
+        if held := _other_model(api, repo_id, existing, is_adapter=(folder / ADAPTER_CONFIG).is_file()):
+            raise CheckpointError(f"{repo_id}: exists and holds {held}; give another name")
         keeps_card = card is not None and CARD in existing and not _is_generated(_remote_text(api, repo_id, CARD))
     if private and not info.private:
         raise CheckpointError(f"{repo_id}: exists and is public; make it private on the hub, or drop --private")
@@ -221,11 +222,7 @@ def _names_to_upload(folder: Path) -> list[str]:
 
 
 def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
-    """Return the files whose content changes: ``adapter_config.json`` names the base model by its hub id.
-
-    Raises:
-        CheckpointError: If a configuration holds a local path.
-    """
+    """Return the files whose content changes: ``adapter_config.json`` names the base model by its hub id."""
     contents: dict[str, bytes] = {}
     configs = [folder / name for name in (*_CONFIGS, ADAPTER_CONFIG)]
     if (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
@@ -246,20 +243,15 @@ def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
     return contents
 
 
-def _check_target(api: HfApi, repo_id: str, existing: set[str], *, is_adapter: bool) -> None:
-    """Refuse a repository that holds another kind of model.
-
-    Raises:
-        CheckpointError: If it does.
-    """
-    held = None
+def _other_model(api: HfApi, repo_id: str, existing: set[str], *, is_adapter: bool) -> str | None:
+    """Return what a repository holds if that is another kind of model."""
     if ADAPTER_CONFIG in existing:
-        held = None if is_adapter else "an adapter"
-    elif "config.json" in existing:
-        is_yivl = "mm_vision_tower" in json.loads(_remote_text(api, repo_id, "config.json"))
-        held = "another kind of model" if not is_yivl else "a whole model" if is_adapter else None
-    if held:
-        raise CheckpointError(f"{repo_id}: exists and holds {held}; give another name")
+        return None if is_adapter else "an adapter"
+    if "config.json" not in existing:
+        return None
+    if "mm_vision_tower" not in json.loads(_remote_text(api, repo_id, "config.json")):
+        return "another kind of model"
+    return "a whole model" if is_adapter else None
 
 
 def _remote_text(api: HfApi, repo_id: str, name: str) -> str:

@@ -3,7 +3,7 @@
 llama.cpp does not process images exactly as this package does: docs/interop.md lists the differences.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final, Literal, cast
@@ -25,7 +25,6 @@ from yivl.checkpoint.atomic import atomic_file
 from yivl.checkpoint.format import (
     PROJECTOR,
     VIT,
-    StateDict,
     check_keys,
     read_weights,
     weight_files,
@@ -53,9 +52,6 @@ _FORMATS: Final = {
     "float16": (torch.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bfloat16": (torch.bfloat16, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
-
-Reader = Callable[[], StateDict]
-"""Reads one weight file, memory-mapped."""
 
 Convert = Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
 """Checkpoint key and tensor to GGUF name and tensor; ``None`` if the file does not hold it."""
@@ -86,18 +82,17 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
     source = resolve_checkpoint(checkpoint)
     config, tokenizer, image_processor = read_small_files(source)
     _check_supported(source, config)
-    readers = _weight_readers(source, config)
-    found = {key: value.to("meta") for read in readers for key, value in read().items()}
+    found = {key: value.to("meta") for key, value in _weights(source, config)}
     check_keys(source, empty_model(config).state_dict(), found)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
         with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
             _add_language_fields(writer, config)
             _add_vocabulary(writer, config, tokenizer)
-            _write_tensors(writer, readers, _language_tensors(config), dtype)
+            _write_tensors(writer, source, config, _language_tensors(config), dtype)
         with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
             _add_vision_fields(writer, config, image_processor)
-            _write_tensors(writer, readers, _vision_tensors(config), dtype)
+            _write_tensors(writer, source, config, _vision_tensors(config), dtype)
     return targets
 
 
@@ -117,18 +112,16 @@ def _check_supported(source: Path, config: YiVLConfig) -> None:
     }
     for name, (value, known) in supported.items():
         if value not in known:
-            raise CheckpointError(
-                f"{source}: {name}={value!r} cannot be exported; expected {' or '.join(map(repr, known))}"
-            )
+            expected = " or ".join(map(repr, known))
+            raise CheckpointError(f"{source}: {name}={value!r} cannot be exported; expected {expected}")
 
 
-def _weight_readers(source: Path, config: YiVLConfig) -> list[Reader]:
-    """Return readers of the main files, without their copy of the ViT, and of ``vit/``."""
-
-    def read_vit() -> StateDict:
-        return {f"{VIT}{key}": value for key, value in read_clip_weights(source / config.mm_vision_tower).items()}
-
-    return [*(lambda path=path: without_tower(read_weights(path)) for path in weight_files(source)), read_vit]
+def _weights(source: Path, config: YiVLConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield keys and tensors of the main files, without their copy of the ViT, and of ``vit/``, file by file."""
+    for path in weight_files(source):
+        yield from without_tower(read_weights(path)).items()
+    for key, value in read_clip_weights(source / config.mm_vision_tower).items():
+        yield f"{VIT}{key}", value
 
 
 @contextmanager
@@ -254,15 +247,13 @@ def _vision_tensors(config: YiVLConfig) -> Convert:
     return convert
 
 
-def _write_tensors(writer: GGUFWriter, readers: Sequence[Reader], convert: Convert, dtype: Dtype) -> None:
+def _write_tensors(writer: GGUFWriter, source: Path, config: YiVLConfig, convert: Convert, dtype: Dtype) -> None:
     """Write the file: fields, then the headers of all tensors, then the tensors one by one."""
 
     def tensors(*, shapes_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        for read in readers:
-            for key, value in read().items():
-                converted = convert(key, value.to("meta") if shapes_only else value)
-                if converted is not None:
-                    yield converted
+        for key, value in _weights(source, config):
+            if converted := convert(key, value.to("meta") if shapes_only else value):
+                yield converted
 
     for name, tensor in tensors(shapes_only=True):
         torch_dtype, kind = _storage(name, tensor, dtype)

@@ -116,14 +116,7 @@ def make_card(
 def _read_scores(path: Path, names: set[str]) -> tuple[dict[str, Any], list[EvalResult]]:
     """Return what the card shows of a ``scores.json``, and the results for the index of the hub.
 
-    The index takes those of this model on the whole benchmark and with the image of each question.
-
-    Args:
-        path: The file.
-        names: Of this model: the last part of its path or hub id.
-
-    Raises:
-        CheckpointError: If the file cannot be read.
+    The index takes those of this model, one of ``names``, on the whole benchmark and with the image of each question.
     """
     about = read_json(path)
     groups: list[tuple[str, Sequence[float]]]  # the accuracy in percent comes first
@@ -169,11 +162,7 @@ def _read_scores(path: Path, names: set[str]) -> tuple[dict[str, Any], list[Eval
 
 
 def _license(folder: Path, file: str | None, given: str | None) -> str | None:
-    """Return the license: of the ``LICENSE`` file, else the given one, else that of an earlier card.
-
-    Raises:
-        CheckpointError: If the file and ``given`` contradict each other, or the earlier card cannot be read.
-    """
+    """Return the license: of the ``LICENSE`` file, else the given one, else that of an earlier card."""
     if file is not None:
         head = (folder / file).read_text(encoding="utf-8", errors="replace")[:500]
         is_apache = "Apache License" in head and "Version 2.0, January 2004" in head
