@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -195,15 +196,10 @@ def check_weight_file(path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; download it")
-    is_whole = True
+    is_whole = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:
-            is_whole = False
-    else:
-        is_whole = zipfile.is_zipfile(path)
+        with suppress(SafetensorError), safe_open(path, framework="pt"):
+            is_whole = True
     if not is_whole:
         raise CheckpointError(f"{path}: damaged, truncated or a git-lfs pointer; download it again")
 

@@ -41,12 +41,6 @@ from yivl.tokenization import YiTokenizer, tokenize_chunks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-_PROJECTORS: Final = ("mlp2x_gelu_Norm", "mlp2x_gelu")
-"""Supported by llama.cpp. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
-
-_EPS: Final = 1e-5
-"""Of the projector's LayerNorms; llama.cpp uses the ViT's. Source: torch.nn.LayerNorm; llama.cpp, as above."""
-
 _FORMATS: Final = {
     "float32": (torch.float32, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "float16": (torch.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -97,10 +91,10 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
 
 
 def _check_supported(source: Path, config: YiVLConfig) -> None:
-    """Refuse what llama.cpp would silently compute differently."""
+    """Refuse what llama.cpp would silently compute differently. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
     vision = config.vision_config
     supported: dict[str, tuple[object, tuple[object, ...]]] = {
-        "mm_projector_type": (config.mm_projector_type, _PROJECTORS),
+        "mm_projector_type": (config.mm_projector_type, ("mlp2x_gelu_Norm", "mlp2x_gelu")),
         "mm_vision_select_feature": (config.mm_vision_select_feature, ("patch",)),
         "image_aspect_ratio": (config.image_aspect_ratio, ("pad",)),
         "hidden_act": (config.hidden_act, ("silu",)),
@@ -108,7 +102,8 @@ def _check_supported(source: Path, config: YiVLConfig) -> None:
         "mlp_bias": (config.mlp_bias, (False,)),
         "rope_type": (config.rope_parameters["rope_type"], ("default",)),
         "hidden_act of the ViT": (vision.hidden_act, ("gelu", "quick_gelu")),
-        "layer_norm_eps of the ViT": (vision.layer_norm_eps, (_EPS,)),
+        # Of the projector's LayerNorms, too: torch.nn.LayerNorm has 1e-5, and llama.cpp uses that of the ViT.
+        "layer_norm_eps of the ViT": (vision.layer_norm_eps, (1e-5,)),
     }
     for name, (value, known) in supported.items():
         if value not in known:
