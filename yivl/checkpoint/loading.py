@@ -168,10 +168,9 @@ def set_images(
     if image_aspect_ratio is not None:
         config.image_aspect_ratio = image_aspect_ratio
     if image_size is not None:
-        if image_size % config.vision_config.patch_size:
-            raise CheckpointError(
-                f"image_size {image_size} is not a multiple of the patch size {config.vision_config.patch_size}"
-            )
+        patch_size = config.vision_config.patch_size
+        if image_size < 1 or image_size % patch_size:
+            raise CheckpointError(f"image_size {image_size} is not a multiple of the patch size {patch_size}")
         clip_processor.size = {"shortest_edge": image_size}
         clip_processor.crop_size = {"height": image_size, "width": image_size}
     return ImageProcessor(clip_processor, config.image_aspect_ratio)
@@ -276,10 +275,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def _quantization_config(config: YiVLConfig, bits: int, dtype: Dtype | torch.dtype) -> BitsAndBytesConfig:
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,

@@ -72,7 +72,7 @@ def read_start(arguments: ModelArguments) -> Start:
         config, tokenizer = _config_of_parts(folder, vit, arguments), load_tokenizer(folder)
         # open_clip keeps its preprocessing elsewhere; its ViTs use that of CLIP.
         clip_processor = CLIPImageProcessorPil() if is_open_clip(vit) else load_clip_processor(vit)
-    image_size = arguments.image_size or config.vision_config.image_size
+    image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
     )
