@@ -102,8 +102,11 @@ def test_an_adapter_without_image_settings_takes_those_of_its_base_and_damaged_o
     settings.write_text('{"image_size": "28"}')
     with pytest.raises(CheckpointError, match=f"{SETTINGS}: expected image_size and image_aspect_ratio"):
         load_model(tmp_path / "out", device="cpu")
-    settings.write_text('{"image_size": 30, "image_aspect_ratio": "pad"}')
-    with pytest.raises(CheckpointError, match="image_size 30 is not a multiple of the patch size 14"):
-        load_model(tmp_path / "out", device="cpu")
+    for size in (30, 0, -28):
+        settings.write_text(json.dumps({"image_size": size, "image_aspect_ratio": "pad"}))
+        with pytest.raises(CheckpointError, match=f"image_size {size} is not a multiple of the patch size 14"):
+            load_model(tmp_path / "out", device="cpu")
+        with pytest.raises(CheckpointError, match=f"image_size {size} is not a multiple of the patch size 14"):
+            train(tmp_path / "new", rows, image_size=size)
     settings.unlink()
     assert load_model(tmp_path / "out", device="cpu").image_processor.image_size == 56

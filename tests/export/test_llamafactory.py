@@ -302,7 +302,7 @@ ANSWER = {"role": "assistant", "content": "I."}
         ),
         ({"messages": [USER, ANSWER, {"role": "system", "content": ""}]}, "role 'system' is not supported"),
         ({"messages": [USER, ANSWER, USER]}, "the last question has no answer"),
-        ({"messages": [ANSWER, USER]}, "role 'assistant' out of turn"),
+        ({"messages": [ANSWER, USER]}, "role 'assistant' out of order"),
         ({"messages": []}, "'conversations' is not a list of messages"),
         ({"messages": "Who?"}, "the messages are not a list"),
         ({}, "the messages are not a list"),

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
@@ -13,7 +12,6 @@ from torch import nn
 from yivl.checkpoint.atomic import write_json
 from yivl.checkpoint.format import (
     ADAPTER,
-    ADAPTER_CONFIG,
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
     METADATA,
@@ -22,7 +20,6 @@ from yivl.checkpoint.format import (
     check_keys,
     find_weights,
     published_name,
-    read_json,
     read_weights,
 )
 from yivl.errors import CheckpointError
@@ -92,33 +89,6 @@ def load_adapter(model: YiVLForCausalLM, folder: Path, *, merge: bool = False) -
     model = adapted.merge_and_unload() if merge else adapted.get_base_model()
     _copy_trained(model, folder)
     return model
-
-
-def base_of(folder: Path) -> str:
-    """Return the path or hub id of the base model that an adapter names.
-
-    Raises:
-        CheckpointError: If it names none.
-    """
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
-    return str(base)
-
-
-def read_image_settings(folder: Path) -> dict[str, Any]:
-    """Return ``image_size`` and ``image_aspect_ratio`` of an adapter; neither if its folder does not record them.
-
-    Raises:
-        CheckpointError: If the file is damaged.
-    """
-    if not (folder / ADAPTER_SETTINGS).is_file():
-        return {}
-    fields = read_json(folder / ADAPTER_SETTINGS)
-    size, ratio = fields.get("image_size"), fields.get("image_aspect_ratio")
-    if not isinstance(size, int) or not isinstance(ratio, str):
-        raise CheckpointError(f"{folder / ADAPTER_SETTINGS}: expected image_size and image_aspect_ratio")
-    return {"image_size": size, "image_aspect_ratio": ratio}
 
 
 def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:

@@ -41,11 +41,9 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_dir(folder: Path, target: Path) -> None:
-    """Rename a finished folder to ``target``, which is replaced if it exists.
+    """Flush a finished folder, on the file system of ``target``, and rename it to ``target``, which it replaces.
 
-    Args:
-        folder: On the file system of ``target``; flushed to disk first.
-        target: Left as it was if the rename fails.
+    If the rename fails, ``target`` is left as it was.
     """
     _settle(folder)
     aside = folder.with_name(f"{folder.name}.old")

@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +28,6 @@ TOWER: Final = "model.vision_tower.vision_tower."
 VIT: Final = f"{TOWER}vision_model."
 """The same with the prefix of ``CLIPVisionModel``, which transformers 5.6 dropped in memory but not on disk."""
 PROJECTOR: Final = "model.mm_projector."
-
-BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")
-"""Suffixes of computed buffers that old versions of transformers saved."""
 
 WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
 """In the order of preference of transformers."""
@@ -56,6 +54,8 @@ RECORD: Final = "training_run.json"
 LOG: Final = "log.jsonl"
 """Log of a run, in its output folder."""
 
+# Suffixes of computed buffers that old versions of transformers saved.
+_BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 _MAX_PROBLEMS: Final = 5  # named in a message
 
 
@@ -119,7 +119,7 @@ def read_config(folder: str | os.PathLike[str]) -> YiVLConfig:
     fields = read_json(Path(folder) / "config.json")
     if not isinstance(fields.get("mm_vision_tower"), str):
         raise CheckpointError(f"{folder}/config.json: no mm_vision_tower; this is not a Yi-VL checkpoint")
-    vision = read_json(vit_folder(folder, fields["mm_vision_tower"]) / "config.json")
+    vision = read_json(Path(folder) / fields["mm_vision_tower"] / "config.json")
     for name in ("model_type", "text_config", "vision_config"):  # the last two are for SGLang
         fields.pop(name, None)
     try:
@@ -128,9 +128,19 @@ def read_config(folder: str | os.PathLike[str]) -> YiVLConfig:
         raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
 
 
-def vit_folder(checkpoint: str | os.PathLike[str], mm_vision_tower: str) -> Path:
-    """Return the ViT folder; a relative path starts at the checkpoint."""
-    return Path(checkpoint) / mm_vision_tower
+def read_image_settings(adapter: Path) -> dict[str, Any]:
+    """Return ``image_size`` and ``image_aspect_ratio`` of an adapter; neither if its folder does not record them.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    path = adapter / ADAPTER_SETTINGS
+    if not path.is_file():
+        return {}
+    match read_json(path):
+        case {"image_size": int(size), "image_aspect_ratio": str(ratio)}:
+            return {"image_size": size, "image_aspect_ratio": ratio}
+    raise CheckpointError(f"{path}: expected image_size and image_aspect_ratio")
 
 
 def find_weights(folder: str | os.PathLike[str], names: tuple[str, ...] = WEIGHTS) -> Path:
@@ -186,15 +196,10 @@ def check_weight_file(path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; download it")
-    is_whole = True
+    is_whole = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:
-            is_whole = False
-    else:
-        is_whole = zipfile.is_zipfile(path)
+        with suppress(SafetensorError), safe_open(path, framework="pt"):
+            is_whole = True
     if not is_whole:
         raise CheckpointError(f"{path}: damaged, truncated or a git-lfs pointer; download it again")
 
@@ -232,4 +237,9 @@ def read_main_weights(folder: str | os.PathLike[str]) -> StateDict:
     weights: StateDict = {}
     for path in weight_files(folder):
         weights |= read_weights(path)
-    return {key: value for key, value in weights.items() if not key.endswith(BUFFERS)}
+    return {key: value for key, value in weights.items() if not key.endswith(_BUFFERS)}
+
+
+def without_tower(weights: Mapping[str, torch.Tensor]) -> StateDict:
+    """Return the weights of a main file without its copy of the ViT and without computed buffers."""
+    return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(_BUFFERS)}

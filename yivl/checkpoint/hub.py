@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,7 +32,6 @@ from yivl.checkpoint.format import (
     check_weight_file,
     find_weights,
     read_json,
-    vit_folder,
     weight_files,
 )
 from yivl.checkpoint.loading import read_small_files, reason_of
@@ -62,9 +61,9 @@ def upload(
     repo_id: str,
     *,
     private: bool,
-    make_card: Callable[[], str],
-    base_model: str | None = None,
-    message: str = "Upload a Yi-VL model",
+    card: str | None,
+    base_model: str | None,
+    message: str,
 ) -> str:
     """Upload a checkpoint or an adapter with its model card and return the URL of the commit.
 
@@ -72,20 +71,18 @@ def upload(
     that the new one does not replace. An interrupted upload is repeated without sending again what the hub has.
 
     Args:
-        folder: The model card is written into it, unless its own was edited.
+        folder: Checked by ``check_whole``.
         repo_id: Created if it does not exist.
         private: Whether a new repository is private.
-        make_card: Returns the text of the model card.
+        card: The model card, which is written into the folder; ``None`` keeps the one there.
         base_model: Hub id of the base model; replaces a path in ``adapter_config.json``.
         message: Of the commit.
 
     Raises:
-        CheckpointError: If the folder is incomplete or names a local path; if the repository holds another kind of
-            model, or is public although ``private`` is set; if the hub refuses or cannot be reached.
+        CheckpointError: If the folder names a local path; if the repository holds another kind of model, or is public
+            although ``private`` is set; if the hub refuses or cannot be reached.
     """
-    check_whole(folder)
     changed = _without_paths(folder, known_base(folder, base_model))
-    card = None if is_edited(folder / CARD) else make_card()
     if get_token() is None:
         raise CheckpointError("no token for the hub: log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi()
@@ -93,7 +90,8 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.model_info(repo_id)
         existing = {file.rfilename for file in info.siblings or ()}
-        _check_target(api, repo_id, existing, is_adapter=(folder / ADAPTER_CONFIG).is_file())
+        if held := _other_model(api, repo_id, existing, is_adapter=(folder / ADAPTER_CONFIG).is_file()):
+            raise CheckpointError(f"{repo_id}: exists and holds {held}; give another name")
         keeps_card = card is not None and CARD in existing and not _is_generated(_remote_text(api, repo_id, CARD))
     if private and not info.private:
         raise CheckpointError(f"{repo_id}: exists and is public; make it private on the hub, or drop --private")
@@ -166,7 +164,7 @@ def check_whole(folder: Path) -> None:
             check_weight_file(path)
         return
     config, _, _ = read_small_files(folder)
-    vit = vit_folder(folder, config.mm_vision_tower)
+    vit = folder / config.mm_vision_tower
     if not vit.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{folder}/config.json: mm_vision_tower={config.mm_vision_tower!r} is not in the folder")
     check_weight_file(find_weights(vit))
@@ -217,22 +215,18 @@ def _names_to_upload(folder: Path) -> list[str]:
     if (folder / ADAPTER_CONFIG).is_file():
         weights = [*folder.glob("adapter_model.*"), *_trained(folder)]
     else:
-        vit = vit_folder(folder, read_json(folder / "config.json")["mm_vision_tower"])
+        vit = folder / read_json(folder / "config.json")["mm_vision_tower"]
         weights = [*(vit / name for name in _VIT_CONFIGS), find_weights(vit), *weight_files(folder)]
     others = (path for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _UPLOADED))
     return sorted(Path(os.path.relpath(path, folder)).as_posix() for path in [*weights, *others] if path.is_file())
 
 
 def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
-    """Return the files whose content changes: ``adapter_config.json`` names the base model by its hub id.
-
-    Raises:
-        CheckpointError: If a configuration holds a local path.
-    """
+    """Return the files whose content changes: ``adapter_config.json`` names the base model by its hub id."""
     contents: dict[str, bytes] = {}
     configs = [folder / name for name in (*_CONFIGS, ADAPTER_CONFIG)]
     if (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
-        vit = vit_folder(folder, read_json(folder / "config.json")["mm_vision_tower"])
+        vit = folder / read_json(folder / "config.json")["mm_vision_tower"]
         configs += [vit / name for name in _VIT_CONFIGS]
     for path in (path for path in configs if path.is_file()):
         fields = read_json(path)
@@ -249,20 +243,15 @@ def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
     return contents
 
 
-def _check_target(api: HfApi, repo_id: str, existing: set[str], *, is_adapter: bool) -> None:
-    """Refuse a repository that holds another kind of model.
-
-    Raises:
-        CheckpointError: If it does.
-    """
-    held = None
+def _other_model(api: HfApi, repo_id: str, existing: set[str], *, is_adapter: bool) -> str | None:
+    """Return what a repository holds if that is another kind of model."""
     if ADAPTER_CONFIG in existing:
-        held = None if is_adapter else "an adapter"
-    elif "config.json" in existing:
-        is_yivl = "mm_vision_tower" in json.loads(_remote_text(api, repo_id, "config.json"))
-        held = "another kind of model" if not is_yivl else "a whole model" if is_adapter else None
-    if held:
-        raise CheckpointError(f"{repo_id}: exists and holds {held}; give another name")
+        return None if is_adapter else "an adapter"
+    if "config.json" not in existing:
+        return None
+    if "mm_vision_tower" not in json.loads(_remote_text(api, repo_id, "config.json")):
+        return "another kind of model"
+    return "a whole model" if is_adapter else None
 
 
 def _remote_text(api: HfApi, repo_id: str, name: str) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -16,16 +16,16 @@ from transformers.utils import is_flash_attn_2_available
 
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
-    BUFFERS,
     PROJECTOR,
-    TOWER,
     UNUSED_FILES,
     StateDict,
     check_keys,
     read_config,
+    read_image_settings,
+    read_json,
     read_shapes,
-    vit_folder,
     weight_files,
+    without_tower,
 )
 from yivl.checkpoint.vit import copy_vit_weights, read_clip_weights
 from yivl.errors import CheckpointError, YiVLError
@@ -88,9 +88,8 @@ def load_model(
     if isinstance(dtype, str) and dtype not in get_args(Dtype):
         raise YiVLError(f"dtype={dtype!r}; expected one of {', '.join(get_args(Dtype))}")
     # The small files first: their errors show before minutes of loading.
-    folder, adapter, image_settings = resolve_model(model_path, model_base)
-    config, tokenizer, image_processor = read_small_files(folder)
-    image_processor = set_images(config, image_processor.clip_processor, **image_settings)
+    folder, adapter, image_settings = _resolve_model(model_path, model_base)
+    config, tokenizer, image_processor = read_small_files(folder, **image_settings)
     device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
     check_support(config, attn_implementation, bits=bits, on_cpu=device_map == {"": "cpu"})
     model = YiVLForCausalLM.from_pretrained(
@@ -103,10 +102,11 @@ def load_model(
         attn_implementation=attn_implementation,
     )
     if adapter is not None:
-        from yivl.checkpoint import adapters  # imports peft, which is slow
+        from yivl.checkpoint.adapters import load_adapter  # imports peft, which is slow
 
-        model = adapters.load_adapter(model, adapter, merge=merge_adapter)
-    return LoadedModel(model.eval(), tokenizer, image_processor, _name(model_path))
+        model = load_adapter(model, adapter, merge=merge_adapter)
+    path = Path(model_path)
+    return LoadedModel(model.eval(), tokenizer, image_processor, (path.resolve() if path.exists() else path).name)
 
 
 def load_processors(
@@ -117,38 +117,34 @@ def load_processors(
     Raises:
         CheckpointError: If a folder or file is missing, or no hub id matches.
     """
-    folder, _, image_settings = resolve_model(model_path, model_base)
-    config, tokenizer, image_processor = read_small_files(folder)
-    return config, tokenizer, set_images(config, image_processor.clip_processor, **image_settings)
+    folder, _, image_settings = _resolve_model(model_path, model_base)
+    return read_small_files(folder, **image_settings)
 
 
-def resolve_model(
+def _resolve_model(
     model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None
 ) -> tuple[Path, Path | None, dict[str, Any]]:
-    """Return the folder of the checkpoint, and of a LoRA adapter its folder and image settings.
-
-    Raises:
-        CheckpointError: If a folder or hub id does not exist, or ``model_base`` is given without an adapter.
-    """
+    """Return the folder of the checkpoint, and of a LoRA adapter its folder and image settings."""
     folder = resolve_checkpoint(model_path)
     if (folder / ADAPTER_CONFIG).is_file():
-        from yivl.checkpoint import adapters  # imports peft, which is slow
-
-        return resolve_checkpoint(model_base or adapters.base_of(folder)), folder, adapters.read_image_settings(folder)
+        base = model_base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not base:
+            raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
+        return resolve_checkpoint(base), folder, read_image_settings(folder)
     if model_base is not None:
         raise CheckpointError(f"{model_path}: no {ADAPTER_CONFIG}; --model-base goes with a LoRA adapter folder")
     return folder, None, {}
 
 
-def read_small_files(folder: Path) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
-    """Return configuration, tokenizer and image processor of a checkpoint.
+def read_small_files(folder: Path, **image_settings: Any) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
+    """Return configuration, tokenizer and image processor of a checkpoint; the settings are those of ``set_images``.
 
     Raises:
-        CheckpointError: If a file is missing or damaged.
+        CheckpointError: If a file is missing or damaged, or a setting is not possible.
     """
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    clip_processor = load_clip_processor(vit_folder(folder, config.mm_vision_tower))
-    return config, tokenizer, ImageProcessor(clip_processor, config.image_aspect_ratio)
+    clip_processor = load_clip_processor(folder / config.mm_vision_tower)
+    return config, tokenizer, set_images(config, clip_processor, **image_settings)
 
 
 def set_images(
@@ -158,7 +154,7 @@ def set_images(
     image_size: int | None = None,
     image_aspect_ratio: str | None = None,
 ) -> ImageProcessor:
-    """Return an image processor with other settings than those of the checkpoint.
+    """Return the image processor of a checkpoint, with other settings where given.
 
     Args:
         config: Its aspect ratio is set in place; its image size stays that of the weights until they are resized.
@@ -172,10 +168,9 @@ def set_images(
     if image_aspect_ratio is not None:
         config.image_aspect_ratio = image_aspect_ratio
     if image_size is not None:
-        if image_size % config.vision_config.patch_size:
-            raise CheckpointError(
-                f"image_size {image_size} is not a multiple of the patch size {config.vision_config.patch_size}"
-            )
+        patch_size = config.vision_config.patch_size
+        if image_size < 1 or image_size % patch_size:
+            raise CheckpointError(f"image_size {image_size} is not a multiple of the patch size {patch_size}")
         clip_processor.size = {"shortest_edge": image_size}
         clip_processor.crop_size = {"height": image_size, "width": image_size}
     return ImageProcessor(clip_processor, config.image_aspect_ratio)
@@ -190,12 +185,12 @@ def check_support(config: YiVLConfig, attn_implementation: str, *, bits: int, on
     """
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
-    key_value = config.num_key_value_heads * config.head_dim
-    for width in (config.hidden_size, config.intermediate_size, key_value):
-        if bits == 4 and on_cpu and width % 64:
-            raise CheckpointError(
-                f"4 bits on a CPU need layer widths that are multiples of 64, this model has {width}; use 8 bits"
-            )
+    widths = (config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
+    odd = next((width for width in widths if width % 64), None)
+    if bits == 4 and on_cpu and odd:
+        raise CheckpointError(
+            f"4 bits on a CPU need layer widths that are multiples of 64, this model has {odd}; use 8 bits"
+        )
 
 
 def load_pretrained(
@@ -220,15 +215,14 @@ def load_pretrained(
         CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
     """
     config = read_config(folder) if config is None else config
-    expected = _without_tower(empty_model(config).state_dict())
+    expected = without_tower(empty_model(config).state_dict())
     found: StateDict = {}
     for path in weight_files(folder):
-        found |= _without_tower(read_shapes(path))
+        found |= without_tower(read_shapes(path))
     if fresh_projector:
         expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
     check_keys(folder, expected, found)
-    own_vit = vit_folder(folder, config.mm_vision_tower)
-    vit = read_clip_weights(own_vit) if vit_weights is None else vit_weights
+    vit = read_clip_weights(Path(folder) / config.mm_vision_tower) if vit_weights is None else vit_weights
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
     # The copy of the ViT in the main files may be of any shape: it is replaced.
@@ -280,15 +274,10 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
 
 
-def _without_tower(weights: Mapping[str, torch.Tensor]) -> StateDict:
-    return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(BUFFERS)}
-
-
 def _quantization_config(config: YiVLConfig, bits: int, dtype: Dtype | torch.dtype) -> BitsAndBytesConfig:
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
@@ -309,7 +298,3 @@ def _device_map(device: Device) -> Device:
     if not available.get(kind, True):
         raise YiVLError(f"device={device!r}: PyTorch finds no such device on this machine; use --device cpu")
     return {"": device}
-
-
-def _name(model_path: str | os.PathLike[str]) -> str:
-    return Path(model_path).resolve().name if Path(model_path).exists() else os.fspath(model_path).split("/")[-1]

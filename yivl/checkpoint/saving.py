@@ -37,7 +37,12 @@ def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
     check_replaceable(folder)
     with atomic_dir(folder) as new:
         yield new
-        _carry_over(Path(folder).resolve(), new)
+        old = Path(folder).resolve()
+        for path in old.rglob("*"):
+            place = new / path.relative_to(old)
+            is_stale = any(path.match(pattern) for pattern in _OF_THE_MODEL)
+            if path.is_file() and not is_stale and not place.exists() and place.parent.is_dir():
+                shutil.copy2(path, place)
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
@@ -47,12 +52,11 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
         CheckpointError: If ``folder`` is a file, or holds something other than one checkpoint.
     """
     target = Path(folder)
-    if not target.exists():
-        return
-    if not target.is_dir():
+    if target.is_file():
         raise CheckpointError(f"{target}: is a file; give a folder to write")
-    others = [path.name for path in target.iterdir() if path.is_dir() and path.name != "vit"]
-    if any(target.iterdir()) and (others or not (target / "config.json").is_file()):
+    held = list(target.iterdir()) if target.exists() else []
+    others = any(path.is_dir() and path.name != "vit" for path in held)
+    if held and (others or not (target / "config.json").is_file()):
         raise CheckpointError(f"{target}: holds more than a checkpoint; give an empty or new folder to write")
 
 
@@ -65,15 +69,6 @@ def check_apart(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
     read, written = Path(source).resolve(), Path(target).resolve()
     if read == written or written in read.parents:
         raise CheckpointError(f"{target}: is or contains {source}; give another folder to write")
-
-
-def _carry_over(old: Path, new: Path) -> None:
-    """Copy the files of ``old`` that do not describe its weights and that ``new`` lacks."""
-    for path in old.rglob("*") if old.is_dir() else ():
-        place = new / path.relative_to(old)
-        is_stale = any(path.match(pattern) for pattern in _OF_THE_MODEL)
-        if path.is_file() and not is_stale and not place.exists() and place.parent.is_dir():
-            shutil.copy2(path, place)
 
 
 def save_checkpoint(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -110,10 +110,10 @@ def open_clip_to_vit_weights(state_dict: Mapping[str, torch.Tensor]) -> StateDic
             layer = f"encoder.layers.{index}"
             if rest.startswith("attn.in_proj_"):
                 kind = rest.removeprefix("attn.in_proj_")
-                for name, part in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
-                    weights[f"{layer}.self_attn.{name}.{kind}"] = part.contiguous()
-                continue
-            weights[f"{layer}.{_rename(rest, _OPEN_CLIP_BLOCK_NAMES, key)}"] = value
+                for name, part in zip("qkv", value.chunk(3), strict=True):
+                    weights[f"{layer}.self_attn.{name}_proj.{kind}"] = part.contiguous()
+            else:
+                weights[f"{layer}.{_rename(rest, _OPEN_CLIP_BLOCK_NAMES, key)}"] = value
         else:
             weights[_rename(key, _OPEN_CLIP_NAMES, key)] = value
     return weights

@@ -3,9 +3,8 @@
 llama.cpp does not process images exactly as this package does: docs/interop.md lists the differences.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -24,15 +23,12 @@ from gguf import (
 
 from yivl.checkpoint.atomic import atomic_file
 from yivl.checkpoint.format import (
-    BUFFERS,
     PROJECTOR,
-    TOWER,
     VIT,
-    StateDict,
     check_keys,
     read_weights,
-    vit_folder,
     weight_files,
+    without_tower,
 )
 from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
 from yivl.checkpoint.vit import read_clip_weights
@@ -45,20 +41,11 @@ from yivl.tokenization import YiTokenizer, tokenize_chunks
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-_PROJECTORS: Final = ("mlp2x_gelu_Norm", "mlp2x_gelu")
-"""Supported by llama.cpp. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
-
-_EPS: Final = 1e-5
-"""Of the projector's LayerNorms; llama.cpp uses the ViT's. Source: torch.nn.LayerNorm; llama.cpp, as above."""
-
 _FORMATS: Final = {
     "float32": (torch.float32, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "float16": (torch.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bfloat16": (torch.bfloat16, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
-
-Reader = Callable[[], StateDict]
-"""Reads one weight file, memory-mapped."""
 
 Convert = Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
 """Checkpoint key and tensor to GGUF name and tensor; ``None`` if the file does not hold it."""
@@ -89,26 +76,25 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
     source = resolve_checkpoint(checkpoint)
     config, tokenizer, image_processor = read_small_files(source)
     _check_supported(source, config)
-    readers = _weight_readers(source, config)
-    found = {key: value.to("meta") for read in readers for key, value in read().items()}
+    found = {key: value.to("meta") for key, value in _weights(source, config)}
     check_keys(source, empty_model(config).state_dict(), found)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
         with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
             _add_language_fields(writer, config)
             _add_vocabulary(writer, config, tokenizer)
-            _write_tensors(writer, readers, _language_tensors(config), dtype)
+            _write_tensors(writer, source, config, _language_tensors(config), dtype)
         with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
             _add_vision_fields(writer, config, image_processor)
-            _write_tensors(writer, readers, _vision_tensors(config), dtype)
+            _write_tensors(writer, source, config, _vision_tensors(config), dtype)
     return targets
 
 
 def _check_supported(source: Path, config: YiVLConfig) -> None:
-    """Refuse what llama.cpp would silently compute differently."""
+    """Refuse what llama.cpp would silently compute differently. Source: llama.cpp, tools/mtmd/models/llava.cpp."""
     vision = config.vision_config
     supported: dict[str, tuple[object, tuple[object, ...]]] = {
-        "mm_projector_type": (config.mm_projector_type, _PROJECTORS),
+        "mm_projector_type": (config.mm_projector_type, ("mlp2x_gelu_Norm", "mlp2x_gelu")),
         "mm_vision_select_feature": (config.mm_vision_select_feature, ("patch",)),
         "image_aspect_ratio": (config.image_aspect_ratio, ("pad",)),
         "hidden_act": (config.hidden_act, ("silu",)),
@@ -116,27 +102,21 @@ def _check_supported(source: Path, config: YiVLConfig) -> None:
         "mlp_bias": (config.mlp_bias, (False,)),
         "rope_type": (config.rope_parameters["rope_type"], ("default",)),
         "hidden_act of the ViT": (vision.hidden_act, ("gelu", "quick_gelu")),
-        "layer_norm_eps of the ViT": (vision.layer_norm_eps, (_EPS,)),
+        # Of the projector's LayerNorms, too: torch.nn.LayerNorm has 1e-5, and llama.cpp uses that of the ViT.
+        "layer_norm_eps of the ViT": (vision.layer_norm_eps, (1e-5,)),
     }
     for name, (value, known) in supported.items():
         if value not in known:
-            raise CheckpointError(
-                f"{source}: {name}={value!r} cannot be exported; expected {' or '.join(map(repr, known))}"
-            )
+            expected = " or ".join(map(repr, known))
+            raise CheckpointError(f"{source}: {name}={value!r} cannot be exported; expected {expected}")
 
 
-def _weight_readers(source: Path, config: YiVLConfig) -> list[Reader]:
-    """Return readers of the main files, without their copy of the ViT, and of ``vit/``."""
-
-    def read_shard(path: Path) -> StateDict:
-        weights = read_weights(path)
-        return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(BUFFERS)}
-
-    def read_vit() -> StateDict:
-        vit = vit_folder(source, config.mm_vision_tower)
-        return {f"{VIT}{key}": value for key, value in read_clip_weights(vit).items()}
-
-    return [*(partial(read_shard, path) for path in weight_files(source)), read_vit]
+def _weights(source: Path, config: YiVLConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield keys and tensors of the main files, without their copy of the ViT, and of ``vit/``, file by file."""
+    for path in weight_files(source):
+        yield from without_tower(read_weights(path)).items()
+    for key, value in read_clip_weights(source / config.mm_vision_tower).items():
+        yield f"{VIT}{key}", value
 
 
 @contextmanager
@@ -262,15 +242,13 @@ def _vision_tensors(config: YiVLConfig) -> Convert:
     return convert
 
 
-def _write_tensors(writer: GGUFWriter, readers: Sequence[Reader], convert: Convert, dtype: Dtype) -> None:
+def _write_tensors(writer: GGUFWriter, source: Path, config: YiVLConfig, convert: Convert, dtype: Dtype) -> None:
     """Write the file: fields, then the headers of all tensors, then the tensors one by one."""
 
     def tensors(*, shapes_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        for read in readers:
-            for key, value in read().items():
-                converted = convert(key, value.to("meta") if shapes_only else value)
-                if converted is not None:
-                    yield converted
+        for key, value in _weights(source, config):
+            if converted := convert(key, value.to("meta") if shapes_only else value):
+                yield converted
 
     for name, tensor in tensors(shapes_only=True):
         torch_dtype, kind = _storage(name, tensor, dtype)

@@ -7,7 +7,6 @@ folder of ``dataset_info.json``.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -129,31 +128,21 @@ def from_llamafactory(dataset_info: Path, name: str, target: Path) -> int:
         RowError: If the dataset is not declared, not in a ``.json`` or ``.jsonl`` file, or not supervised; if a row
             is invalid, or has what is not supported here (another system message, tools, video, audio).
     """
-    dataset = _read_declaration(dataset_info, name)
+    source, columns, tags = _read_declaration(dataset_info, name)
     if target.suffix != ".json":
         raise RowError(f"{target}: the rows are a JSON list; give a name that ends in .json")
-    if target.resolve() in (dataset.file.resolve(), dataset_info.resolve()):
+    if target.resolve() in (source.resolve(), dataset_info.resolve()):
         raise RowError(f"{target}: would overwrite its source; give another file")
-    rows = [_from_row(fields, dataset, origin) for origin, fields in read_rows(dataset.file)]
+    rows = [_from_row(fields, columns, tags, origin) for origin, fields in read_rows(source)]
     if not rows:
-        raise RowError(f"{dataset.file}: no rows")
+        raise RowError(f"{source}: no rows")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, _json_list(rows))
     return len(rows)
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    """One dataset of ``dataset_info.json``."""
-
-    file: Path
-    columns: Mapping[str, str]
-    """Keys of a row by their role."""
-    tags: Mapping[str, str] | None
-    """Keys and roles of a message in ``sharegpt``; ``None`` is ``alpaca``."""
-
-
-def _read_declaration(dataset_info: Path, name: str) -> _Dataset:
+def _read_declaration(dataset_info: Path, name: str) -> tuple[Path, Mapping[str, str], Mapping[str, str] | None]:
+    """Return the file of a dataset, the columns by their role, and the tags of ``sharegpt`` messages."""
     declared = _read_info(dataset_info).get(name)
     origin = f"{dataset_info} {name!r}"
     if not isinstance(declared, dict):
@@ -178,13 +167,15 @@ def _read_declaration(dataset_info: Path, name: str) -> _Dataset:
     needed = "messages" if formatting == "sharegpt" else "response"
     if needed not in columns:
         raise RowError(f"{origin}: the columns do not name {needed!r}")
-    return _Dataset(dataset_info.parent / file, columns, _DEFAULT_TAGS | tags if formatting == "sharegpt" else None)
+    return dataset_info.parent / file, columns, _DEFAULT_TAGS | tags if formatting == "sharegpt" else None
 
 
-def _from_row(fields: Mapping[str, Any], dataset: _Dataset, origin: str) -> dict[str, Any]:
-    values = {key: fields.get(column) for key, column in dataset.columns.items()}
+def _from_row(
+    fields: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str, str] | None, origin: str
+) -> dict[str, Any]:
+    values = {key: fields.get(column) for key, column in columns.items()}
     try:
-        messages = list(_alpaca(values) if dataset.tags is None else _sharegpt(values["messages"], dataset.tags))
+        messages = list(_alpaca(values) if tags is None else _sharegpt(values["messages"], tags))
         system = messages.pop(0)[1] if messages and messages[0][0] == "system" else values.get("system")
         if system and str(system).strip() != SYSTEM_PROMPT:
             raise RowError("another system message; every prompt has that of Yi-VL, remove it")
@@ -199,23 +190,17 @@ def _from_row(fields: Mapping[str, Any], dataset: _Dataset, origin: str) -> dict
         images = images if isinstance(images, list) else [images]
     except RowError as error:
         raise RowError(f"{origin}: {error}") from error
-    row = _other_keys(fields, dataset.columns.values(), ("image", "conversations"), origin)
+    row = _other_keys(fields, columns.values(), ("image", "conversations"), origin)
     if images:
         row["image"] = images[0] if len(images) == 1 else images
     row["conversations"] = conversations
     parse_row(row, origin)
-    _keep_outer_blanks(conversations, len(images))
-    return row
-
-
-def _keep_outer_blanks(conversations: Sequence[dict[str, str]], num_images: int) -> None:
-    """Keep blanks around a question whose images all precede it, as LLaMA-Factory does.
-
-    ``parse_row`` strips them if there is a placeholder; without one it puts the images in the same place.
-    """
-    question = conversations[0]["value"].removeprefix(f"{DEFAULT_IMAGE_TOKEN * num_images}\n")
-    if num_images and question != question.strip():
+    # LLaMA-Factory keeps blanks around a question whose images all precede it. parse_row strips them if there is a
+    # placeholder; without one it puts the images in the same place.
+    question = conversations[0]["value"].removeprefix(f"{DEFAULT_IMAGE_TOKEN * len(images)}\n")
+    if images and question != question.strip():
         conversations[0]["value"] = question
+    return row
 
 
 def _sharegpt(messages: Any, tags: Mapping[str, str]) -> Iterator[tuple[str, str]]:

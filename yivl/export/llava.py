@@ -17,7 +17,6 @@ from yivl.checkpoint.format import (
     check_keys,
     read_json,
     read_main_weights,
-    vit_folder,
 )
 from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
 from yivl.checkpoint.vit import read_clip_weights
@@ -68,7 +67,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: mm_projector_type={config.mm_projector_type!r}; other programs read only 'mlp2x_gelu_Norm'"
         )
-    vit = read_clip_weights(vit_folder(folder, config.mm_vision_tower))
+    vit = read_clip_weights(folder / config.mm_vision_tower)
     weights = read_main_weights(folder) | {f"{VIT}{key}": value for key, value in vit.items()}
     check_keys(folder, empty_model(config).state_dict(), weights)
     names = ("config.json", "generation_config.json", *TOKENIZER_FILES)

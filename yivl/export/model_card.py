@@ -1,9 +1,6 @@
 """The model card (``README.md``) of a trained model, made from the records of training and evaluation."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,44 +10,12 @@ from yivl.checkpoint import hub
 from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, LOG, RECORD, read_config, read_json
 from yivl.checkpoint.hub import CARD, MARKER, known_base, last_part
 from yivl.errors import CheckpointError
-from yivl.train.resume import GLOBAL_BATCH_FLAGS
 from yivl.train.run_log import read_log
 
 TASK: Final = "image-text-to-text"
 """Source: the tasks of the hub."""
 
-# Flags that decide a result, in the order of the table; those of LoRA are shown for adapters only.
-_FLAGS: Final = (
-    *("stage", "image_size", "image_aspect_ratio", "model_max_length", "packing", "bits"),
-    *("freeze_backbone", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
-    *("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_vision_tower"),
-    *("learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "lr_scheduler_type", "warmup_steps"),
-    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
-    *("max_rows_per_source", *GLOBAL_BATCH_FLAGS, "deepspeed", "bf16", "fp16", "seed"),
-)
 _SOURCE_COLUMNS: Final = ("rows", "rows_per_epoch", "images", "shards", "weight")
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """One ``scores.json`` of ``python -m yivl.eval``."""
-
-    title: str
-    columns: Sequence[str]
-    """The name of the groups, and what was measured of each."""
-    groups: Sequence[tuple[str, Sequence[float]]]
-    """Name of each group and its values; the accuracy in percent comes first."""
-    dataset: str
-    model: str
-    """Last part of the path or hub id of the evaluated model."""
-    metric: str
-    is_claim: bool
-    """Whether the values are the model's score: on the whole benchmark, and with the image of each question."""
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """The rows of the table."""
-        return [[_cell(name), *map(_number, values)] for name, values in self.groups]
 
 
 def publish(
@@ -70,10 +35,14 @@ def publish(
     Raises:
         CheckpointError: As these do, or if the folder has an edited card, to which nothing can be added.
     """
-    if hub.is_edited(folder / CARD) and (license_id or scores):
+    hub.check_whole(folder)
+    if not hub.is_edited(folder / CARD):
+        card = make_card(folder, repo_id=repo_id, base_model=base_model, license_id=license_id, scores=scores)
+    elif license_id or scores:
         raise CheckpointError(f"{folder / CARD}: was edited by hand and is kept; add license and scores to it by hand")
-    card = partial(make_card, folder, repo_id=repo_id, base_model=base_model, license_id=license_id, scores=scores)
-    return hub.upload(folder, repo_id, private=private, base_model=base_model, make_card=card, message=message)
+    else:
+        card = None
+    return hub.upload(folder, repo_id, private=private, base_model=base_model, card=card, message=message)
 
 
 def make_card(
@@ -98,17 +67,20 @@ def make_card(
     Raises:
         CheckpointError: If the folder is neither, a file cannot be read, or ``license_id`` contradicts ``LICENSE``.
     """
-    adapter = _read_if_exists(folder / ADAPTER_CONFIG)
-    base, reports = known_base(folder, base_model), [_read_scores(path) for path in scores]
+    adapter, flags, record = (_read_if_exists(folder / name) for name in (ADAPTER_CONFIG, ARGUMENTS, RECORD))
+    base = known_base(folder, base_model)
     name = (repo_id or folder.resolve().name).split("/")[-1]
-    license_file = next((path for path in sorted(folder.glob("LICENSE*")) if path.is_file()), None)
+    license_file = next((path.name for path in sorted(folder.glob("LICENSE*")) if path.is_file()), None)
     license_id = _license(folder, license_file, license_id)
-    results = _eval_results(reports, {name, folder.resolve().name})
-    config = None if adapter else read_config(folder)
+    reports, results = [], []
+    for path in scores:
+        report, measured = _read_scores(path, {name, folder.resolve().name})
+        reports.append(report)
+        results += measured
     data = ModelCardData(
         language=["en", "zh"],
         license=license_id,
-        license_link=license_file.name if license_file is not None and license_id == "other" else None,
+        license_link=license_file if license_id == "other" else None,
         library_name="peft" if adapter else "yivl",
         pipeline_tag=TASK,
         base_model=base,
@@ -117,6 +89,7 @@ def make_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
+    sources = record.get("sources", [])
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).parent / "assets/model_card.jinja"),
@@ -124,111 +97,77 @@ def make_card(
         name=name,
         model=repo_id or name,
         adapter=adapter,
-        config=config,
-        vision=config and config.vision_config,
+        config=None if adapter else read_config(folder),
         base=base,
-        path=_path,
-        **_training(folder, base, adapter),
+        flags=flags,
+        # A checkpoint-N folder has no log; its trainer_state.json holds the same lines.
+        log=read_log(folder / LOG) or _read_if_exists(folder / "trainer_state.json").get("log_history", []),
+        sources=sources,
+        columns=[key for key in _SOURCE_COLUMNS if any(source.get(key) is not None for source in sources)],
+        versions=({"peft": adapter["peft_version"]} if "peft_version" in adapter else {}) | record.get("versions", {}),
         reports=reports,
-        model_base=" --model-base CHECKPOINT" if adapter and not base else "",
         license_id=license_id,
-        license_file=license_file and license_file.name,
+        license_file=license_file,
+        last_part=lambda path: f"`{_cell(last_part(path))}`",
     )
     return f"{card}\n"
 
 
-def _training(folder: Path, base: str | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the section on training shows."""
-    flags, record = _read_if_exists(folder / ARGUMENTS), _read_if_exists(folder / RECORD)
-    # A checkpoint-N folder has no log; its trainer_state.json holds the same lines.
-    log = read_log(folder / LOG) or _read_if_exists(folder / "trainer_state.json").get("log_history", [])
-    facts = [("initialized from", base or _path(flags.get("model_name_or_path", "")))]
-    if log:
-        facts.append(("optimizer steps", f"{log[-1]['step']:,}"))
-    if flags:
-        facts.append(("global batch size", f"{math.prod(flags[name] for name in GLOBAL_BATCH_FLAGS):,}"))
-    for key, label in (("loss", "loss"), ("eval_loss", "evaluation loss")):
-        if line := next((line for line in reversed(log) if key in line), None):
-            facts.append((f"{label}, at step {line['step']:,}", f"{line[key]:.4f}"))
-    sources, versions = record.get("sources") or [], record.get("versions") or {}
-    recorded = {"flags": flags, "steps and losses": log, "rows of each source": sources, "versions": versions}
-    length = "max_steps" if flags.get("max_steps", -1) > 0 else "num_train_epochs"
-    return {
-        "flags": flags,
-        "flag_names": [name for name in (*_FLAGS, length) if flags.get("lora_enable") or not name.startswith("lora_")],
-        "log": log,
-        "record": record,
-        "facts": [fact for fact in facts if fact[1]],
-        "columns": [key for key in _SOURCE_COLUMNS if any(source.get(key) is not None for source in sources)],
-        "versions": ({"peft": adapter["peft_version"]} if "peft_version" in adapter else {}) | versions,
-        "missing": [name for name, value in recorded.items() if not value],
-    }
+def _read_scores(path: Path, names: set[str]) -> tuple[dict[str, Any], list[EvalResult]]:
+    """Return what the card shows of a ``scores.json``, and the results for the index of the hub.
 
-
-def _read_scores(path: Path) -> _Scores:
+    The index takes those of this model, one of ``names``, on the whole benchmark and with the image of each question.
+    """
     about = read_json(path)
+    groups: list[tuple[str, Sequence[float]]]  # the accuracy in percent comes first
     try:
         dataset, model = last_part(about["data"]), last_part(about["model"])
         if "overall" in about:
-            named = {**about["domains"], "all": about["overall"]}
             protocol = f", protocol {about['protocol']}" if "protocol" in about else ""
-            split = f"{about['split']} split, {about['questions']:,} questions{protocol}"
-            is_on_hub = hub.is_hub_id(about["data"]) and not Path(about["data"]).exists()
-            return _Scores(
-                f"{about['benchmark'].upper()}, {split}, measured on `{model}`:",
-                ("domain", "accuracy %"),
-                [(name, [100 * accuracy]) for name, accuracy in named.items()],
-                about["data"] if is_on_hub else dataset,
-                model,
-                "accuracy",
-                is_claim=about["is_whole"],
-            )
-        images = about["images"] if "images" in about else about["pictures"]  # the key of older files
-        shown = {"own": "", "another": ", shown the image of another question", "none": ", shown no image"}[images]
-        return _Scores(
-            f"`{dataset}`{shown}, measured on `{model}`:",
-            (_cell(", ".join(about["group_by"]) or "group"), "exact %", "best constant answer %", "questions"),
-            [
+            title = f"{about['benchmark'].upper()}, {about['split']} split, {about['questions']:,} questions{protocol}"
+            columns = ["domain", "accuracy %"]
+            groups = [(name, [100 * value]) for name, value in {**about["domains"], "all": about["overall"]}.items()]
+            if hub.is_hub_id(about["data"]) and not Path(about["data"]).exists():
+                dataset = about["data"]
+            metric, is_claim = "accuracy", about["is_whole"]
+        else:
+            images = about["images"] if "images" in about else about["pictures"]  # the key of older files
+            shown = {"own": "", "another": ", shown the image of another question", "none": ", shown no image"}
+            title = f"`{dataset}`{shown[images]}"
+            columns = [_cell(", ".join(about["group_by"]) or "group"), "exact %", "best constant answer %", "questions"]
+            groups = [
                 (", ".join(one["group"]) or "all", [float(one["accuracy"]), float(one["constant"]), int(one["number"])])
                 for one in about["scores"]
-            ],
-            dataset,
-            model,
-            "exact_match",
-            is_claim=images == "own",
-        )
+            ]
+            metric, is_claim = "exact_match", images == "own"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a scores.json of python -m yivl.eval") from error
-
-
-def _eval_results(reports: Iterable[_Scores], names: set[str]) -> list[EvalResult]:
-    """Return the scores for the index of the hub: those of this model, without controls."""
-    return [
+    results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=report.dataset.removesuffix(".jsonl").removesuffix(".json"),
-            dataset_name=report.dataset,
-            metric_type=report.metric,
-            metric_name=f"{report.metric.replace('_', ' ')} in percent, {name}",
+            dataset_type=dataset.removesuffix(".jsonl").removesuffix(".json"),
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=f"{metric.replace('_', ' ')} in percent, {name}",
             metric_value=values[0],
         )
-        for report in reports
-        if report.is_claim and report.model in names
-        for name, values in report.groups
+        for name, values in groups
+        if is_claim and model in names
     ]
+    rows = [
+        [_cell(name), *(f"{value:,}" if isinstance(value, int) else f"{value:.1f}" for value in values)]
+        for name, values in groups
+    ]
+    return {"title": f"{title}, measured on `{model}`:", "columns": columns, "rows": rows}, results
 
 
-def _license(folder: Path, file: Path | None, given: str | None) -> str | None:
-    """Return the license: of the ``LICENSE`` file, else the given one, else that of an earlier card.
-
-    Raises:
-        CheckpointError: If the file and ``given`` contradict each other, or the earlier card cannot be read.
-    """
+def _license(folder: Path, file: str | None, given: str | None) -> str | None:
+    """Return the license: of the ``LICENSE`` file, else the given one, else that of an earlier card."""
     if file is not None:
-        head = file.read_text(encoding="utf-8", errors="replace")[:500]
+        head = (folder / file).read_text(encoding="utf-8", errors="replace")[:500]
         is_apache = "Apache License" in head and "Version 2.0, January 2004" in head
         if given is not None and (given == "apache-2.0") != is_apache:
-            raise CheckpointError(f"{file}: is another license than {given!r}; drop one of them")
+            raise CheckpointError(f"{folder / file}: is another license than {given!r}; drop one of them")
         return given or ("apache-2.0" if is_apache else "other")
     if given is not None or not (folder / CARD).is_file():
         return given
@@ -243,13 +182,5 @@ def _read_if_exists(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _path(path: str) -> str:
-    return path and f"`{_cell(last_part(path))}`"
-
-
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}"

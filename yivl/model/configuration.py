@@ -9,9 +9,6 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from yivl.errors import CheckpointError
 
-PUBLISHED_ARCHITECTURE: Final = "LlavaLlamaForCausalLM"
-"""Class name in the released checkpoints. Source: 01-ai/Yi-VL-6B, config.json."""
-
 # Fields of transformers or of this process that a checkpoint does not record.
 _UNPUBLISHED: Final = (
     "vision_config",
@@ -89,7 +86,7 @@ class YiVLConfig(LlamaConfig):
         kind = rope.pop("rope_type", "default")
         fields = {key: value for key, value in self.to_dict().items() if key not in _UNPUBLISHED}
         fields |= {
-            "architectures": [PUBLISHED_ARCHITECTURE],
+            "architectures": ["LlavaLlamaForCausalLM"],  # Source: 01-ai/Yi-VL-6B, config.json
             "model_type": self.model_type,
             "mm_vision_tower": f"./vit/{self.vit_name}",
             "rope_theta": rope.pop("rope_theta"),

@@ -5,17 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from yivl.checkpoint.format import read_json, vit_folder
-from yivl.checkpoint.loading import (
-    check_support,
-    empty_model,
-    read_small_files,
-    resolve_checkpoint,
-    set_images,
-)
+from yivl.checkpoint.format import read_json
+from yivl.checkpoint.loading import check_support, empty_model, read_small_files, resolve_checkpoint, set_images
 from yivl.checkpoint.vit import is_open_clip, read_clip_weights, read_vit_config
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
@@ -27,6 +20,10 @@ from yivl.train.arguments import ModelArguments
 
 # Fields of a language model's config.json that do not hold for the vision-language model.
 _OF_THE_LANGUAGE_MODEL = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
+_SHAPE_OF_A_VIT = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "patch_size", "image_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,11 @@ def read_start(arguments: ModelArguments) -> Start:
                 raise YiVLError(f"--{name} is for initialization from a language model; {folder} has its own")
         config, tokenizer, image_processor = read_small_files(folder)
         clip_processor = image_processor.clip_processor
-        if vit is not None and not _have_same_shapes(read_vit_config(vit), config.vision_config):
+        vit_config = config.vision_config if vit is None else read_vit_config(vit)
+        if any(getattr(vit_config, name) != getattr(config.vision_config, name) for name in _SHAPE_OF_A_VIT):
             raise CheckpointError(f"{vit}: another ViT than that of {folder}; initialize from a language model instead")
         if vit is not None and arguments.lora_enable and not arguments.unfreeze_mm_vision_tower:
-            _check_same_vit(vit, vit_folder(folder, config.mm_vision_tower))
+            _check_same_vit(vit, folder / config.mm_vision_tower)
     elif vit is None:
         raise CheckpointError(f"{folder}: a language model without a ViT; give one with --vision_tower")
     elif arguments.lora_enable:
@@ -74,7 +72,7 @@ def read_start(arguments: ModelArguments) -> Start:
         config, tokenizer = _config_of_parts(folder, vit, arguments), load_tokenizer(folder)
         # open_clip keeps its preprocessing elsewhere; its ViTs use that of CLIP.
         clip_processor = CLIPImageProcessorPil() if is_open_clip(vit) else load_clip_processor(vit)
-    image_size = arguments.image_size or config.vision_config.image_size
+    image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
     )
@@ -113,17 +111,8 @@ def empty_start(start: Start) -> YiVLForCausalLM:
     return model
 
 
-def _have_same_shapes(one: CLIPVisionConfig, other: CLIPVisionConfig) -> bool:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
-
-
 def _check_same_vit(vit: Path, own: Path) -> None:
-    """Refuse a frozen ViT other than the base model's under LoRA: an adapter folder does not hold it.
-
-    Raises:
-        YiVLError: If the weights differ.
-    """
+    """Refuse a frozen ViT other than the base model's under LoRA: an adapter folder does not hold it."""
     one, other = read_clip_weights(vit), read_clip_weights(own)
     if one.keys() != other.keys() or any(not torch.equal(value, other[key]) for key, value in one.items()):
         raise YiVLError(

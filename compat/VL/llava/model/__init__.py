@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from yivl.checkpoint.format import read_config, vit_folder
+from yivl.checkpoint.format import read_config
 from yivl.checkpoint.loading import resolve_checkpoint
 from yivl.image_processing import load_clip_processor
 from yivl.model.configuration import YiVLConfig
@@ -48,6 +48,5 @@ class LlavaLlamaForCausalLM(YiVLForCausalLM):
         """Load a checkpoint folder or hub id; the arguments are those of transformers."""
         checkpoint = resolve_checkpoint(folder)
         model = super().from_pretrained(checkpoint, **kwargs)
-        tower = vit_folder(checkpoint, model.config.mm_vision_tower)
-        model.get_vision_tower().image_processor = load_clip_processor(tower)
+        model.get_vision_tower().image_processor = load_clip_processor(checkpoint / model.config.mm_vision_tower)
         return model
