@@ -8,7 +8,6 @@ scripts/train_tiny.sh runs all of them and then the stages.
 """
 
 import argparse
-import json
 import logging
 from importlib import import_module
 from pathlib import Path
@@ -47,7 +46,7 @@ def main() -> None:
 
     import torch
 
-    from yivl.checkpoint.atomic import write_text
+    from yivl.checkpoint.atomic import write_json
     from yivl.tiny.recipe.loop import training_folder
 
     torch.set_num_threads(arguments.threads)
@@ -55,8 +54,7 @@ def main() -> None:
     folder = arguments.output_dir.expanduser()
     inputs = [getattr(arguments, name) for name in PHASES[arguments.phase][1]]
     scores = train(*inputs, folder, arguments.steps, arguments.questions)
-    gate = json.dumps([score._asdict() for score in scores], indent=2)
-    write_text(training_folder(folder) / "gate.json", gate + "\n")
+    write_json(training_folder(folder) / "gate.json", [score._asdict() for score in scores], sort_keys=False)
     for score in scores:
         logger.info("%-28s %5.1f %%   target %s", score.name, score.reached, score.target or "none")
 
