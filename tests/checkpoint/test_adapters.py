@@ -15,7 +15,7 @@ from support.training import IMAGES, VIT, train, write_language_model, write_row
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
-from yivl.train import merge, resume
+from yivl.train import merge, trainer
 
 PROMPT = torch.tensor([[294, 332, 725, -200, 19, 748]])
 SETTINGS = "yivl_adapter_config.json"
@@ -60,13 +60,13 @@ def test_a_loaded_and_a_merged_adapter_give_the_logits_of_training(
 ) -> None:
     if changes.get("vision_tower") == "other":
         changes = changes | {"vision_tower": other_vit}
-    save_adapter, saved = resume.save_adapter, {}
+    save_adapter, saved = trainer.save_adapter, {}
 
     def save(model: Any, folder: Path, *, image_processor: ImageProcessor, **kwargs: Any) -> None:
         saved["logits"] = logits(model, image_processor)
         save_adapter(model, folder, image_processor=image_processor, **kwargs)
 
-    monkeypatch.setattr(resume, "save_adapter", save)
+    monkeypatch.setattr(trainer, "save_adapter", save)
     rows = write_rows(tmp_path / "rows.json")
     train(tmp_path / "out", rows, lora_enable=True, lora_r=4, max_steps=2, learning_rate=1e-2, **changes)
     loaded = load_model(tmp_path / "out", device="cpu")
