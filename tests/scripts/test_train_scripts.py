@@ -1,11 +1,9 @@
-"""The shell scripts at tiny scale: stages, fine-tuning, merging, several processes, several nodes."""
+"""The shell scripts at tiny scale: flags, stages, fine-tuning, merging."""
 
 import json
 import os
 import re
 import shlex
-import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from support.golden import CHECKPOINT
 from support.models import wide_checkpoint
+from support.serving import free_port
 from support.training import (
     FACTS,
     IMAGES,
@@ -24,6 +23,7 @@ from support.training import (
     conversation,
     losses,
     run_script,
+    script_flags,
     weights,
     write_language_model,
     write_rows,
@@ -44,20 +44,6 @@ SCRIPTS = [
     "finetune_lora.sh",
     "finetune_qlora.sh",
 ]
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operators with g++")
-
-
-def flags(model: Path, data: Path | str, out: Path, **changes: Any) -> list[str]:
-    values = {"model_name_or_path": model, "data_path": data, "image_folder": IMAGES, "output_dir": out}
-    values |= {"dataloader_num_workers": 0} | changes
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def ask(model: Path, question: str, image: str | None = None) -> str:
@@ -83,7 +69,7 @@ def ask(model: Path, question: str, image: str | None = None) -> str:
 def test_the_printed_command_parses_and_flags_of_the_user_win(
     script: str, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed = ["--learning_rate", "7e-3", *flags(Path("M"), "D", Path("O"))]
+    typed = ["--learning_rate", "7e-3", *script_flags(Path("M"), "D", Path("O"))]
     printed = run_script(script, *typed, DRY_RUN=1, GPUS=gpus)
     command = shlex.split(printed)
     arguments = command[command.index("yivl.train") + 1 :]
@@ -188,15 +174,17 @@ def test_the_three_stages_in_sequence_yield_a_model_that_answers(loaded: LoadedM
     stages = [tmp_path / f"stage{number}" for number in (1, 2, 3)]
     run_script(
         "train_stage1.sh",
-        *flags(language_model, shards, stages[0], vision_tower=VIT, image_size=28, max_steps=3, learning_rate=1e-2),
+        *script_flags(
+            language_model, shards, stages[0], vision_tower=VIT, image_size=28, max_steps=3, learning_rate=1e-2
+        ),
         **small,
     )
     run_script(
         "train_stage2.sh",
-        *flags(stages[0], tmp_path / "mixture.yaml", stages[1], image_size=56, max_steps=3, learning_rate=1e-2),
+        *script_flags(stages[0], tmp_path / "mixture.yaml", stages[1], image_size=56, max_steps=3, learning_rate=1e-2),
         **small,
     )
-    run_script("train_stage3.sh", *flags(stages[1], rows, stages[2], image_size=56, num_train_epochs=2), **small)
+    run_script("train_stage3.sh", *script_flags(stages[1], rows, stages[2], image_size=56, num_train_epochs=2), **small)
     results = [weights(stage) for stage in stages]
     position = "model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
     assert [len(result[position]) for result in results] == [5, 17, 17]
@@ -221,7 +209,7 @@ def test_fine_tuning_overfits_eight_samples_and_the_entry_script_answers_them(tm
     }
     run_script(
         "finetune.sh",
-        *flags(CHECKPOINT, rows, out, **common, freeze_mm_mlp_adapter=False),
+        *script_flags(CHECKPOINT, rows, out, **common, freeze_mm_mlp_adapter=False),
         GLOBAL_BATCH=8,
         MICRO_BATCH=8,
     )
@@ -243,7 +231,7 @@ def test_a_lora_adapter_is_trained_merged_and_answers(tmp_path: Path) -> None:
         "freeze_mm_mlp_adapter": False,
         "save_steps": 5,
     }
-    run_script("finetune_lora.sh", *flags(CHECKPOINT, rows, out, **changes), GLOBAL_BATCH=8, MICRO_BATCH=8)
+    run_script("finetune_lora.sh", *script_flags(CHECKPOINT, rows, out, **changes), GLOBAL_BATCH=8, MICRO_BATCH=8)
     assert losses(read_log(out / "log.jsonl"))[-1] < 4
     run_script("merge_lora.sh", "--model-path", CHECKPOINT, "--lora-path", out, "--save-model-path", merged)
     for name in ("training_arguments.json", "training_run.json", "log.jsonl"):  # for the model card
@@ -286,7 +274,9 @@ def test_qlora_is_trained_and_merged_into_the_unquantized_base(bits: int, tmp_pa
     rows = write_rows(tmp_path / "rows.json")
     run_script(
         "finetune_qlora.sh",
-        *flags(wide, rows, out, num_train_epochs=30, learning_rate=1e-2, lora_r=16, bits=bits, save_strategy="no"),
+        *script_flags(
+            wide, rows, out, num_train_epochs=30, learning_rate=1e-2, lora_r=16, bits=bits, save_strategy="no"
+        ),
         GLOBAL_BATCH=8,
         MICRO_BATCH=8,
     )
@@ -300,149 +290,6 @@ def test_qlora_is_trained_and_merged_into_the_unquantized_base(bits: int, tmp_pa
         name for name in before if re.search(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj\.weight", name)
     }
     ask(merged, QUESTION, "photo_rgb.jpg")
-
-
-# Adam normalizes gradients near zero, and so their rounding errors; a large epsilon avoids that.
-COMPARED: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2, "save_steps": 3, "adam_epsilon": 1e-2}
-
-
-def run_zero(settings: str, out: Path, rows: Path, **changes: Any) -> list[float]:
-    run_script(
-        "finetune.sh",
-        *flags(CHECKPOINT, rows, out, **COMPARED, **changes),
-        PROCESSES=2,
-        GLOBAL_BATCH=2,
-        MASTER_PORT=free_port(),
-        DEEPSPEED=settings,
-    )
-    return losses(read_log(out / "log.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Rows with and without images, and the run of one process over them."""
-    folder = tmp_path_factory.mktemp("single")
-    rows = write_rows(folder / "rows.json")
-    run_script(
-        "finetune.sh",
-        *flags(CHECKPOINT, rows, folder / "out", **COMPARED, freeze_mm_mlp_adapter=False),
-        GLOBAL_BATCH=2,
-        MICRO_BATCH=2,
-    )
-    return rows, folder / "out"
-
-
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("settings", ["", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_two_ranks_match_one_and_resume_bit_exactly(
-    settings: str, single_process: tuple[Path, Path], tmp_path: Path
-) -> None:
-    rows, single = single_process
-    path = f"scripts/{settings}.json" if settings else ""
-    whole = run_zero(path, tmp_path / "whole", rows, freeze_mm_mlp_adapter=False)
-    assert whole == pytest.approx(losses(read_log(single / "log.jsonl")), rel=2e-4)
-    expected, found = weights(single), weights(tmp_path / "whole")
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-3)
-    if "offload" in settings:
-        return
-    resumed = tmp_path / "resumed"
-    resumed.mkdir()
-    shutil.copytree(tmp_path / "whole/checkpoint-3", resumed / "checkpoint-3")
-    log = run_zero(path, resumed, rows, freeze_mm_mlp_adapter=False, resume="auto")
-    assert log == whole[3:]
-    after = weights(resumed)
-    assert all(torch.equal(value, after[name]) for name, value in found.items())
-
-
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("settings", ["zero2", "zero3"])
-def test_adapters_train_under_deepspeed_and_resume_bit_exactly(settings: str, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.json")
-
-    def run(out: Path, **changes: Any) -> list[float]:
-        common: dict[str, Any] = {
-            "freeze_mm_mlp_adapter": False,
-            "learning_rate": 1e-2,
-            "num_train_epochs": 2,
-            "save_steps": 3,
-        }
-        run_script(
-            "finetune_lora.sh",
-            *flags(CHECKPOINT, rows, out, **common | changes),
-            PROCESSES=2,
-            GLOBAL_BATCH=2,
-            MASTER_PORT=free_port(),
-            DEEPSPEED=f"scripts/{settings}.json",
-        )
-        return losses(read_log(out / "log.jsonl"))
-
-    whole = run(tmp_path / "whole")
-    assert whole[-1] < whole[0]
-    (tmp_path / "resumed").mkdir()
-    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
-    assert run(tmp_path / "resumed", resume="auto") == whole[3:]
-    first, second = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert any(".lora_B." in name and value.any() for name, value in first.items())
-    assert "model.mm_projector.0.weight" in first
-    load_model(tmp_path / "whole", device="cpu")
-
-
-@pytest.mark.slow
-def test_two_nodes_under_slurm_train_as_one_run(tmp_path: Path) -> None:
-    """A stub of srun starts both nodes on this machine; scripts and torchrun are real."""
-    stubs = tmp_path / "bin"
-    stubs.mkdir()
-    (stubs / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
-    (stubs / "srun").write_text(
-        '#!/bin/bash\nset -e\nSLURM_NODEID=1 "$@" >/dev/null 2>&1 &\nSLURM_NODEID=0 "$@"\nwait $!\n'
-    )
-    for stub in stubs.iterdir():
-        stub.chmod(0o755)
-    rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
-    printed = run_script(
-        "slurm/train_stage3.sbatch",
-        *flags(CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3, dataloader_num_workers=0),
-        SLURM_NNODES=2,
-        SLURM_JOB_NODELIST="here",
-        GLOBAL_BATCH=4,
-        MICRO_BATCH=2,
-        MASTER_PORT=free_port(),
-        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-    )
-    assert "--nnodes 2 --node-rank 0" in printed
-    lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
-    assert len(lines) == 2  # eight samples, global batch size four
-    load_model(out, device="cpu")
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_a_hostfile_starts_the_deepspeed_launcher(tmp_path: Path) -> None:
-    """A stub of ssh answers the launcher's check of its hosts."""
-    stubs = tmp_path / "bin"
-    stubs.mkdir()
-    (stubs / "ssh").write_text("#!/bin/bash\necho localhost\n")
-    (stubs / "ssh").chmod(0o755)
-    (tmp_path / "hosts").write_text("# one node\nlocalhost slots=2\n")
-    rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
-    printed = run_script(
-        "train_stage3.sh",
-        *flags(CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3),
-        HOSTFILE=tmp_path / "hosts",
-        PROCESSES=2,
-        GLOBAL_BATCH=4,
-        MICRO_BATCH=2,
-        MASTER_PORT=free_port(),
-        DEEPSPEED="scripts/zero2.json",
-        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-    )
-    assert "deepspeed.launcher.runner" in printed
-    assert len(losses(read_log(out / "log.jsonl"))) == 2
 
 
 @pytest.mark.slow
@@ -472,7 +319,7 @@ def test_a_bad_row_in_a_data_loading_worker_is_one_line(processes: int, tmp_path
     (tmp_path / "bad.png").write_bytes(b"no image")
     rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")] * processes)
     result = subprocess.run(
-        ["scripts/finetune.sh", *flags(CHECKPOINT, rows, tmp_path / "out"), "--dataloader_num_workers", "1"],
+        ["scripts/finetune.sh", *script_flags(CHECKPOINT, rows, tmp_path / "out"), "--dataloader_num_workers", "1"],
         cwd=ROOT,
         env=os.environ
         | {"PYTHON": sys.executable, "GPUS": "0", "GLOBAL_BATCH": str(processes), "PROCESSES": str(processes)}

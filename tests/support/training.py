@@ -137,3 +137,10 @@ def run_script(name: str, *arguments: Any, timeout: float = 500, **environment: 
     )
     assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[-3500:]}"
     return result.stdout + result.stderr
+
+
+def script_flags(model: Path, data: Path | str, out: Path, **changes: Any) -> list[str]:
+    """Return the flags of a script of training."""
+    values = {"model_name_or_path": model, "data_path": data, "image_folder": IMAGES, "output_dir": out}
+    values |= {"dataloader_num_workers": 0} | changes
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]

@@ -1,0 +1,169 @@
+"""The shell scripts at tiny scale on several ranks and nodes: DeepSpeed, Slurm, a host file."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.golden import CHECKPOINT
+from support.serving import free_port
+from support.training import (
+    losses,
+    run_script,
+    script_flags,
+    weights,
+    write_rows,
+)
+
+from yivl.checkpoint.loading import load_model
+from yivl.train.run_log import read_log
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operators with g++")
+
+
+# Adam normalizes gradients near zero, and so their rounding errors; a large epsilon avoids that.
+COMPARED: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2, "save_steps": 3, "adam_epsilon": 1e-2}
+
+
+def run_zero(settings: str, out: Path, rows: Path, **changes: Any) -> list[float]:
+    run_script(
+        "finetune.sh",
+        *script_flags(CHECKPOINT, rows, out, **COMPARED, **changes),
+        PROCESSES=2,
+        GLOBAL_BATCH=2,
+        MASTER_PORT=free_port(),
+        DEEPSPEED=settings,
+    )
+    return losses(read_log(out / "log.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Rows with and without images, and the run of one process over them."""
+    folder = tmp_path_factory.mktemp("single")
+    rows = write_rows(folder / "rows.json")
+    run_script(
+        "finetune.sh",
+        *script_flags(CHECKPOINT, rows, folder / "out", **COMPARED, freeze_mm_mlp_adapter=False),
+        GLOBAL_BATCH=2,
+        MICRO_BATCH=2,
+    )
+    return rows, folder / "out"
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("settings", ["", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_two_ranks_match_one_and_resume_bit_exactly(
+    settings: str, single_process: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows, single = single_process
+    path = f"scripts/{settings}.json" if settings else ""
+    whole = run_zero(path, tmp_path / "whole", rows, freeze_mm_mlp_adapter=False)
+    assert whole == pytest.approx(losses(read_log(single / "log.jsonl")), rel=2e-4)
+    expected, found = weights(single), weights(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-3)
+    if "offload" in settings:
+        return
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", resumed / "checkpoint-3")
+    log = run_zero(path, resumed, rows, freeze_mm_mlp_adapter=False, resume="auto")
+    assert log == whole[3:]
+    after = weights(resumed)
+    assert all(torch.equal(value, after[name]) for name, value in found.items())
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("settings", ["zero2", "zero3"])
+def test_adapters_train_under_deepspeed_and_resume_bit_exactly(settings: str, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+
+    def run(out: Path, **changes: Any) -> list[float]:
+        common: dict[str, Any] = {
+            "freeze_mm_mlp_adapter": False,
+            "learning_rate": 1e-2,
+            "num_train_epochs": 2,
+            "save_steps": 3,
+        }
+        run_script(
+            "finetune_lora.sh",
+            *script_flags(CHECKPOINT, rows, out, **common | changes),
+            PROCESSES=2,
+            GLOBAL_BATCH=2,
+            MASTER_PORT=free_port(),
+            DEEPSPEED=f"scripts/{settings}.json",
+        )
+        return losses(read_log(out / "log.jsonl"))
+
+    whole = run(tmp_path / "whole")
+    assert whole[-1] < whole[0]
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    assert run(tmp_path / "resumed", resume="auto") == whole[3:]
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert any(".lora_B." in name and value.any() for name, value in first.items())
+    assert "model.mm_projector.0.weight" in first
+    load_model(tmp_path / "whole", device="cpu")
+
+
+@pytest.mark.slow
+def test_two_nodes_under_slurm_train_as_one_run(tmp_path: Path) -> None:
+    """A stub of srun starts both nodes on this machine; scripts and torchrun are real."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    (stubs / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
+    (stubs / "srun").write_text(
+        '#!/bin/bash\nset -e\nSLURM_NODEID=1 "$@" >/dev/null 2>&1 &\nSLURM_NODEID=0 "$@"\nwait $!\n'
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
+    printed = run_script(
+        "slurm/train_stage3.sbatch",
+        *script_flags(
+            CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3, dataloader_num_workers=0
+        ),
+        SLURM_NNODES=2,
+        SLURM_JOB_NODELIST="here",
+        GLOBAL_BATCH=4,
+        MICRO_BATCH=2,
+        MASTER_PORT=free_port(),
+        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    assert "--nnodes 2 --node-rank 0" in printed
+    lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
+    assert len(lines) == 2  # eight samples, global batch size four
+    load_model(out, device="cpu")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_hostfile_starts_the_deepspeed_launcher(tmp_path: Path) -> None:
+    """A stub of ssh answers the launcher's check of its hosts."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    (stubs / "ssh").write_text("#!/bin/bash\necho localhost\n")
+    (stubs / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("# one node\nlocalhost slots=2\n")
+    rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
+    printed = run_script(
+        "train_stage3.sh",
+        *script_flags(CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3),
+        HOSTFILE=tmp_path / "hosts",
+        PROCESSES=2,
+        GLOBAL_BATCH=4,
+        MICRO_BATCH=2,
+        MASTER_PORT=free_port(),
+        DEEPSPEED="scripts/zero2.json",
+        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    assert "deepspeed.launcher.runner" in printed
+    assert len(losses(read_log(out / "log.jsonl"))) == 2
