@@ -86,8 +86,9 @@ def test_all_programs_give_the_same_answer(small: LoadedModel) -> None:
     upload = Path(get_upload_folder()) / "cats.jpg"
     upload.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(CATS, upload)
-    page.show_image({"path": str(upload)}, request)
-    _, question, _ = page.send(PUBLISHED, [], "English", request)
+    shown = {"path": str(upload)}
+    page.show_image(shown, request)
+    _, question, _ = page.send(PUBLISHED, shown, [], "English", request)
     *_, (messages, _) = page.answer(question, 0, 1.0, 512, None, "English", request)
     assert messages[-1]["content"] == expected
     body = {"model": small.name, "messages": [user(PUBLISHED, data_url(CATS.read_bytes()))], "temperature": 0}
