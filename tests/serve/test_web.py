@@ -226,7 +226,7 @@ def test_a_conversation_as_a_visitor_has_it(visitor: Visitor, loaded: LoadedMode
     visitor.expect_messages(*answers(loaded, "你好，图片里有什么", image=PHOTO))
     visitor.page.click("#undo")
     visitor.expect_messages()
-    assert visitor.page.locator("#question textarea").input_value() == "你好，图片里有什么"
+    expect(visitor.page.locator("#question textarea")).to_have_value("你好，图片里有什么")
     visitor.ask("Tell me a story")  # the image is still there
     visitor.expect_messages(*answers(loaded, "Tell me a story", image=PHOTO))
     visitor.page.click("#clear")
@@ -314,6 +314,7 @@ def test_a_file_that_is_no_image_is_refused_with_its_name(visitor: Visitor, tmp_
     visitor.ask("hello")
     assert len(visitor.messages) == 2
     visitor.page.click("#undo")
+    expect(visitor.page.locator("#question textarea")).to_have_value("hello")  # a click while it runs has no effect
     visitor.page.click("#undo")
     expect(visitor.page.get_by_text("There is no question yet.")).to_be_visible()
 
