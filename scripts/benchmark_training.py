@@ -239,7 +239,7 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
     from yivl.checkpoint.loading import read_small_files
     from yivl.data.encoding import Encoder
     from yivl.data.sources import DataSource
-    from yivl.data.streaming import StreamDataset
+    from yivl.data.streaming import StreamDataset, StreamSampler
     from yivl.image_processing import expand2square
 
     torch.set_num_threads(1)  # as in a data-loading worker
@@ -258,8 +258,8 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
 
         def stream() -> None:
             dataset = StreamDataset([source], encoder, print, 8)
-            for batch in range(count // 8):
-                dataset.__getitems__([(batch, place) for place in range(8)])
+            for batch in StreamSampler(8, count // 8):
+                dataset.__getitems__(batch)
 
         ratios, rates = [], []
         for _ in range(repeats):

@@ -77,8 +77,7 @@ def load_encoder(model_path: str, model_base: str | None = None, *, max_length: 
     """Return the encoder of a checkpoint folder, hub id or LoRA adapter, without loading weights."""
     config, tokenizer, image_processor = load_processors(model_path, model_base)
     # From the image processor: an adapter may have been trained with another image size than its base.
-    num_patches = (image_processor.image_size // config.vision_config.patch_size) ** 2
-    num_patches += config.mm_vision_select_feature == "cls_patch"
+    num_patches = config.num_patches_at(image_processor.image_size)
     return Encoder(tokenizer, image_processor, num_patches, max_length)
 
 

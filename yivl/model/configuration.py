@@ -64,7 +64,11 @@ class YiVLConfig(LlamaConfig):
     @property
     def num_patches(self) -> int:
         """Image tokens per image in the decoder: 1,024 for the released models."""
-        side = self.vision_config.image_size // self.vision_config.patch_size
+        return self.num_patches_at(self.vision_config.image_size)
+
+    def num_patches_at(self, image_size: int) -> int:
+        """Return the image tokens per image of ``image_size`` pixels a side; a run may change the size."""
+        side = image_size // self.vision_config.patch_size
         return int(side * side + (self.mm_vision_select_feature == "cls_patch"))
 
     @property
