@@ -10,7 +10,8 @@ import torch
 from support.golden import ROOT
 
 
-def test_the_loader_is_measured_on_the_data_it_streams() -> None:
+def test_the_loader_is_measured_on_the_data_it_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     measure_loader = runpy.run_path(str(ROOT / "scripts/benchmark_training.py"))["measure_loader"]
     threads = torch.get_num_threads()
     try:
