@@ -68,8 +68,9 @@ def parse_row(
             turns[0] = replace(turns[0], num_images=len(dialogue.images))
         placeholders = sum(turn.num_images for turn in turns)
         if placeholders != len(dialogue.images):
-            hint = "" if dialogue.images else "; name the image in 'image', or spell '<image>' otherwise if it is text"
-            raise RowError(f"{placeholders} image placeholders but {len(dialogue.images)} images{hint}")
+            no_images = "name the image in 'image', or spell '<image>' otherwise if it is text"
+            fix = "place each image, or none to show all in the first turn" if dialogue.images else no_images
+            raise RowError(f"{placeholders} image placeholders but {len(dialogue.images)} images; {fix}")
     except YiVLError as error:
         raise RowError(f"{origin}: {error}") from error
     folder = Path(image_folder)
@@ -114,23 +115,27 @@ def _is_outside(image: str, folder: Path) -> bool:
     return not Path(os.path.abspath(folder / image)).is_relative_to(os.path.abspath(folder))
 
 
-def count_notices(notices: Iterable[tuple[str, str]], name: str) -> list[str]:
+def count_notices(notices: Iterable[tuple[str, str]]) -> list[str]:
     """Return one line for each kind of notice, with the number of rows and the first of them.
 
     Args:
-        notices: The notice and the origin of a row.
-        name: What the rows belong to.
+        notices: Of rows, each with the origin of its row.
     """
     origins: dict[str, list[str]] = {}
     for notice, origin in notices:
         origins.setdefault(notice, []).append(origin)
-    return [f"{name}: {len(found):,} rows {notice} (first: {found[0]})" for notice, found in origins.items()]
+    return [f"{len(found):,} rows {notice}: {_first(found)}" for notice, found in origins.items()]
+
+
+def _first(origins: Sequence[str]) -> str:
+    more = f" and {len(origins) - 5:,} more" if len(origins) > 5 else ""
+    return f"{', '.join(origins[:5])}{more}"
 
 
 def log_notices(rows: Iterable[Row], name: str) -> None:
     """Log one line for each kind of notice."""
-    for line in count_notices(((notice, row.origin) for row in rows for notice in row.notices), name):
-        logger.warning("%s", line)
+    for line in count_notices((notice, row.origin) for row in rows for notice in row.notices):
+        logger.warning("%s: %s", name, line)
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
@@ -165,7 +170,7 @@ def _parse_list(text: str, name: str) -> list[Any]:
         return []
     try:
         listed = _parse(text)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         hint = "; a file with one object per line is named .jsonl" if "Extra data" in str(error) else ""
         raise RowError(f"{name}: not valid JSON ({error}){hint}") from error
     if isinstance(listed, list):
@@ -182,9 +187,9 @@ def _parse_list(text: str, name: str) -> list[Any]:
 def _parse_line(line: str) -> Any:
     try:
         return _parse(line)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         hint = "; a JSON list is named .json" if line.strip() in ("[", "{") else ""
-        return RowError(f"not valid JSON ({error}){hint}")
+        return RowError(f"not valid JSON ({error.msg} at character {error.pos}){hint}")
 
 
 def _parse(text: str) -> Any:
