@@ -131,10 +131,11 @@ def natural_order(text: str) -> list[tuple[int, str]]:
 
 
 def split_outliers(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """Return the lengths to draw, sorted, and the number of the others: up to 1%, if the longest is far above."""
+    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, twice the others or more."""
     ordered = sorted(lengths)
-    kept = ordered[: len(ordered) - max(1, len(ordered) // 100)]
-    return (kept, len(ordered) - len(kept)) if kept and ordered[-1] > 2 * kept[-1] else (ordered, 0)
+    longest = ordered[: -max(1, len(ordered) // 100)][-1:] or ordered
+    drawn = [length for length in ordered if length < 2 * longest[0]]
+    return drawn, len(ordered) - len(drawn)
 
 
 def histogram(lengths: Sequence[int]) -> str:
@@ -151,17 +152,16 @@ def histogram(lengths: Sequence[int]) -> str:
 
 
 def plot_histogram(lengths: Sequence[int], max_length: int, path: Path) -> None:
-    """Write the histogram as a PNG; outliers are in its last bar."""
-    import numpy as np
+    """Write the histogram as a PNG; its title counts outliers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="sequence length (text tokens and image patches)", ylabel="rows")
     drawn, num_outliers = split_outliers(lengths)
-    axes.hist(np.minimum(lengths, drawn[-1]), bins=50)
+    axes.hist(drawn, bins=50)
     if num_outliers:
-        axes.set_title(f"last bar: with {num_outliers:,} rows of up to {max(lengths):,}", fontsize="medium")
+        axes.set_title(f"not shown: {num_outliers:,} rows of up to {max(lengths):,}", fontsize="medium")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if drawn[-1] > max_length:
         axes.axvline(max_length, color="tab:red", label=f"truncated to {max_length:,}")
