@@ -98,7 +98,7 @@ def test_what_is_unusual_about_a_row_is_noticed(fields: Any, notices: tuple[str,
 
 BAD_ROWS: list[tuple[Any, str]] = [
     (3, "expected a JSON object"),
-    (said(f"{LLAVA} is a tag of SVG?"), "1 image placeholders but 0 images; name the image in 'image', or spell '<im"),
+    (said(f"{LLAVA} is a tag of SVG?"), "1 image placeholders but 0 images; name each image in 'image', or spell '<im"),
     (said(f"{LLAVA}?", image=["a.jpg", "b.jpg"]), "1 image placeholders but 2 images; place each image, or none"),
     (said("Q?", f"{LLAVA}", image="a.jpg"), "an image placeholder in an answer; if '<image>' is text, spell it"),
     (openai("Q?", [{"type": "image"}], image="a.jpg"), "an image placeholder in an answer"),
@@ -113,7 +113,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (said("Q?", Image="a.jpg"), "unknown key 'Image'"),
     (said("Q?", image_path=["a.jpg"]), "unknown key 'image_path'"),
     (said("Q?", image_url={"url": "a.jpg"}), "unknown key 'image_url'"),
-    (said("Q?", pictures=["a.jpg"]), "unknown key 'pictures'"),
+    (said("Q?") | {"pictures": ["a.jpg"]}, "unknown key 'pictures'"),
     (said("Q?", image="a.jpg", image_2="b.jpg"), "unknown key 'image_2'"),
     (said("Q?", video="a.mp4"), "'video' is not supported"),
     (said("Q?", tools='[{"name": "f"}]'), "'tools' is not supported"),

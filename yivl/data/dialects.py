@@ -21,7 +21,7 @@ _ROLES: Final = {
 _IMAGE_SLOT: Final = re.compile(f"{re.escape(DEFAULT_IMAGE_TOKEN)}|<image>")
 _IMAGE_KEYS: Final = ("image", "images")
 _LIKE_IMAGES: Final = re.compile(
-    r"(image|img|pic|picture|photo)s?[ _-]?((file|path|url|name|file_?name|file_?path|list|data|base64)s?|(\d+))?",
+    r"(image|img|pic(?:ture)?|photo)s?[ _-]?((file|path|url|name|file_?name|file_?path|list|data|base64)s?|(\d+))?",
     re.IGNORECASE,
 )
 _UNSUPPORTED: Final = ("tools", "video", "videos", "audio", "audios")

@@ -68,8 +68,9 @@ def parse_row(
             turns[0] = replace(turns[0], num_images=len(dialogue.images))
         placeholders = sum(turn.num_images for turn in turns)
         if placeholders != len(dialogue.images):
-            no_images = "name the image in 'image', or spell '<image>' otherwise if it is text"
-            fix = "place each image, or none to show all in the first turn" if dialogue.images else no_images
+            fix = "name each image in 'image', or spell '<image>' otherwise if it is text"
+            if placeholders < len(dialogue.images):
+                fix = "place each image, or none to show all in the first turn"
             raise RowError(f"{placeholders} image placeholders but {len(dialogue.images)} images; {fix}")
     except YiVLError as error:
         raise RowError(f"{origin}: {error}") from error
