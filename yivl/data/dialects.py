@@ -21,7 +21,7 @@ _ROLES: Final = {
 _IMAGE_SLOT: Final = re.compile(f"{re.escape(DEFAULT_IMAGE_TOKEN)}|<image>")
 _IMAGE_KEYS: Final = ("image", "images")
 _LIKE_IMAGES: Final = re.compile(
-    r"(image|img|pic(?:ture)?|photo)s?[ _-]?((file|path|url|name|file_?name|file_?path|list|data|base64)s?|(\d+))?",
+    r"(image|img|pic|picture|photo)s?[ _-]?((file|path|url|name|file_?name|file_?path|list|data|base64)s?|(\d+))?",
     re.IGNORECASE,
 )
 _UNSUPPORTED: Final = ("tools", "video", "videos", "audio", "audios")
@@ -132,6 +132,9 @@ def _read_messages(listed: Any, key: str) -> tuple[list[Message], list[str | byt
         name, content = _name_and_content(message)
         if name not in _ROLES:
             raise YiVLError(f"unknown role {name!r}; expected one of {', '.join(_ROLES)}")
+        # Of OpenAI's and ms-swift's fine-tuning formats.
+        if _ROLES[name] == "assistant" and (message.get("weight") == 0 or message.get("loss") is False):
+            raise YiVLError("an answer without weight; the loss is computed on every answer, remove the row")
         pieces, own = _read_content(content)
         images += own
         if _ROLES[name] != "system":
@@ -149,8 +152,6 @@ def _name_and_content(message: Any) -> tuple[str, Any]:
     for name_key, content_key in (("from", "value"), ("role", "content")):
         if isinstance(message, Mapping) and name_key in message:
             name, content = message[name_key], message.get(content_key)
-            if message.get("weight") == 0 or message.get("loss") is False:
-                raise YiVLError("an answer without weight; the loss is computed on every answer, remove the row")
             if isinstance(name, str) and isinstance(content, str | list):
                 return name, content
     raise YiVLError("a message without 'from' and 'value', or 'role' and 'content'")
