@@ -91,9 +91,9 @@ def test_an_image_without_a_placeholder_belongs_to_the_first_turn(loaded: Loaded
 def test_an_answer_at_the_start_is_dropped_with_a_notice(loaded: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
     row = parse_row(RECORDS["gpt_first"], "a.json row 0", IMAGES)
     assert row.turns == (Turn("What?", "A car.", num_images=1),)
-    log_notices([row] * 7 + [parse_row(RECORDS["image_gpt"], "a.json row 1", IMAGES)], "a.json")
+    log_notices([row] * 7 + [parse_row(RECORDS["image_gpt"], "a.json row 1", IMAGES)])
     listed = ", ".join(["a.json row 0"] * 5)
-    assert caplog.messages == [f"a.json: 7 rows start with an answer, which is dropped: {listed} and 2 more"]
+    assert caplog.messages == [f"7 rows start with an answer, which is dropped: {listed} and 2 more"]
     ids, recorded = sample_of("gpt_first", loaded).input_ids.tolist(), RECORDED["gpt_first"]["input_ids"]
     start = next(index for index, (one, other) in enumerate(zip(ids, recorded, strict=False)) if one != other)
     assert ids[start:] == recorded[start + len(recorded) - len(ids) :]  # but for the dropped turn as in the reference

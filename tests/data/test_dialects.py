@@ -192,7 +192,7 @@ def test_every_dialect_trains_with_the_losses_of_the_same_rows(
     for convert in (as_llava, as_sharegpt, as_openai):
         assert run(convert.__name__, [convert(row) for row in rows]) == expected
     (notice,) = (line for line in caplog.messages if "start with an answer" in line)
-    assert notice.startswith(f"{tmp_path}/as_sharegpt.json: 8 rows start with an answer, which is dropped: ")
+    assert notice.startswith(f"8 rows start with an answer, which is dropped: {tmp_path}/as_sharegpt.json row 0, ")
 
 
 # As the README of 01-ai/Yi's pull request 368 prints its example, with another answer.

@@ -45,7 +45,7 @@ def test_a_row_of_another_dialect_is_printed_as_it_is_trained(
     path.write_text(json.dumps([{"conversations": said, "images": ["a.jpg"], "system": "Be brief."}]))
     text = shown(path, 0, "--model-path", CHECKPOINT)
     assert text.startswith("Be brief.\n\n### Human: <image_placeholder>\nQ?\n### Assistant:[ A.\n###] \n")
-    assert caplog.messages == [f"{path}: 1 rows start with an answer, which is dropped: {path} row 0"]
+    assert caplog.messages == [f"1 rows start with an answer, which is dropped: {path} row 0"]
 
 
 def test_the_model_path_may_be_an_adapter_or_a_hub_id_and_is_the_embedded_model_by_default(

@@ -133,10 +133,10 @@ def _first(origins: Sequence[str]) -> str:
     return f"{', '.join(origins[:5])}{more}"
 
 
-def log_notices(rows: Iterable[Row], name: str) -> None:
+def log_notices(rows: Iterable[Row]) -> None:
     """Log one line for each kind of notice."""
     for line in count_notices((notice, row.origin) for row in rows for notice in row.notices):
-        logger.warning("%s: %s", name, line)
+        logger.warning("%s", line)
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:

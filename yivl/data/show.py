@@ -43,7 +43,7 @@ def main() -> None:
         raise RowError(f"{arguments.data}: no row {arguments.row}")
     origin, fields = found
     row = parse_row(fields, origin)
-    log_notices([row], arguments.data)
+    log_notices([row])
     encoder = load_encoder(arguments.model_path, arguments.model_base, max_length=sys.maxsize)
     encoded = encoder.encode_text(row)
     before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")

@@ -68,7 +68,7 @@ def to_llamafactory(source: Path, folder: Path, *, name: str) -> int:
     if not re.fullmatch(r"[\w.-]+", name) or name == "dataset_info":
         raise RowError(f"{name!r}: not a name for a dataset; use letters, digits, '.', '-' and '_'")
     parsed = [(parse_row(fields, origin), fields) for origin, fields in read_rows(source)]
-    log_notices((row for row, _ in parsed), str(source))
+    log_notices(row for row, _ in parsed)
     rows = [_to_row(row, fields) for row, fields in parsed]
     info_path, data_path = folder / "dataset_info.json", folder / f"{name}.json"
     if source.resolve() == data_path.resolve():

@@ -54,7 +54,7 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
         group = tuple(str(fields[name]) for name in arguments.group_by)
         scored_by = {"id": str(fields.get("id", origin)), "answer": str(turn.answer).strip(), "group": group}
         found.append((row, scored_by))
-    log_notices((row for row, _ in found), arguments.data)
+    log_notices(row for row, _ in found)
     images = [row.images[0] if row.turns[0].num_images else None for row, _ in found]
     shown = select_images(images, [scored_by["group"] for _, scored_by in found], arguments.images)
     return [
