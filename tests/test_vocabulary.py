@@ -47,6 +47,7 @@ DATA = (
     "What is in the picture?",
     "--pictures",
     '"pictures"',
+    "|picture|",
 )
 TEXTS = ("yivl/tiny/world/language.py", "yivl/tiny/world/words.py", "tests/test_vocabulary.py")
 KINDS = ("*.py", "*.md", "*.sh", "*.sbatch", "*.toml", "*.yml", "*.jinja", "*.txt")

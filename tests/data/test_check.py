@@ -1,9 +1,12 @@
 """``python -m yivl.data.check``: the report on training data."""
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,7 +14,8 @@ from support.golden import CHECKPOINT, GOLDEN
 from support.training import IMAGES, ROOT, conversation, write_rows, write_shards
 
 from yivl.data import check
-from yivl.data.check import Finding, describe, histogram
+from yivl.data.check import Finding, describe, histogram, plot_histogram
+from yivl.data.rows import RowError
 
 
 @pytest.fixture
@@ -54,23 +58,58 @@ def test_every_invalid_row_is_reported_with_its_reason_and_the_exit_code_is_one(
     report: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
-    rows = [
+    rows: list[Any] = [
         conversation(None, "q", "a"),
         conversation(str(tmp_path / "bad.png"), "q", "a"),
+        3,
         conversation(None, "q", "a", role="wizard"),
         conversation(None, "long " * 3000, "a"),
+        *[conversation(None, "q", "a")] * 5,
+        conversation("https://example.com/a.png", "q", "a"),
+        conversation("missing.png", "q", "a"),
     ]
     path = write_rows(tmp_path / "rows.json", rows)
     code, text = report(path)
     assert code == 1
-    assert "1 valid rows" in text
-    assert "3 invalid rows:" in text
-    for number, reason in (
-        (1, "not a"),
-        (2, "unknown role 'wizard'"),
-        (3, "no answer within the maximum sequence length of 2048"),
+    assert "6 valid rows" in text
+    listed = text[text.index("6 invalid rows:") :].splitlines()[1:]
+    for line, (number, reason) in zip(
+        listed,
+        (
+            (1, "not a"),
+            (2, "expected a JSON object"),
+            (3, "unknown role 'wizard'"),
+            (4, "no answer within the maximum sequence length of 2048"),
+            (10, "the image https://example.com/a.png is a URL; training reads local files"),
+            (11, "no such file"),
+        ),
+        strict=True,
     ):
-        assert any(f"{path} row {number}: " in line and reason in line for line in text.splitlines())
+        assert line.startswith(f"  {path} row {number}: ")
+        assert reason in line
+
+
+def test_what_is_unusual_but_valid_is_counted_with_its_rows(
+    report: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    shutil.copy(IMAGES / "photo_rgb.jpg", tmp_path)
+    rows = [conversation(None, "q", "a"), *[conversation(None, "q", " ")] * 7, conversation(None, "q", "a")]
+    rows[-1]["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
+    path = write_rows(tmp_path / "rows.json", [*rows, conversation("../photo_rgb.jpg", "q", "a")])
+    (tmp_path / "images").mkdir()
+    code, text = report(path, "--image-folder", str(tmp_path / "images"))
+    assert code == 0
+    first = ", ".join(f"{path} row {number}" for number in range(1, 6))
+    assert f"\n  7 rows have an empty answer: {first} and 2 more\n" in text
+    assert f"\n  1 rows start with an answer, which is dropped: {path} row 8\n" in text
+    assert f"\n  1 rows have an image outside the image folder: {path} row 9\n" in text
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_file_without_rows_is_an_error(name: str, report: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[]" if name == "rows.json" else "")
+    with pytest.raises(RowError, match=f"{name}: no rows"):
+        report(tmp_path / name)
 
 
 def test_truncated_rows_are_counted_and_lengths_are_those_before_truncation() -> None:
@@ -81,10 +120,18 @@ def test_truncated_rows_are_counted_and_lengths_are_those_before_truncation() ->
     ]
 
 
-@pytest.mark.parametrize("lengths", [[5], [1, 1, 1], list(range(1, 400)), [10, 10_000]])
-def test_the_histogram_counts_every_row(lengths: list[int]) -> None:
-    counts = [int(line.split()[-1].replace(",", "")) for line in histogram(lengths).splitlines()]
+@pytest.mark.parametrize("lengths", [[5], [1, 1, 1], list(range(1, 400)), [10, 10_000], [*range(1, 400), 50_000]])
+def test_the_histogram_counts_every_row(lengths: list[int], tmp_path: Path) -> None:
+    counts = [int(re.split("█+", line)[1].split("(")[0].replace(",", "")) for line in histogram(lengths).splitlines()]
     assert sum(counts) == len(lengths)
+    plot_histogram(lengths, 2048, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").is_file()
+
+
+def test_one_outlier_leaves_the_histogram_readable() -> None:
+    lines = histogram([*range(100, 300), 50_000]).splitlines()
+    assert len(lines) == 21
+    assert lines[-1].split() == [">", "299", "█", "1", "(up", "to", "50,000)"]
 
 
 def test_a_missing_file_is_one_error_line_with_exit_code_2() -> None:

@@ -37,6 +37,17 @@ def test_a_row_is_printed_with_its_targets_in_brackets(shown: Callable[..., str]
         shown(DATA, 99, "--model-path", CHECKPOINT)
 
 
+def test_a_row_of_another_dialect_is_printed_as_it_is_trained(
+    shown: Callable[..., str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    said = [{"from": "gpt", "value": "Hi."}, {"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "A."}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"conversations": said, "images": ["a.jpg"], "system": "Be brief."}]))
+    text = shown(path, 0, "--model-path", CHECKPOINT)
+    assert text.startswith("Be brief.\n\n### Human: <image_placeholder>\nQ?\n### Assistant:[ A.\n###] \n")
+    assert caplog.messages == [f"1 rows start with an answer, which is dropped: {path} row 0"]
+
+
 def test_the_model_path_may_be_an_adapter_or_a_hub_id_and_is_the_embedded_model_by_default(
     shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -1,9 +1,11 @@
 """Evaluation on rows: images, scores by group, files."""
 
 import argparse
+import base64
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,12 +14,13 @@ import pytest
 from support.golden import CHECKPOINT
 from support.training import ROOT
 
+from yivl.constants import SYSTEM_PROMPT
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.eval.__main__ import main
 from yivl.eval.benchmarks.benchmark import Question
 from yivl.eval.benchmarks.rows import read_questions, report, select_images
-from yivl.eval.runner import answer_questions
+from yivl.eval.runner import answer_questions, fingerprint
 from yivl.inference.chat import Chat
 
 IMAGES = ROOT / "images"
@@ -53,6 +56,26 @@ def test_responses_equal_those_of_a_chat(chat: Chat, tmp_path: Path) -> None:
     for question, answer in zip(questions, answers.values(), strict=True):
         chat.reset()
         assert answer == chat.ask(question.prompt, question.image(), temperature=0, max_new_tokens=6).strip()
+
+
+def test_rows_of_another_dialect_are_asked_as_they_are_trained(chat: Chat, tmp_path: Path) -> None:
+    url = {"url": f"data:image/jpeg;base64,{base64.b64encode((IMAGES / 'cat.jpg').read_bytes()).decode()}"}
+    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What is this?"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "cat"}]
+    rows = [{"messages": said}, {"messages": [{"role": "system", "content": "Be brief."}, *said]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain, brief = read_questions(flags(tmp_path / "rows.jsonl"))
+    assert (plain.prompt, plain.system, brief.system) == ("What is this?", SYSTEM_PROMPT, "Be brief.")
+    assert plain.image() == (IMAGES / "cat.jpg").read_bytes()
+    settings = [fingerprint([replace(one, id="0")], "rows.jsonl", [])["questions"] for one in (plain, brief)]
+    assert settings[0] != settings[1]
+    answers = answer_questions(
+        lambda: chat.loaded, [plain, brief], tmp_path / "out", {}, batch_size=2, max_new_tokens=6
+    )
+    for question, answer in zip((plain, brief), answers.values(), strict=True):
+        alone = Chat(chat.loaded, system=question.system)
+        assert answer == alone.ask("What is this?", IMAGES / "cat.jpg", temperature=0, max_new_tokens=6).strip()
+    assert answers["0"] != answers["1"]
 
 
 def test_scores_are_grouped() -> None:

@@ -195,6 +195,27 @@ def test_both_spellings_of_messages_are_read(file_name: str, with_defaults: bool
     assert row == {"id": "a", "image": "x/1.png", "conversations": ours}
 
 
+def test_every_dialect_is_written_as_it_is_trained(tmp_path: Path) -> None:
+    url = {"type": "image_url", "image_url": {"url": "1.png"}}
+    listed = [
+        {"image": "1.png", "conversations": [ASKED | {"value": "<image>\nWho?"}, SAID]},
+        {"images": ["1.png"], "messages": [USER | {"content": f"{DEFAULT_IMAGE_TOKEN}\nWho?"}, ANSWER]},
+        {"messages": [USER | {"content": [{"type": "text", "text": "Who?"}, url]}, ANSWER], "conversations": []},
+        {
+            "conversations": [{"from": "gpt", "value": "Hello."}, ASKED | {"value": "<image>\nWho?"}, SAID],
+            "image": "1.png",
+        },
+    ]
+    rows = [row | {"system": "Be brief."} for row in listed]
+    there, _ = there_and_back(rows, tmp_path)
+    system = {"role": "system", "content": "Be brief.\n\n"}
+    assert there == [{"messages": [system, USER | {"content": "<image>\nWho?"}, ANSWER], "images": ["1.png"]}] * 4
+    expected = {(row.turns, row.images, row.system) for row in parsed(tmp_path / "source.json")}
+    assert len(expected) == 1
+    for name in ("back.json", "data/mine.json"):
+        assert {(row.turns, row.images, row.system) for row in parsed(tmp_path / name)} == expected
+
+
 def test_a_dataset_that_declares_nothing_has_the_default_columns(tmp_path: Path) -> None:
     sharegpt = {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]}
     alpaca = {"instruction": "Who?", "input": "", "output": "I."}
@@ -264,13 +285,15 @@ SAID = {"from": "gpt", "value": "I."}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"conversations": [ASKED, SAID | {"value": "an <image> tag"}]}, "read the text '<image>' as a placeholder"),
+        ({"conversations": [ASKED, SAID | {"value": "an <image> tag"}]}, "an image placeholder in an answer"),
         ({"conversations": [ASKED | {"value": "<video>"}, SAID]}, "read the text '<video>' as"),
         ({"conversations": [ASKED | {"value": "{{image}}"}, SAID]}, "read the text '{{image}}' as"),
         ({"image": "1.png", "text": "<audio>"}, "read the text '<audio>' as"),
+        ({"image": "1.png", "text": "an <image> tag"}, "read the text '<image>' as"),
+        ({"conversations": [ASKED, SAID], "system": "<video>"}, "read the text '<video>' as"),
+        ({"conversations": [ASKED, SAID], "image": "data:image/png;base64,AAAA"}, "a data: URL; save the image"),
         ({"conversations": [ASKED]}, "the last question has no answer"),
-        ({"conversations": [ASKED, SAID], "images": ["1.png"]}, "the key 'images' has another meaning"),
-        ({"conversations": [ASKED, SAID], "messages": []}, "the key 'messages' has another meaning"),
+        ({"conversations": [ASKED, SAID], "messages": [ASKED]}, "both 'conversations' and 'messages'; keep one"),
     ],
 )
 def test_a_row_that_llamafactory_cannot_express_is_one_line_and_nothing_is_written(
@@ -302,7 +325,7 @@ ANSWER = {"role": "assistant", "content": "I."}
         ),
         ({"messages": [USER, ANSWER, {"role": "system", "content": ""}]}, "role 'system' is not supported"),
         ({"messages": [USER, ANSWER, USER]}, "the last question has no answer"),
-        ({"messages": [ANSWER, USER]}, "role 'assistant' out of order"),
+        ({"messages": [USER, USER]}, "role 'user' out of order"),
         ({"messages": []}, "'conversations' is not a list of messages"),
         ({"messages": "Who?"}, "the messages are not a list"),
         ({}, "the messages are not a list"),
@@ -311,8 +334,9 @@ ANSWER = {"role": "assistant", "content": "I."}
             "message 0 without a text in 'role' and 'cont",
         ),
         ({"messages": ["Who?"]}, "message 0 without a text"),
-        ({"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]}, "another system message"),
-        ({"messages": [USER, ANSWER], "sys": "Be brief."}, "another system message"),
+        ({"messages": [USER, ANSWER], "system": "Be brief."}, "the key 'system' has another meaning"),
+        ({"messages": [{"role": "system", "content": "<image>"}, USER, ANSWER]}, "placeholder in a system message"),
+        (1, "expected a JSON object"),
         (
             {"messages": [USER | {"content": DEFAULT_IMAGE_TOKEN}, ANSWER]},
             "'<image_placeholder>' would be read as an image",

@@ -7,6 +7,7 @@ Exit code 1 if there are invalid rows.
 
 import argparse
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,9 @@ class Finding:
     num_targets: int = 0
     """Tokens the loss is computed on."""
     reason: str = ""
+    """Why the row is invalid; begins with its origin."""
+    notices: tuple[tuple[str, str], ...] = ()
+    """What is unusual about the row, and its origin."""
 
 
 def inspect_rows(encoder: "Encoder", rows: "Sequence[Row | RowError]") -> list[Finding]:
@@ -73,7 +77,8 @@ def inspect_rows(encoder: "Encoder", rows: "Sequence[Row | RowError]") -> list[F
             num_targets = int((encoder(row).labels != IGNORE_INDEX).sum())
             kind = "text" if not row.images else "caption" if not row.turns[0].question else "image"
             length = replace(encoder, max_length=sys.maxsize).sequence_length(row)
-            findings.append(Finding(kind, length, num_targets))
+            notices = tuple((notice, row.origin) for notice in row.notices)
+            findings.append(Finding(kind, length, num_targets, notices=notices))
         except RowError as error:
             findings.append(Finding(reason=str(error)))
     return findings
@@ -100,6 +105,8 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
 
 def describe(name: str, findings: Sequence[Finding], max_length: int) -> str:
     """Return the summary of one source."""
+    from yivl.data.rows import count_notices
+
     valid = [finding for finding in findings if not finding.reason]
     counts = ", ".join(
         f"{sum(finding.kind == kind for finding in valid):,} {text}"
@@ -114,28 +121,49 @@ def describe(name: str, findings: Sequence[Finding], max_length: int) -> str:
             f"{truncated:,} rows are truncated to {max_length:,}; "
             f"targets: {sum(finding.num_targets for finding in valid):,} tokens"
         )
+    lines += [f"  {line}" for line in count_notices(notice for finding in findings for notice in finding.notices)]
     return "\n".join(lines)
 
 
+def natural_order(text: str) -> list[tuple[int, str]]:
+    """Return a key that sorts numbers in texts by value: row 2 before row 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
+
+
+def split_outliers(lengths: Sequence[int]) -> tuple[list[int], int]:
+    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, twice the others or more."""
+    ordered = sorted(lengths)
+    longest = ordered[: -max(1, len(ordered) // 100)][-1:] or ordered
+    drawn = [length for length in ordered if length < 2 * longest[0]]
+    return drawn, len(ordered) - len(drawn)
+
+
 def histogram(lengths: Sequence[int]) -> str:
-    """Return the sequence lengths as a histogram in text."""
+    """Return the sequence lengths as a histogram in text; the last line counts outliers."""
     import numpy as np
 
-    counts, edges = np.histogram(lengths, bins=20)
+    drawn, num_outliers = split_outliers(lengths)
+    counts, edges = np.histogram(drawn, bins=20)
     bars = ["█" * max(round(50 * count / max(counts)), int(count > 0)) for count in counts]
-    return "\n".join(f"{edge:>7,.0f} {bar} {n:,}" for edge, bar, n in zip(edges[:-1], bars, counts, strict=True) if n)
+    lines = [f"{edge:>9,.0f} {bar} {n:,}" for edge, bar, n in zip(edges[:-1], bars, counts, strict=True) if n]
+    if num_outliers:
+        lines.append(f"{f'> {drawn[-1]:,}':>9} █ {num_outliers:,} (up to {max(lengths):,})")
+    return "\n".join(lines)
 
 
 def plot_histogram(lengths: Sequence[int], max_length: int, path: Path) -> None:
-    """Write the histogram as a PNG."""
+    """Write the histogram as a PNG; its title counts outliers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="sequence length (text tokens and image patches)", ylabel="rows")
-    axes.hist(lengths, bins=50)
+    drawn, num_outliers = split_outliers(lengths)
+    axes.hist(drawn, bins=50)
+    if num_outliers:
+        axes.set_title(f"not shown: {num_outliers:,} rows of up to {max(lengths):,}", fontsize="medium")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if max(lengths) > max_length:
+    if drawn[-1] > max_length:
         axes.axvline(max_length, color="tab:red", label=f"truncated to {max_length:,}")
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -153,17 +181,20 @@ def main() -> None:
 
     encoder = load_encoder(arguments.model_path, arguments.model_base, max_length=arguments.max_length)
     findings: list[Finding] = []
+    reasons: list[str] = []
     for source in read_sources(arguments.data, arguments.image_folder, arguments.max_rows_per_source):
         progress = tqdm(inspect_source(source, encoder, arguments.workers), unit="row", disable=not sys.stderr.isatty())
         of_source = list(progress)
         print(describe(source.data_path, of_source, arguments.max_length))  # noqa: T201 (the result)
         findings += of_source
+        # Rows that cannot be parsed are known before the images are read.
+        reasons += sorted((finding.reason for finding in of_source if finding.reason), key=natural_order)
     lengths = [finding.sequence_length for finding in findings if not finding.reason]
     if lengths:
         print(f"\n{histogram(lengths)}")  # noqa: T201
         if arguments.plot is not None:
             plot_histogram(lengths, arguments.max_length, arguments.plot)
-    if reasons := [finding.reason for finding in findings if finding.reason]:
+    if reasons:
         print("\n  ".join([f"\n{len(reasons):,} invalid rows:", *reasons]))  # noqa: T201
         sys.exit(1)
 

@@ -11,7 +11,7 @@ from yivl.conversation import render_chunks
 from yivl.data.rows import Row, RowError
 from yivl.errors import ImageError
 from yivl.image_processing import ImageProcessor, load_image
-from yivl.tokenization import YiTokenizer, encode_turns, tokenize_chunks
+from yivl.tokenization import EncodedTurns, YiTokenizer, encode_turns, tokenize_chunks
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Encoder:
     max_length: int
     """Maximum sequence length, image patches included."""
     system: str = SYSTEM_PROMPT
+    """System message of rows without their own."""
 
     def __call__(self, row: Row) -> Sample:
         """Return the sample of a row, truncated to ``max_length``, never inside an image.
@@ -43,7 +44,7 @@ class Encoder:
         Raises:
             RowError: If an image cannot be read, or truncation leaves no token to compute the loss on.
         """
-        encoded = encode_turns(row.turns, self.tokenizer, self.system)
+        encoded = self.encode_text(row)
         kept, sequence_length = self._truncate(encoded.input_ids)
         input_ids = torch.tensor(encoded.input_ids[:kept])
         labels = input_ids.masked_fill(~torch.tensor(encoded.is_target[:kept], dtype=torch.bool), IGNORE_INDEX)
@@ -57,10 +58,17 @@ class Encoder:
         pixel_values = self.image_processor(images) if images else torch.zeros(0, 3, size, size)
         return Sample(input_ids, labels, pixel_values, sequence_length)
 
+    def encode_text(self, row: Row) -> EncodedTurns:
+        """Return the ids of a row, not truncated, and the tokens the loss is computed on."""
+        return encode_turns(row.turns, self.tokenizer, self._system_of(row))
+
     def sequence_length(self, row: Row) -> int:
         """Return the sequence length of a row, truncated as in its sample, without reading an image."""
         messages = [message for turn in row.turns for message in turn.messages()]
-        return self._truncate(tokenize_chunks(render_chunks(messages, self.system), self.tokenizer))[1]
+        return self._truncate(tokenize_chunks(render_chunks(messages, self._system_of(row)), self.tokenizer))[1]
+
+    def _system_of(self, row: Row) -> str:
+        return self.system if row.system is None else row.system
 
     def _truncate(self, input_ids: Sequence[int]) -> tuple[int, int]:
         """Return how many ids fit in ``max_length``, never part of an image, and their sequence length."""

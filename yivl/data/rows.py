@@ -1,19 +1,25 @@
-"""Rows: JSON or JSONL conversations, captions or text, validated one by one."""
+"""Rows: conversations, captions or text in JSON or JSONL, validated one by one."""
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.conversation import Turn
+from yivl.data.dialects import Dialogue, Message, read_dialogue
 from yivl.errors import YiVLError
 
-_QUESTION_ROLES: Final = ("human", "user")
-# Source: 01-ai/Yi, VL: the code expects "gpt", the README documents "assistant".
-_ANSWER_ROLES: Final = ("gpt", "assistant")
+logger = logging.getLogger(__name__)
+
+# A string, which is kept, or a comma before a closing bracket or the end, with the "..." of a printed example.
+_TRAILING: Final = re.compile(r'("(?:[^"\\]|\\.)*")|,(?:\s*\.\.\.)?(?=\s*(?:[\]}]|\Z))', re.DOTALL)
+
+_DECLARATIONS: Final = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
+"""Keys of a dataset in ``dataset_info.json``. Source: hiyouga/LLaMA-Factory, data/README.md."""
 
 
 class RowError(YiVLError):
@@ -29,109 +35,174 @@ class Row:
     """Paths, or the contents of image files."""
     origin: str
     """File and row, for error messages."""
+    notices: tuple[str, ...] = ()
+    """What is unusual about the row, as the predicate of a sentence about rows."""
+    system: str | None = None
+    """System message; ``None`` is that of Yi-VL."""
 
 
 def parse_row(
-    fields: Mapping[str, Any],
+    fields: Any,
     origin: str,
     image_folder: str | os.PathLike[str] = ".",
-    images: Sequence[Path | bytes] | None = None,
+    images: Sequence[bytes] | None = None,
 ) -> Row:
     """Return the row of a JSON object.
 
-    A conversation is ``conversations`` (a list of ``{"from": "human" | "gpt" | "assistant", "value": text}``) with an
-    optional ``image`` (a path or a list of paths, relative to ``image_folder``); a caption is ``image`` and ``text``.
-    ``<image_placeholder>`` marks the turn of an image; in the prompt the image comes first in its turn. An image
-    without a placeholder belongs to the first turn. ``images`` replaces the images of ``image``.
+    A conversation is ``conversations`` or ``messages``, a list of ``{"from": ..., "value": ...}`` or ``{"role": ...,
+    "content": ...}``, with optional ``image`` or ``images`` (paths relative to ``image_folder``); a caption is
+    ``image`` and ``text``. ``<image_placeholder>``, ``<image>`` or a part of ``content`` marks the turn of an image; in
+    the prompt the image comes first in its turn. Images without any placeholder belong to the first turn. ``images``,
+    the contents of image files, replaces the images of the row. docs/data.md lists the dialects.
 
     Raises:
         RowError: If a role is unknown or out of order, a field is missing, or the numbers of placeholders and images
             differ.
     """
     try:
-        images = _images(fields, Path(image_folder)) if images is None else images
-        if "conversations" in fields:
-            turns = _turns(fields["conversations"])
-        elif isinstance(fields.get("text"), str) and images:
-            turns = [Turn("", fields["text"].strip(), num_images=len(images))]
-        else:
-            raise RowError("neither 'conversations' nor 'image' with 'text'")
-        if images and not any(turn.num_images for turn in turns):
-            turns[0] = Turn(turns[0].question, turns[0].answer, num_images=len(images))
+        if not isinstance(fields, Mapping):
+            raise fields if isinstance(fields, RowError) else RowError("expected a JSON object")
+        dialogue = read_dialogue(fields, images)
+        turns = _turns(dialogue.messages)
+        if dialogue.images and not any(turn.num_images for turn in turns):
+            turns[0] = replace(turns[0], num_images=len(dialogue.images))
         placeholders = sum(turn.num_images for turn in turns)
-        if placeholders != len(images):
-            raise RowError(f"{placeholders} image placeholders but {len(images)} images")
-    except RowError as error:
+        if placeholders != len(dialogue.images):
+            fix = "name each image in 'image', or spell '<image>' otherwise if it is text"
+            if placeholders < len(dialogue.images):
+                fix = "place each image, or none to show all in the first turn"
+            raise RowError(f"{placeholders} image placeholders but {len(dialogue.images)} images; {fix}")
+    except YiVLError as error:
         raise RowError(f"{origin}: {error}") from error
-    return Row(tuple(turns), tuple(images), origin)
+    folder = Path(image_folder)
+    paths = [image if isinstance(image, bytes) else folder / image for image in dialogue.images]
+    return Row(tuple(turns), tuple(paths), origin, tuple(_notices(dialogue, turns, folder)), dialogue.system)
 
 
-def _images(fields: Mapping[str, Any], folder: Path) -> Sequence[Path | bytes]:
-    value = fields.get("image")
-    images = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(image, str) and image for image in images):
-        raise RowError("'image' is not a path or a list of paths")
-    return [folder / image for image in images]
-
-
-def _turns(messages: Any) -> list[Turn]:
-    """Return the turns of a list of messages, in which questions and answers alternate."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RowError("'conversations' is not a list of messages")
+def _turns(messages: Sequence[Message]) -> list[Turn]:
+    """Return the turns of messages, in which questions and answers alternate."""
     turns: list[Turn] = []
     question: Turn | None = None
     for message in messages:
-        role, text = (message.get(key) if isinstance(message, Mapping) else None for key in ("from", "value"))
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise RowError("a message without 'from' and 'value'")
-        if role not in _QUESTION_ROLES + _ANSWER_ROLES:
-            raise RowError(f"unknown role {role!r}; expected one of {', '.join(_QUESTION_ROLES + _ANSWER_ROLES)}")
-        if (role in _QUESTION_ROLES) != (question is None):
-            raise RowError(f"role {role!r} out of order: questions and answers alternate")
+        if (message.role == "user") != (question is None):
+            raise RowError(f"role {message.role!r} out of order: questions and answers alternate")
+        text, num_images = "".join(message.pieces), len(message.pieces) - 1
         if question is None:
-            num_images = text.count(DEFAULT_IMAGE_TOKEN)
-            question = Turn(text.replace(DEFAULT_IMAGE_TOKEN, "").strip() if num_images else text, None, num_images)
-        elif DEFAULT_IMAGE_TOKEN in text:
-            raise RowError("an image placeholder in an answer")
+            question = Turn(text.strip() if num_images else text, None, num_images)
+        elif num_images:
+            raise RowError("an image placeholder in an answer; if '<image>' is text, spell it otherwise")
         else:
-            turns.append(Turn(question.question, text, question.num_images))
+            turns.append(replace(question, answer=text))
             question = None
     if question is not None:
         raise RowError("the last question has no answer")
+    if not turns:
+        raise RowError("no question")
     return turns
 
 
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield ``(origin, JSON object)`` for every row of a ``.json`` list (from row 0) or ``.jsonl`` file (from line 1).
+def _notices(dialogue: Dialogue, turns: Sequence[Turn], folder: Path) -> Iterator[str]:
+    if dialogue.drops_answer:
+        yield "start with an answer, which is dropped"
+    if not all((turn.answer or "").strip() for turn in turns):
+        yield "have an empty answer"
+    if any(isinstance(image, str) and _is_outside(image, folder) for image in dialogue.images):
+        yield "have an image outside the image folder"
+
+
+def _is_outside(image: str, folder: Path) -> bool:
+    if not os.path.isabs(image) and ".." not in image:
+        return False
+    return not Path(os.path.abspath(folder / image)).is_relative_to(os.path.abspath(folder))
+
+
+def count_notices(notices: Iterable[tuple[str, str]]) -> list[str]:
+    """Return one line for each kind of notice, with the number of rows and the first of them.
+
+    Args:
+        notices: Of rows, each with the origin of its row.
+    """
+    origins: dict[str, list[str]] = {}
+    for notice, origin in notices:
+        origins.setdefault(notice, []).append(origin)
+    return [f"{len(found):,} rows {notice}: {_first(found)}" for notice, found in origins.items()]
+
+
+def _first(origins: Sequence[str]) -> str:
+    more = f" and {len(origins) - 5:,} more" if len(origins) > 5 else ""
+    return f"{', '.join(origins[:5])}{more}"
+
+
+def log_notices(rows: Iterable[Row]) -> None:
+    """Log one line for each kind of notice."""
+    for line in count_notices((notice, row.origin) for row in rows for notice in row.notices):
+        logger.warning("%s", line)
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield origin and JSON value of every row of a ``.json`` list (from row 0) or ``.jsonl`` file (from line 1).
+
+    The value is what ``parse_row`` takes; for a line that is not JSON it is the error. Commas before a closing bracket
+    are ignored, as is the ``...`` of a printed example.
 
     Raises:
-        RowError: If the file is missing or is not JSON; the message names the line.
+        RowError: If the file is missing or empty, or is not JSON.
     """
     name = os.fspath(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RowError(f"{name}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise RowError(f"{name}: not UTF-8 text (byte {error.start})") from error
     if Path(path).suffix == ".jsonl":
         # Not splitlines(): it also splits at characters that JSON strings may contain, such as U+2028.
-        lines = {f"{name} line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-        rows = {origin: _parse(line, origin) for origin, line in lines.items()}
+        lines = [(f"{name} line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(origin, _parse_line(line)) for origin, line in lines]
     else:
-        listed = _parse(text, name)
-        if not isinstance(listed, list):
-            raise RowError(f"{name}: expected a JSON list of rows; a file with one object per line is named .jsonl")
-        rows = {f"{name} row {index}": row for index, row in enumerate(listed)}
-    for origin, row in rows.items():
-        if not isinstance(row, Mapping):
-            raise RowError(f"{origin}: expected a JSON object")
-        yield origin, row
+        rows = [(f"{name} row {index}", row) for index, row in enumerate(_parse_list(text, name))]
+    if not rows:
+        raise RowError(f"{name}: no rows")
+    yield from rows
 
 
-def _parse(text: str, origin: str) -> Any:
+def _parse_list(text: str, name: str) -> list[Any]:
+    if not text.strip():
+        return []
+    try:
+        listed = _parse(text)
+    except json.JSONDecodeError as error:
+        hint = "; a file with one object per line is named .jsonl" if "Extra data" in str(error) else ""
+        raise RowError(f"{name}: not valid JSON ({error}){hint}") from error
+    if isinstance(listed, list):
+        return listed
+    declared = listed.values() if isinstance(listed, dict) else []
+    if any(isinstance(entry, dict) and entry.keys() & _DECLARATIONS for entry in declared):
+        raise RowError(
+            f"{name}: declares datasets of LLaMA-Factory and has no rows; give the file of rows that it names, or "
+            "see scripts/convert.py from-llamafactory"
+        )
+    raise RowError(f"{name}: expected a JSON list of rows; a file with one object per line is named .jsonl")
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return _parse(line)
+    except json.JSONDecodeError as error:
+        hint = "; a JSON list is named .json" if line.strip() in ("[", "{") else ""
+        return RowError(f"not valid JSON ({error.msg} at character {error.pos}){hint}")
+
+
+def _parse(text: str) -> Any:
+    """Return the value of JSON text, if need be without its trailing commas."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        hint = "; a file with one object per line is named .jsonl" if "Extra data" in str(error) else ""
-        raise RowError(f"{origin}: not valid JSON ({error}){hint}") from error
+    except ValueError:
+        lenient = _TRAILING.sub(lambda match: match[1] or "", text)
+        if lenient == text:
+            raise
+        try:
+            return json.loads(lenient)
+        except ValueError:
+            pass
+        raise  # about the text as it is

@@ -35,19 +35,21 @@ def main() -> None:
     arguments = parse_args()
     command_line.log_to_stderr()
 
-    from yivl.checkpoint.loading import load_processors
-    from yivl.data.rows import RowError, parse_row, read_rows
-    from yivl.tokenization import encode_turns
+    from yivl.data.encoding import load_encoder
+    from yivl.data.rows import RowError, log_notices, parse_row, read_rows
 
     found = next(islice(read_rows(arguments.data), arguments.row, None), None) if arguments.row >= 0 else None
     if found is None:
         raise RowError(f"{arguments.data}: no row {arguments.row}")
-    _, tokenizer, _ = load_processors(arguments.model_path, arguments.model_base)
-    encoded = encode_turns(parse_row(found[1], found[0]).turns, tokenizer)
+    origin, fields = found
+    row = parse_row(fields, origin)
+    log_notices([row])
+    encoder = load_encoder(arguments.model_path, arguments.model_base, max_length=sys.maxsize)
+    encoded = encoder.encode_text(row)
     before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")
     for is_target, group in groupby(zip(encoded.input_ids, encoded.is_target, strict=True), key=lambda pair: pair[1]):
         # Bytes: a character outside the vocabulary is several tokens.
-        text = b"".join(_bytes(token, tokenizer) for token, _ in group).decode("utf-8", "replace")
+        text = b"".join(_bytes(token, encoder.tokenizer) for token, _ in group).decode("utf-8", "replace")
         print(f"{before}{text}{after}" if is_target else text, end="")  # noqa: T201 (the result)
     print(f"\n{len(encoded.input_ids)} tokens, {sum(encoded.is_target)} of them targets")  # noqa: T201
 

@@ -147,7 +147,7 @@ def parse_shard_sample(sample: Mapping[str, Any]) -> Row:
     """Return the row of one sample of a tar shard: an image, and a caption or a conversation.
 
     The image is ``jpg``, ``jpeg``, ``png`` or ``webp``; the caption is ``txt``, or ``caption`` or ``text`` in ``json``.
-    A ``json`` with ``conversations`` is a row as ``parse_row`` documents it.
+    A ``json`` with ``conversations`` or ``messages`` is a row as ``parse_row`` documents it.
 
     Raises:
         RowError: If there is no image or no text, or the conversation is invalid.
@@ -165,8 +165,8 @@ def parse_shard_sample(sample: Mapping[str, Any]) -> Row:
         raise RowError(f"{origin}: txt or json cannot be read ({error})") from error
     if not isinstance(fields, dict):
         raise RowError(f"{origin}: json is not an object")
-    if "conversations" in fields:
-        return parse_row({"conversations": fields["conversations"]}, origin, images=[image])
+    if fields.keys() & {"conversations", "messages"}:
+        return parse_row(fields, origin, images=[image])
     text = text.strip() or fields.get("caption") or fields.get("text")
     if not isinstance(text, str) or not text.strip():
         raise RowError(f"{origin}: no caption; expected txt, or caption in json")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from yivl.checkpoint.atomic import atomic_file, write_json
 from yivl.checkpoint.format import read_json
 from yivl.checkpoint.loading import LoadedModel
+from yivl.constants import SYSTEM_PROMPT
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.eval.benchmarks.benchmark import Question, file_key
 from yivl.inference.chat import Chat, GenerationState
@@ -173,7 +174,9 @@ def _begin(loaded: LoadedModel, question: Question, max_new_tokens: int) -> Gene
     size = loaded.model.config.vision_config.image_size
     try:
         image = torch.zeros(3, size, size) if question.is_blank else question.image()
-        return Chat(loaded).begin(question.prompt, image, temperature=0, max_new_tokens=max_new_tokens)
+        return Chat(loaded, system=question.system).begin(
+            question.prompt, image, temperature=0, max_new_tokens=max_new_tokens
+        )
     except (ImageError, ContextLengthError) as error:
         raise YiVLError(f"question {question.id}: {error}") from error
 
@@ -212,7 +215,11 @@ def _read_responses(folder: Path) -> dict[str, str]:
 
 def fingerprint(questions: Sequence[Question], data: str, models: Sequence[str | None]) -> dict[str, str]:
     """Return hashes that change with the questions and images, the files of ``data``, and the files of ``models``."""
-    asked = [[question.id, question.prompt, question.is_blank, question.image_key] for question in questions]
+    asked = [
+        [question.id, question.prompt, question.is_blank, question.image_key]
+        + [question.system] * (question.system != SYSTEM_PROMPT)
+        for question in questions
+    ]
     folder = Path(data).expanduser()
     data_files = [folder] if folder.is_file() else [*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]
     folders = [Path(model).expanduser() for model in models if model]

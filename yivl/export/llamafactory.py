@@ -13,7 +13,8 @@ from typing import Any, Final
 from yivl.checkpoint.atomic import write_json, write_text
 from yivl.constants import DEFAULT_IMAGE_TOKEN, SYSTEM_PROMPT
 from yivl.conversation import Turn
-from yivl.data.rows import RowError, parse_row, read_rows
+from yivl.data.dialects import read_dialogue
+from yivl.data.rows import Row, RowError, log_notices, parse_row, read_rows
 
 IMAGE: Final = "<image>"
 """Placeholder of one image. Source: hiyouga/LLaMA-Factory, src/llamafactory/extras/constants.py."""
@@ -40,6 +41,9 @@ _DEFAULT_TAGS: Final = {
 _OPENAI_TAGS: Final = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 """Of its image datasets. Source: hiyouga/LLaMA-Factory, data/dataset_info.json, ``mllm_demo``."""
 
+_OWN_KEYS: Final = ("conversations", "messages", "image", "images", "system")
+"""Keys that training reads."""
+
 _REMOTE: Final = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _PREFERENCES: Final = ("chosen", "rejected", "kto_tag")
 _UNSUPPORTED: Final = ("tools", "videos", "audios")
@@ -63,9 +67,9 @@ def to_llamafactory(source: Path, folder: Path, *, name: str) -> int:
     """
     if not re.fullmatch(r"[\w.-]+", name) or name == "dataset_info":
         raise RowError(f"{name!r}: not a name for a dataset; use letters, digits, '.', '-' and '_'")
-    rows = [_to_row(fields, origin) for origin, fields in read_rows(source)]
-    if not rows:
-        raise RowError(f"{source}: no rows")
+    parsed = [(parse_row(fields, origin), fields) for origin, fields in read_rows(source)]
+    log_notices(row for row, _ in parsed)
+    rows = [_to_row(row, fields) for row, fields in parsed]
     info_path, data_path = folder / "dataset_info.json", folder / f"{name}.json"
     if source.resolve() == data_path.resolve():
         raise RowError(f"{source}: would be overwritten; give another name")
@@ -85,27 +89,25 @@ def to_llamafactory(source: Path, folder: Path, *, name: str) -> int:
     return len(rows)
 
 
-def _to_row(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    row = parse_row(fields, origin)
-    if "conversations" in fields:
-        read, texts = "conversations", [message["value"] for message in fields["conversations"]]
-    else:
-        read, texts = "text", ["", row.turns[0].answer or ""]
-    messages = []
-    for turn, question, answer in zip(row.turns, texts[::2], texts[1::2], strict=True):
-        if found := next((token for token in _MEDIA for text in (question, answer) if token in text), None):
-            raise RowError(f"{origin}: LLaMA-Factory would read the text {found!r} as a placeholder; reword it")
-        messages.append({"role": "user", "content": _to_question(turn, question)})
-        messages.append({"role": "assistant", "content": answer})
-    images = fields.get("image") or []
-    images = images if isinstance(images, list) else [images]
-    others = _other_keys(fields, ("image", read), ("messages", "images"), origin)
-    return others | {"messages": messages, "images": images}
+def _to_row(row: Row, fields: Mapping[str, Any]) -> dict[str, Any]:
+    dialogue = read_dialogue(fields)
+    if any(isinstance(image, bytes) for image in dialogue.images):
+        raise RowError(f"{row.origin}: a data: URL; save the image as a file and give its path")
+    # The line breaks belong to the system message there. Source: as above, src/llamafactory/data/template.py, yi_vl.
+    messages = [] if row.system is None else [{"role": "system", "content": f"{row.system}\n\n"}]
+    for turn, question in zip(row.turns, dialogue.messages[::2], strict=True):
+        texts = (*question.pieces, turn.answer or "", row.system or "")
+        if found := next((token for token in _MEDIA for text in texts if token in text), None):
+            raise RowError(f"{row.origin}: LLaMA-Factory would read the text {found!r} as a placeholder; reword it")
+        messages.append({"role": "user", "content": _to_question(turn, question.pieces)})
+        messages.append({"role": "assistant", "content": turn.answer or ""})
+    is_caption = not fields.keys() & {"conversations", "messages"}
+    others = _other_keys(fields, (*_OWN_KEYS, *["text"] * is_caption), (), row.origin)
+    return others | {"messages": messages, "images": list(dialogue.images)}
 
 
-def _to_question(turn: Turn, text: str) -> str:
+def _to_question(turn: Turn, pieces: Sequence[str]) -> str:
     """Return a question with its placeholders in place; those before the text as in the prompt."""
-    pieces = text.split(DEFAULT_IMAGE_TOKEN)
     if any(piece.strip() for piece in pieces[:-1]):
         return IMAGE.join(pieces).strip()
     return f"{IMAGE * turn.num_images}\n{turn.question}" if turn.num_images else turn.question
@@ -126,7 +128,7 @@ def from_llamafactory(dataset_info: Path, name: str, target: Path) -> int:
 
     Raises:
         RowError: If the dataset is not declared, not in a ``.json`` or ``.jsonl`` file, or not supervised; if a row
-            is invalid, or has what is not supported here (another system message, tools, video, audio).
+            is invalid, or has what is not supported here (tools, video, audio).
     """
     source, columns, tags = _read_declaration(dataset_info, name)
     if target.suffix != ".json":
@@ -134,8 +136,6 @@ def from_llamafactory(dataset_info: Path, name: str, target: Path) -> int:
     if target.resolve() in (source.resolve(), dataset_info.resolve()):
         raise RowError(f"{target}: would overwrite its source; give another file")
     rows = [_from_row(fields, columns, tags, origin) for origin, fields in read_rows(source)]
-    if not rows:
-        raise RowError(f"{source}: no rows")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, _json_list(rows))
     return len(rows)
@@ -170,18 +170,18 @@ def _read_declaration(dataset_info: Path, name: str) -> tuple[Path, Mapping[str,
     return dataset_info.parent / file, columns, _DEFAULT_TAGS | tags if formatting == "sharegpt" else None
 
 
-def _from_row(
-    fields: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str, str] | None, origin: str
-) -> dict[str, Any]:
+def _from_row(fields: Any, columns: Mapping[str, str], tags: Mapping[str, str] | None, origin: str) -> dict[str, Any]:
+    if not isinstance(fields, Mapping):
+        raise RowError(f"{origin}: {fields if isinstance(fields, RowError) else 'expected a JSON object'}")
     values = {key: fields.get(column) for key, column in columns.items()}
     try:
         messages = list(_alpaca(values) if tags is None else _sharegpt(values["messages"], tags))
         system = messages.pop(0)[1] if messages and messages[0][0] == "system" else values.get("system")
-        if system and str(system).strip() != SYSTEM_PROMPT:
-            raise RowError("another system message; every prompt has that of Yi-VL, remove it")
         if found := next((key for key in _UNSUPPORTED if values.get(key) not in (None, "", "[]", [])), None):
             raise RowError(f"{found} are not supported; remove them")
         conversations = []
+        if system and str(system).strip() != SYSTEM_PROMPT:
+            conversations.append({"from": "system", "value": str(system).strip()})
         for role, text in messages:
             if DEFAULT_IMAGE_TOKEN in text:
                 raise RowError(f"the text {DEFAULT_IMAGE_TOKEN!r} would be read as an image; reword it")
@@ -190,16 +190,17 @@ def _from_row(
         images = images if isinstance(images, list) else [images]
     except RowError as error:
         raise RowError(f"{origin}: {error}") from error
-    row = _other_keys(fields, columns.values(), ("image", "conversations"), origin)
+    row = _other_keys(fields, columns.values(), _OWN_KEYS, origin)
     if images:
         row["image"] = images[0] if len(images) == 1 else images
     row["conversations"] = conversations
     parse_row(row, origin)
     # LLaMA-Factory keeps blanks around a question whose images all precede it. parse_row strips them if there is a
     # placeholder; without one it puts the images in the same place.
-    question = conversations[0]["value"].removeprefix(f"{DEFAULT_IMAGE_TOKEN * len(images)}\n")
+    first = conversations[int(conversations[0]["from"] == "system")]
+    question = first["value"].removeprefix(f"{DEFAULT_IMAGE_TOKEN * len(images)}\n")
     if images and question != question.strip():
-        conversations[0]["value"] = question
+        first["value"] = question
     return row
 
 

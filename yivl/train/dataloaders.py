@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from yivl.checkpoint.format import RECORD, read_json
 from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
-from yivl.data.rows import Row, RowError
+from yivl.data.rows import Row, RowError, log_notices
 from yivl.data.sampler import BatchSampler, RowDataset
 from yivl.data.sources import DataSource, load_rows, read_sources
 from yivl.data.streaming import StreamDataset, StreamSampler
@@ -88,6 +88,7 @@ def make_batches(
     rows_of = [load_rows(source, training.seed, on_bad_row) for source in sources]
     for source, loaded in zip(sources, rows_of, strict=True):
         _check_image_folder(source, loaded)  # before weights are loaded
+        log_notices(loaded)
     rows = [row for loaded in rows_of for row in loaded]
     if not rows:
         raise RowError(f"{data.data_path}: no row to train on")
@@ -168,6 +169,7 @@ def make_eval_loader(
     rows = [row for source in sources for row in load_rows(source, 0, on_bad_row)]
     if not rows:
         raise RowError(f"{data.eval_data_path}: no row to evaluate on")
+    log_notices(rows)
     batch_size = training.per_device_eval_batch_size
     sampler = BatchSampler([len(rows)], batch_size, rank=training.process_index, world_size=training.world_size)
     return _loader(RowDataset(rows, encoder, on_bad_row), sampler, encoder, data, training)

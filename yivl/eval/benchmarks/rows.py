@@ -1,6 +1,7 @@
 """Rows of training data: the first question of each, compared with its answer."""
 
 import argparse
+import hashlib
 import json
 import random
 from collections import Counter, defaultdict
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from yivl import command_line
-from yivl.data.rows import RowError, parse_row, read_rows
+from yivl.constants import SYSTEM_PROMPT
+from yivl.data.rows import Row, RowError, log_notices, parse_row, read_rows
 from yivl.eval.benchmarks.benchmark import Question, file_key
 from yivl.eval.report import Report, Table
+
+_Image = Path | bytes | None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +43,7 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     Raises:
         RowError: If a row is invalid or lacks a field of ``--group-by``, or its first question has several images.
     """
-    found: list[tuple[str, dict[str, Any]]] = []
-    images: list[Path | None] = []
+    found: list[tuple[Row, dict[str, Any]]] = []
     for origin, fields in read_rows(Path(arguments.data).expanduser()):
         row = parse_row(fields, origin, Path(arguments.image_folder).expanduser())
         if missing := [name for name in arguments.group_by if name not in fields]:
@@ -50,16 +53,31 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
             raise RowError(f"{origin}: {turn.num_images} images in the first question; expected at most one")
         group = tuple(str(fields[name]) for name in arguments.group_by)
         scored_by = {"id": str(fields.get("id", origin)), "answer": str(turn.answer).strip(), "group": group}
-        found.append((turn.question, scored_by))
-        images.append(Path(str(row.images[0])) if turn.num_images else None)
-    if not found:
-        raise RowError(f"{arguments.data}: no rows")
+        found.append((row, scored_by))
+    log_notices(row for row, _ in found)
+    images = [row.images[0] if row.turns[0].num_images else None for row, _ in found]
     shown = select_images(images, [scored_by["group"] for _, scored_by in found], arguments.images)
-    questions: list[Question] = []
-    for (prompt, scored_by), path in zip(found, shown, strict=True):
-        image = partial(Path, path) if path else lambda: None
-        questions.append(Question(str(len(questions)), prompt, image, scored_by, file_key(path) if path else ""))
-    return questions
+    return [
+        Question(
+            str(index),
+            row.turns[0].question,
+            partial(_shown, image),
+            scored_by,
+            _image_key(image),
+            system=SYSTEM_PROMPT if row.system is None else row.system,
+        )
+        for index, ((row, scored_by), image) in enumerate(zip(found, shown, strict=True))
+    ]
+
+
+def _shown(image: _Image) -> _Image:
+    return image
+
+
+def _image_key(image: _Image) -> str:
+    if image is None:
+        return ""
+    return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else file_key(image)
 
 
 def report(arguments: argparse.Namespace, questions: Sequence[Question], responses: Mapping[str, str]) -> Report:
@@ -77,7 +95,7 @@ def report(arguments: argparse.Namespace, questions: Sequence[Question], respons
     )
 
 
-def select_images(images: Sequence[Path | None], groups: Sequence[tuple[str, ...]], which: str) -> list[Path | None]:
+def select_images(images: Sequence[_Image], groups: Sequence[tuple[str, ...]], which: str) -> list[_Image]:
     """Return the image of each question: its ``own``, ``another`` at random of the same group, or ``none``.
 
     The answer to another image may happen to be the same.
@@ -85,10 +103,10 @@ def select_images(images: Sequence[Path | None], groups: Sequence[tuple[str, ...
     if which != "another":
         return [image if which == "own" else None for image in images]
     rng = random.Random(0)
-    by_group: dict[tuple[str, ...], list[Path | None]] = defaultdict(list)
+    by_group: dict[tuple[str, ...], list[_Image]] = defaultdict(list)
     for group, image in zip(groups, images, strict=True):
         by_group[group].append(image)
-    selected: list[Path | None] = []
+    selected: list[_Image] = []
     for group, image in zip(groups, images, strict=True):
         others = [other for other in by_group[group] if other != image]
         selected.append(rng.choice(others) if others else None)
