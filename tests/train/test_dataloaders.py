@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import CHECKPOINT
-from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows
+from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows, write_shards
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -25,6 +25,7 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row
 from yivl.data.sampler import BatchSampler, RowDataset
+from yivl.data.sources import DataSource
 from yivl.errors import CheckpointError, YiVLError
 from yivl.model.attention import register_packed_sdpa
 from yivl.model.modeling import YiVLForCausalLM
@@ -75,23 +76,27 @@ def test_seed_and_epoch_determine_the_order() -> None:
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=3),
     weight=st.floats(0.05, 4),
+    limit=st.none() | st.integers(1, 40),
     world_size=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
 def test_a_weight_is_whole_repeats_and_a_subsample_without_overlap_across_ranks(
-    sizes: list[int], weight: float, world_size: int, seed: int
+    sizes: list[int], weight: float, limit: int | None, world_size: int, seed: int
 ) -> None:
+    source = DataSource("rows.json", weight=weight, max_rows=limit)
+    sizes = [len(source.subset(range(size), seed)) for size in sizes]
+    samples = [source.samples_per_epoch(size) for size in sizes]
     for epoch in range(2):
         counts: Counter[int] = Counter()
         for rank in range(world_size):
-            weights = [weight] * len(sizes)
-            sampler = BatchSampler(sizes, 2, weights=weights, seed=seed, rank=rank, world_size=world_size)
+            sampler = BatchSampler(sizes, 2, samples_per_epoch=samples, seed=seed, rank=rank, world_size=world_size)
             sampler.set_epoch(epoch)
             counts.update(index for batch in sampler for index in batch)
         start = 0
         for size in sizes:
             seen = [counts[index] for index in range(start, start + size)]
-            assert sum(seen) == (max(round(size * weight), 1) if size else 0)  # in every epoch
+            expected = max(round(size * weight), 1) if size else 0  # in every epoch
+            assert sum(seen) == (expected if limit is None else min(expected, limit))
             assert not seen or max(seen) - min(seen) <= 1
             start += size
         assert counts.keys() <= set(range(start))
@@ -125,6 +130,43 @@ def test_max_rows_is_the_same_subset_in_every_epoch(loaded: LoadedModel, tmp_pat
     first, second = batches_of(tmp_path, loaded, "max_rows: 8", range(2))
     assert first != second
     assert sorted(first) == sorted(second)
+
+
+def limited_batches(folder: Path, loaded: LoadedModel, entries: str) -> Batches:
+    (folder / "mix.yaml").write_text(entries)
+    training = TrainingArguments(output_dir=str(folder), max_steps=2)
+    return make_batches(DataArguments(str(folder / "mix.yaml")), training, encoder(loaded), pytest.fail)
+
+
+def test_the_table_names_sources_and_says_how_many_of_their_rows_a_limit_keeps(
+    loaded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c"):
+        write_rows(tmp_path / f"{name}.json", [conversation(None, f"{name}{index}", "a") for index in range(600)])
+    both = "- {name: both, data_path: [a.json, b.json], max_rows: 1000, weight: 2}\n"
+    batches = limited_batches(tmp_path, loaded, f"{both}- {{name: third, data_path: c.json}}\n")
+    header, first, second = batches.mix.splitlines()
+    assert header.split() == ["share", "rows", "per", "epoch", "images", "source"]
+    assert first.split() == ["62.5%", "1,000", "of", "1,200", "1,000", "0", "both"]
+    assert second.split() == ["37.5%", "600", "600", "0", "third"]
+    assert len({line.rindex(name) for line, name in zip((first, second), ("both", "third"), strict=True)}) == 1
+    assert "are used" not in caplog.text
+    limited_batches(tmp_path, loaded, both)
+    assert "both: 1,000 of 1,200 rows are used" in caplog.text
+    assert "--max_rows_per_source 1200" in caplog.text
+
+
+def test_the_table_says_how_many_samples_of_tar_shards_a_limit_keeps(
+    loaded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path, 3, 7)
+    write_rows(tmp_path / "c.json", [conversation(None, "q", "a")])
+    shards = "- {name: laion, data_path: ['0000[01].tar', 00002.tar], max_rows: 10}\n"
+    batches = limited_batches(tmp_path, loaded, f"{shards}- {{data_path: c.json}}\n")
+    assert batches.mix.splitlines()[1].split() == ["50.0%", "3", "10", "of", "21", "laion"]
+    assert "are used" not in caplog.text
+    limited_batches(tmp_path, loaded, shards)
+    assert "laion: 10 of 21 rows are used" in caplog.text
 
 
 def test_a_run_with_a_weight_below_one_resumes_exactly(tmp_path: Path) -> None:

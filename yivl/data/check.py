@@ -84,10 +84,11 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
     from torch.utils.data import DataLoader
 
     from yivl.data.sources import load_rows
-    from yivl.data.streaming import open_shards, read_shards
+    from yivl.data.streaming import open_shards, read_shards, select_samples
 
     if source.is_streamed:
-        for row in read_shards(open_shards(source.shards())):
+        kept = None if source.max_rows is None else select_samples(source, 42).kept  # 42: as below
+        for row in read_shards(open_shards(source.shards() if kept is None else list(kept), kept)):
             yield from inspect_rows(encoder, [row])
         return
     invalid: list[RowError] = []
@@ -156,7 +157,7 @@ def main() -> None:
     for source in read_sources(arguments.data, arguments.image_folder, arguments.max_rows_per_source):
         progress = tqdm(inspect_source(source, encoder, arguments.workers), unit="row", disable=not sys.stderr.isatty())
         of_source = list(progress)
-        print(describe(source.data_path, of_source, arguments.max_length))  # noqa: T201 (the result)
+        print(describe(source.name, of_source, arguments.max_length))  # noqa: T201 (the result)
         findings += of_source
     lengths = [finding.sequence_length for finding in findings if not finding.reason]
     if lengths:
