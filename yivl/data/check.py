@@ -83,8 +83,9 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
     """Yield the finding of every row of a source."""
     from torch.utils.data import DataLoader
 
+    from yivl.data.shards import select_samples
     from yivl.data.sources import load_rows
-    from yivl.data.streaming import open_shards, read_shards, select_samples
+    from yivl.data.streaming import open_shards, read_shards
 
     if source.is_streamed:
         kept = None if source.max_rows is None else select_samples(source, 42).kept  # 42: as below

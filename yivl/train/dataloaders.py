@@ -17,8 +17,9 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
 from yivl.data.sampler import BatchSampler, RowDataset
+from yivl.data.shards import ShardSubset
 from yivl.data.sources import DataSource, load_all_rows, read_sources
-from yivl.data.streaming import ShardSubset, StreamDataset, StreamSampler
+from yivl.data.streaming import StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import DataArguments
 
