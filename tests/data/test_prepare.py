@@ -1,6 +1,5 @@
 """Official annotation files, a few records of each in its schema, to rows that training accepts."""
 
-import json
 import os
 import pickle
 import re
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.golden import ROOT
+from support.published import write_files
 from support.training import write_shards
 
 from yivl.data.prepare.__main__ import random_subset, valid_rows
@@ -23,19 +23,10 @@ from yivl.errors import YiVLError
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
-def write(folder: Path, files: Mapping[str, Any]) -> Path:
-    """Write official files: text, or values as JSON."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), "utf-8")
-    return folder
-
-
 def prepared(name: str, folder: Path, files: Mapping[str, Any]) -> tuple[list[Any], BadRecords]:
     """Return rows as ``(image, texts)``, and the bad records."""
     bad = BadRecords()
-    rows = list(valid_rows(SOURCES[name], write(folder, files), None, bad))
+    rows = list(valid_rows(SOURCES[name], write_files(folder, files), None, bad))
     found = []
     for row in rows:
         messages = [message["value"] for message in row.get("conversations", [])]
@@ -341,8 +332,8 @@ GQA = {str(n): {"imageId": str(n), "question": f"Question {n}?", "answer": "yes"
 
 
 def test_the_program_writes_rows_and_reports_bad_records_and_missing_images(tmp_path: Path) -> None:
-    write(tmp_path / "gqa", {"train_balanced_questions.json": GQA | {"x": {}}})
-    write(tmp_path / "images/gqa", {f"{n}.jpg": "" for n in range(28)})
+    write_files(tmp_path / "gqa", {"train_balanced_questions.json": GQA | {"x": {}}})
+    write_files(tmp_path / "images/gqa", {f"{n}.jpg": "" for n in range(28)})
     output = tmp_path / "new/gqa.jsonl"
     result = run("gqa", "--source", tmp_path / "gqa", "--output", output, "--image-folder", tmp_path / "images")
     assert result.returncode == 0, result.stderr
@@ -374,7 +365,7 @@ def test_wrong_input_is_one_error_line_and_writes_nothing(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for folder, content in (("list", "[1]"), ("text", "x"), ("bad", '{"0": {}}')):
-        write(tmp_path / folder, {"train_balanced_questions.json": content})
+        write_files(tmp_path / folder, {"train_balanced_questions.json": content})
     is_path = {"empty", "list", "text", "bad", "x.json", "x.jsonl", "x.yaml"}
     result = run(*(tmp_path / word if word in is_path else word for word in arguments))
     assert result.returncode == 2
@@ -395,7 +386,9 @@ def test_a_random_subset_is_always_the_same_and_in_order() -> None:
 def test_complete_shards_of_laion_become_a_mixture(tmp_path: Path) -> None:
     write_shards(tmp_path / "laion", num_shards=4, per_shard=3)
     for shard in (0, 1, 3):
-        write(tmp_path / "laion", {f"{shard:05d}_stats.json": {"count": 4, "successes": 3, "failed_to_download": 1}})
+        write_files(
+            tmp_path / "laion", {f"{shard:05d}_stats.json": {"count": 4, "successes": 3, "failed_to_download": 1}}
+        )
     cut = tmp_path / "laion/00001.tar"
     cut.write_bytes(cut.read_bytes().rstrip(b"\0"))
     output = tmp_path / "laion400m.yaml"
@@ -416,3 +409,10 @@ def test_every_source_names_its_files_address_license_and_size() -> None:
     folder = OfficialFolder(Path("nowhere"), "https://example.org")
     with pytest.raises(YiVLError, match=r"^nowhere/x\.json: no such file; download and unpack x\.json of https"):
         folder.json("x.json")
+
+
+def test_the_documentation_lists_every_source_as_the_catalog_does() -> None:
+    text = (ROOT / "docs/pretraining-data.md").read_text(encoding="utf-8")
+    for name, source in SOURCES.items():
+        cells = [source.stages, f"[{source.title}]({source.address})", source.license, source.size, f"`{name}`"]
+        assert f"| {' | '.join([*cells, source.files, source.images])} |" in text

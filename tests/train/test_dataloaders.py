@@ -203,6 +203,31 @@ def test_a_run_with_a_weight_below_one_may_resume_with_moved_data(tmp_path: Path
         batches.check_record(tmp_path)
 
 
+def test_a_run_whose_epochs_the_limit_did_not_hold_in_is_not_resumed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(8)])
+    (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 2, max_rows: 8}\n")
+    train(tmp_path / "out", tmp_path / "mix.yaml", save_steps=1, max_steps=1)
+    path = tmp_path / "out/checkpoint-1/training_run.json"
+    record = json.loads(path.read_text())
+    assert record["sources"][0].pop("limited") == "per epoch"
+    assert record["sources"][0]["rows_per_epoch"] == 8
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: max_rows did not limit the epochs of .*rows\.json"):
+        train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
+
+
+def test_evaluation_data_may_be_limited(loaded: LoadedModel, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", "a") for index in range(9)])
+    (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, max_rows: 4}\n")
+    data, training = (
+        DataArguments("rows.json", eval_data_path=str(tmp_path / "mix.yaml")),
+        TrainingArguments(str(tmp_path)),
+    )
+    loader = make_eval_loader(data, training, encoder(loaded), pytest.fail)
+    assert loader is not None
+    assert sum(len(batch["input_ids"]) for batch in loader) == 4
+
+
 def test_streamed_evaluation_data_is_an_error(loaded: LoadedModel, tmp_path: Path) -> None:
     data, training = DataArguments("rows.json", eval_data_path="shards/*.tar"), TrainingArguments(str(tmp_path))
     with pytest.raises(YiVLError, match=r"^--eval_data_path: shards/\*\.tar: tar shards are streamed without end"):

@@ -65,12 +65,13 @@ def select_samples(source: DataSource, seed: int) -> ShardSubset:
         except (OSError, tarfile.TarError):
             damaged.add(path)  # reading it reports the damage, after the samples before it
     chosen = source.subset(range(sum(counts.values())), seed)
-    kept: dict[str, list[int]] = {}
+    kept: dict[str, Sequence[int]] = {}
     start = 0
     for path, number in counts.items():
         indices = chosen[bisect_left(chosen, start) : bisect_left(chosen, start + number)]
         if indices or path in damaged:
-            kept[path] = [index - start for index in indices]
+            is_whole = len(indices) == number
+            kept[path] = range(number) if is_whole else [index - start for index in indices]
         start += number
     return ShardSubset(start, kept)
 

@@ -135,7 +135,7 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
             raise RowError(f"{place}: weight {entry['weight']!r} is not a number")
         try:
             source = DataSource(**defaults | entry | _resolve_paths(entry, os.path.dirname(data_path)))
-            key = source.name if "name" in entry else index
+            key = source.name if entry.get("name") else index
             sources[key] = _merge(sources[key], source) if key in sources else source
         except (TypeError, RowError) as error:
             raise RowError(f"{place}: {error}") from error
@@ -151,7 +151,7 @@ def _resolve_paths(entry: dict[str, Any], folder: str) -> dict[str, Any]:
     resolved: dict[str, Any] = {"data_path": paths[0] if len(paths) == 1 else tuple(paths)}
     if "image_folder" in entry:
         resolved["image_folder"] = os.path.join(folder, os.path.expanduser(str(entry["image_folder"])))
-    return resolved | ({"name": str(entry["name"])} if "name" in entry else {})
+    return resolved | {"name": str(entry.get("name") or "")}
 
 
 def _merge(first: DataSource, second: DataSource) -> DataSource:

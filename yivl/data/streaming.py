@@ -108,7 +108,7 @@ class StreamDataset(Dataset[Sample | None]):
 
 def open_shards(paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None = None) -> Any:
     """Return the raw samples of tar shards, or those of the indices in ``kept``, as a ``datasets.IterableDataset``."""
-    kwargs = {"paths": list(paths), "kept": None if kept is None else {path: list(kept[path]) for path in paths}}
+    kwargs = {"paths": list(paths), "kept": None if kept is None else {path: kept[path] for path in paths}}
     return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs=kwargs)
 
 

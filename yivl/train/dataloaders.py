@@ -18,7 +18,7 @@ from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
 from yivl.data.sampler import BatchSampler, RowDataset
 from yivl.data.shards import ShardSubset
-from yivl.data.sources import DataSource, load_all_rows, read_sources
+from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
 from yivl.data.streaming import StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import DataArguments
@@ -43,7 +43,8 @@ class Batches:
     sources: Sequence[Mapping[str, Any]]
     """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``images`` (samples with images per
     epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``,
-    and ``rows`` of shards with a limit. ``rows_found`` if the limit leaves out some."""
+    and ``rows`` of shards with a limit. ``rows_found`` if the limit leaves out some; ``limited`` if it did not limit
+    the epoch in earlier versions, which means all tar shards, and files with a weight above 1."""
 
     @property
     def mix(self) -> str:
@@ -70,9 +71,16 @@ class Batches:
         Raises:
             CheckpointError: If the fraction of a weight was one subset for all epochs when it was written.
         """
-        if not any("subsampled" in source for source in self.sources):
+        if not any("subsampled" in source or "limited" in source for source in self.sources):
             return
-        for source in read_json(checkpoint / RECORD)["sources"]:
+        recorded = read_json(checkpoint / RECORD)["sources"]
+        for ours, theirs in zip(self.sources, recorded, strict=False):
+            if "limited" in ours and "limited" not in theirs:
+                raise CheckpointError(
+                    f"{checkpoint}: max_rows did not limit the epochs of {ours['source']} when it was written, and "
+                    "does now; start a new run"
+                )
+        for source in recorded:
             if "subsampled" not in source and source.get("rows_per_epoch", 0) % max(source.get("rows", 0), 1):
                 raise CheckpointError(
                     f"{checkpoint}: the weight of {source['source']} selected the same rows in every epoch when it was "
@@ -124,6 +132,7 @@ def make_batches(
         }
         | ({"subsampled": "per epoch"} if loaded and total % len(loaded) else {})
         | ({"rows_found": len(found)} if len(found) > len(loaded) else {})
+        | ({"limited": "per epoch"} if total < round(len(loaded) * source.weight) else {})
         for source, found, loaded, total in zip(sources, found_of, rows_of, sampler.samples_per_epoch, strict=True)
     ]
     _warn_of_limit(facts)
@@ -165,11 +174,13 @@ def _streamed_batches(
     return Batches(_loader(dataset, sampler, encoder, data, training), facts)
 
 
-def _subset_facts(subset: ShardSubset | None) -> dict[str, int]:
+def _subset_facts(subset: ShardSubset | None) -> dict[str, Any]:
     if subset is None:
         return {}
     rows = sum(map(len, subset.kept.values()))
-    return {"rows": rows} | ({"rows_found": subset.num_samples} if subset.num_samples > rows else {})
+    if rows == subset.num_samples:
+        return {"rows": rows}
+    return {"rows": rows, "rows_found": subset.num_samples, "limited": "per epoch"}
 
 
 def _warn_of_limit(facts: Sequence[Mapping[str, Any]]) -> None:
@@ -197,7 +208,7 @@ def make_eval_loader(
     sources = read_sources(data.eval_data_path, data.image_folder)
     if streamed := [source.name for source in sources if source.is_streamed]:
         raise YiVLError(f"--eval_data_path: {streamed[0]}: tar shards are streamed without end; use .json or .jsonl")
-    rows = [row for source in sources for row in load_all_rows(source, on_bad_row)]
+    rows = [row for source in sources for row in load_rows(source, 0, on_bad_row)]
     if not rows:
         raise RowError(f"{data.eval_data_path}: no row to evaluate on")
     batch_size = training.per_device_eval_batch_size
