@@ -183,6 +183,31 @@ def test_a_run_with_a_weight_below_one_resumes_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_run_with_limited_tar_shards_resumes_exactly(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 3, 6)
+    rows = write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", "a") for index in range(9)])
+    (tmp_path / "mix.yaml").write_text(
+        f"- {{name: shards, data_path: '{shards}', max_rows: 7}}\n- {{data_path: {rows}, max_rows: 4}}\n"
+    )
+    flags = {"max_steps": 8, "save_steps": 3, "dataloader_num_workers": 2}
+    whole = train(tmp_path / "whole", tmp_path / "mix.yaml", **flags)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    resumed = train(tmp_path / "resumed", tmp_path / "mix.yaml", **flags, resume="auto")
+    assert losses(resumed)[-5:] == losses(whole)[-5:]
+    ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    (tmp_path / "mix.yaml").write_text(f"- {{name: shards, data_path: '{shards}'}}\n- {{data_path: {rows}}}\n")
+    with pytest.raises(CheckpointError, match=r"max_rows_per_source was None .*not the same run"):
+        train(
+            tmp_path / "resumed",
+            tmp_path / "mix.yaml",
+            **flags | {"max_steps": 9},
+            resume="auto",
+            max_rows_per_source=5,
+        )
+
+
 def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(8)])
     (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 0.5}\n")
