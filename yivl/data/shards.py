@@ -1,6 +1,5 @@
-"""Tar shards as img2dataset writes them: their samples, rows of samples, and subsets by header."""
+"""Tar shards as img2dataset writes them: their samples by header, and subsets of them."""
 
-import json
 import logging
 import os
 import tarfile
@@ -9,14 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
-from yivl.data.rows import Row, RowError, parse_row
 from yivl.data.sources import DataSource
 
 logger = logging.getLogger(__name__)
-
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 def iterate_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -74,33 +69,3 @@ def select_samples(source: DataSource, seed: int) -> ShardSubset:
             kept[path] = range(number) if is_whole else [index - start for index in indices]
         start += number
     return ShardSubset(start, kept)
-
-
-def parse_shard_sample(sample: Mapping[str, Any]) -> Row:
-    """Return the row of one sample of a tar shard: an image, and a caption or a conversation.
-
-    The image is ``jpg``, ``jpeg``, ``png`` or ``webp``; the caption is ``txt``, or ``caption`` or ``text`` in ``json``.
-    A ``json`` with ``conversations`` is a row as ``parse_row`` documents it.
-
-    Raises:
-        RowError: If there is no image or no text, or the conversation is invalid.
-    """
-    origin, files = sample["origin"], sample["files"]
-    if sample["error"]:
-        raise RowError(f"{origin}: {sample['error']}")
-    image = next((files[suffix] for suffix in _IMAGE_SUFFIXES if files.get(suffix)), None)
-    if image is None:
-        raise RowError(f"{origin}: no image; expected one of {', '.join(_IMAGE_SUFFIXES)}")
-    try:
-        text = files.get("txt", b"").decode("utf-8")
-        fields = json.loads(files.get("json") or b"{}")
-    except ValueError as error:  # invalid UTF-8 and invalid JSON
-        raise RowError(f"{origin}: txt or json cannot be read ({error})") from error
-    if not isinstance(fields, dict):
-        raise RowError(f"{origin}: json is not an object")
-    if "conversations" in fields:
-        return parse_row({"conversations": fields["conversations"]}, origin, images=[image])
-    text = text.strip() or fields.get("caption") or fields.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise RowError(f"{origin}: no caption; expected txt, or caption in json")
-    return parse_row({"text": text}, origin, images=[image])

@@ -1,5 +1,6 @@
 """Streamed tar shards for data of LAION's size: nothing is unpacked, or counted without a limit, beforehand."""
 
+import json
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,11 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset, Sampler
 
 from yivl.data.encoding import Encoder, Sample, encode_or_skip
-from yivl.data.rows import Row, RowError
-from yivl.data.shards import ShardSubset, iterate_samples, parse_shard_sample, select_samples
+from yivl.data.rows import Row, RowError, parse_row
+from yivl.data.shards import ShardSubset, iterate_samples, select_samples
 from yivl.data.sources import DataSource, load_rows
+
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -138,3 +141,33 @@ def _read_shards(paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None)
                         yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
         except (OSError, tarfile.TarError) as error:
             yield {"origin": path, "files": {}, "error": f"damaged shard ({error}); download it again"}
+
+
+def parse_shard_sample(sample: Mapping[str, Any]) -> Row:
+    """Return the row of one sample of a tar shard: an image, and a caption or a conversation.
+
+    The image is ``jpg``, ``jpeg``, ``png`` or ``webp``; the caption is ``txt``, or ``caption`` or ``text`` in ``json``.
+    A ``json`` with ``conversations`` is a row as ``parse_row`` documents it.
+
+    Raises:
+        RowError: If there is no image or no text, or the conversation is invalid.
+    """
+    origin, files = sample["origin"], sample["files"]
+    if sample["error"]:
+        raise RowError(f"{origin}: {sample['error']}")
+    image = next((files[suffix] for suffix in _IMAGE_SUFFIXES if files.get(suffix)), None)
+    if image is None:
+        raise RowError(f"{origin}: no image; expected one of {', '.join(_IMAGE_SUFFIXES)}")
+    try:
+        text = files.get("txt", b"").decode("utf-8")
+        fields = json.loads(files.get("json") or b"{}")
+    except ValueError as error:  # invalid UTF-8 and invalid JSON
+        raise RowError(f"{origin}: txt or json cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise RowError(f"{origin}: json is not an object")
+    if "conversations" in fields:
+        return parse_row({"conversations": fields["conversations"]}, origin, images=[image])
+    text = text.strip() or fields.get("caption") or fields.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise RowError(f"{origin}: no caption; expected txt, or caption in json")
+    return parse_row({"text": text}, origin, images=[image])
