@@ -95,7 +95,8 @@ class StreamDataset(Dataset[Sample | None]):
         bad: list[RowError] = []
         rows: list[Row | RowError] = [*load_rows(source, self.seed, bad.append), *bad]
         random.Random(f"{self.seed} {epoch}").shuffle(rows)
-        yield from rows[part::parts]
+        rows = rows[part::parts]  # the other streams' rows leave memory
+        yield from rows
 
     def _tar_rows(self, source: DataSource, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
         subset = self.subsets.get(source)
