@@ -7,7 +7,7 @@ from support.training import IMAGES, conversation, write_rows, write_shards
 
 from yivl.data.bad_rows import BadRows
 from yivl.data.rows import RowError
-from yivl.data.sources import DataSource, expand_braces, load_rows, read_sources
+from yivl.data.sources import DataSource, expand_braces, load_all_rows, load_rows, read_sources
 
 
 def test_brace_patterns_expand_as_img2dataset_names_shards() -> None:
@@ -36,7 +36,7 @@ def test_entries_of_a_mixture_override_the_defaults(tmp_path: Path) -> None:
     first, second, third = read_sources(str(tmp_path / "mix.yaml"), "elsewhere", max_rows=50)
     assert first == DataSource(str(tmp_path / "a.json"), str(tmp_path / "images"), 0.5, 3)
     assert second == DataSource(str(tmp_path / "a.json"), "elsewhere", 1.0, 50)
-    assert (third.is_streamed, third.weight, third.max_rows) == (True, 2, None)
+    assert (third.is_streamed, third.weight, third.max_rows) == (True, 2, 50)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def test_entries_of_a_mixture_override_the_defaults(tmp_path: Path) -> None:
         ("- {data: a.json}", "entry 0: no data_path"),
         (
             "- {data_path: a.json, heft: 2}",
-            "entry 0: unknown key 'heft'; expected one of data_path, image_folder, weight, max_rows",
+            "entry 0: unknown key 'heft'; expected one of data_path, image_folder, weight, max_rows, name",
         ),
         ("data_path: a.json", "expected a list of sources"),
         ("- [", "not readable YAML"),
         ("- {data_path: a.json, weight: 0}", "weight 0 is not positive"),
         ("- {data_path: a.json, max_rows: 0}", "max_rows 0 is not positive"),
-        ("- {data_path: '*.tar', max_rows: 5}", "tar shards take no max_rows"),
+        ("- {data_path: [a.tar, b.json]}", "both tar shards and files"),
         ("- {data_path: a.json, weight: heavy}", "entry 0: weight 'heavy' is not a number"),
     ],
 )
@@ -89,3 +89,51 @@ def test_invalid_rows_are_an_error_or_are_skipped_and_recorded_once(tmp_path: Pa
     assert len(load_rows(source, 0, skip)) == len(load_rows(source, 0, skip)) == 2
     assert skip.report().startswith("1 invalid rows were skipped")
     assert "row 1: unknown role 'wizard'" in skip.report()
+
+
+def rows_named(path: Path, prefix: str, count: int) -> Path:
+    return write_rows(path, [conversation(None, f"{prefix}{index}", "a") for index in range(count)])
+
+
+def test_entries_of_one_name_are_one_source_whose_limit_counts_all_files(tmp_path: Path) -> None:
+    rows_named(tmp_path / "part_0.json", "a", 20)
+    rows_named(tmp_path / "part_1.json", "b", 20)
+    rows_named(tmp_path / "third.json", "c", 20)
+    rows_named(tmp_path / "other.json", "d", 20)
+    (tmp_path / "mix.yaml").write_text(
+        "- {name: three, data_path: 'part_*.json', image_folder: x}\n"
+        "- {data_path: [other.json]}\n"
+        "- {name: three, data_path: third.json, image_folder: y}\n"
+    )
+    three, other = read_sources(str(tmp_path / "mix.yaml"), max_rows=30)
+    assert (three.name, other.name) == ("three", str(tmp_path / "other.json"))
+    assert [(Path(path).name, Path(folder).name) for path, folder in three.files()] == [
+        ("part_0.json", "x"),
+        ("part_1.json", "x"),
+        ("third.json", "y"),
+    ]
+    chosen = [row.turns[0].question for row in load_rows(three, 0, print)]
+    assert len(set(chosen)) == 30
+    assert {question[0] for question in chosen} == {"a", "b", "c"}
+    assert len(load_all_rows(three, print)) == 60
+    assert len(load_rows(other, 0, print)) == 20
+
+
+def test_the_same_file_twice_without_a_name_stays_two_sources(tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text("- {data_path: a.json, weight: 2}\n- {data_path: a.json, max_rows: 3}\n")
+    assert [source.max_rows for source in read_sources(str(tmp_path / "mix.yaml"))] == [None, 3]
+
+
+@pytest.mark.parametrize("field", ["max_rows", "weight"])
+def test_entries_of_one_name_that_contradict_each_other_are_an_error(field: str, tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text(
+        f"- {{name: vg, data_path: a.json, {field}: 5}}\n- {{name: vg, data_path: b.json, {field}: 6}}\n"
+    )
+    with pytest.raises(RowError, match=rf"mix\.yaml entry 1: {field} of vg is 6, and 5 in an entry before"):
+        read_sources(str(tmp_path / "mix.yaml"))
+
+
+def test_the_limit_holds_under_every_weight() -> None:
+    limited = [DataSource("a.json", weight=weight, max_rows=50) for weight in (0.5, 1, 3)]
+    assert [source.samples_per_epoch(40) for source in limited] == [20, 40, 50]
+    assert DataSource("a.json", weight=3).samples_per_epoch(40) == 120

@@ -62,6 +62,52 @@ def test_a_rank_opens_only_its_own_shards(encoder: Encoder, tmp_path: Path) -> N
     assert len(set.union(*opened)) == 10
 
 
+@pytest.mark.parametrize(("shards", "world", "slots"), [(6, 1, 1), (6, 2, 2), (2, 2, 2), (1, 1, 3)])
+def test_limited_shards_have_the_same_subset_in_every_epoch_for_any_ranks_and_workers(
+    shards: int, world: int, slots: int, encoder: Encoder, tmp_path: Path
+) -> None:
+    source = DataSource(write_shards(tmp_path, shards, 9), max_rows=7)
+    everywhere: set[tuple[str, ...]] = set()
+    for epoch in range(2):
+        seen: list[str] = []
+        for part in range(world * slots):
+            rows = StreamDataset([source], encoder, print, 1)._tar_rows(source, epoch, part, world * slots)
+            seen += [str(row.turns[0].answer) for row in rows if isinstance(row, Row)]
+        assert len(set(seen)) == len(seen) == 7
+        everywhere.add(tuple(sorted(seen)))
+    assert len(everywhere) == 1
+    alone = StreamDataset([source], encoder, print, 1)._tar_rows(source, 0, 0, 1)
+    assert everywhere == {tuple(sorted(str(row.turns[0].answer) for row in alone if isinstance(row, Row)))}
+    assert (
+        StreamDataset([source], encoder, print, 1, seed=1).subsets != StreamDataset([source], encoder, print, 1).subsets
+    )
+
+
+def test_a_limited_stream_resumes_exactly_and_reads_no_image_that_is_left_out(encoder: Encoder, tmp_path: Path) -> None:
+    source = DataSource(write_shards(tmp_path, 3, 6), max_rows=8)
+
+    def open_stream() -> StreamDataset:
+        return StreamDataset([source], encoder, pytest.fail, 2, num_slots=2, shuffle_buffer=4)
+
+    def read(dataset: StreamDataset, batch: int) -> list[Any]:
+        return [sample and sample.input_ids.tolist() for sample in dataset.__getitems__([batch, batch])]
+
+    stream = open_stream()
+    in_order = [read(stream, batch) for batch in range(10)]
+    assert len({str(ids) for batch in in_order for ids in batch}) == 8
+    for batch in (5, 8, 3):
+        assert read(open_stream(), batch) == in_order[batch]
+
+
+def test_a_damaged_shard_under_a_limit_is_still_reported(encoder: Encoder, tmp_path: Path) -> None:
+    source = DataSource(write_shards(tmp_path, 2, 6), max_rows=3)
+    (tmp_path / "00000.tar").write_bytes(b"no tar")
+    rows = [*StreamDataset([source], encoder, print, 1)._tar_rows(source, 0, 0, 1)]
+    (error,) = (str(row) for row in rows if isinstance(row, RowError))
+    assert "00000.tar: damaged shard (" in error
+    assert len(rows) == 4
+
+
 def test_a_batch_is_the_same_for_every_reader_at_any_time(encoder: Encoder, tmp_path: Path) -> None:
     def open_stream() -> StreamDataset:
         bad = BadRows("skip", tmp_path / "bad.jsonl")

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import CHECKPOINT
-from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows
+from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows, write_shards
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -25,6 +25,7 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row
 from yivl.data.sampler import BatchSampler, RowDataset
+from yivl.data.sources import DataSource
 from yivl.errors import CheckpointError, YiVLError
 from yivl.model.attention import register_packed_sdpa
 from yivl.model.modeling import YiVLForCausalLM
@@ -75,23 +76,27 @@ def test_seed_and_epoch_determine_the_order() -> None:
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=3),
     weight=st.floats(0.05, 4),
+    limit=st.none() | st.integers(1, 40),
     world_size=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
 def test_a_weight_is_whole_repeats_and_a_subsample_without_overlap_across_ranks(
-    sizes: list[int], weight: float, world_size: int, seed: int
+    sizes: list[int], weight: float, limit: int | None, world_size: int, seed: int
 ) -> None:
+    source = DataSource("rows.json", weight=weight, max_rows=limit)
+    sizes = [len(source.subset(range(size), seed)) for size in sizes]
+    samples = [source.samples_per_epoch(size) for size in sizes]
     for epoch in range(2):
         counts: Counter[int] = Counter()
         for rank in range(world_size):
-            weights = [weight] * len(sizes)
-            sampler = BatchSampler(sizes, 2, weights=weights, seed=seed, rank=rank, world_size=world_size)
+            sampler = BatchSampler(sizes, 2, samples_per_epoch=samples, seed=seed, rank=rank, world_size=world_size)
             sampler.set_epoch(epoch)
             counts.update(index for batch in sampler for index in batch)
         start = 0
         for size in sizes:
             seen = [counts[index] for index in range(start, start + size)]
-            assert sum(seen) == (max(round(size * weight), 1) if size else 0)  # in every epoch
+            expected = max(round(size * weight), 1) if size else 0  # in every epoch
+            assert sum(seen) == (expected if limit is None else min(expected, limit))
             assert not seen or max(seen) - min(seen) <= 1
             start += size
         assert counts.keys() <= set(range(start))
@@ -127,6 +132,43 @@ def test_max_rows_is_the_same_subset_in_every_epoch(loaded: LoadedModel, tmp_pat
     assert sorted(first) == sorted(second)
 
 
+def limited_batches(folder: Path, loaded: LoadedModel, entries: str) -> Batches:
+    (folder / "mix.yaml").write_text(entries)
+    training = TrainingArguments(output_dir=str(folder), max_steps=2)
+    return make_batches(DataArguments(str(folder / "mix.yaml")), training, encoder(loaded), pytest.fail)
+
+
+def test_the_table_names_sources_and_says_how_many_of_their_rows_a_limit_keeps(
+    loaded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c"):
+        write_rows(tmp_path / f"{name}.json", [conversation(None, f"{name}{index}", "a") for index in range(600)])
+    both = "- {name: both, data_path: [a.json, b.json], max_rows: 1000, weight: 2}\n"
+    batches = limited_batches(tmp_path, loaded, f"{both}- {{name: third, data_path: c.json}}\n")
+    header, first, second = batches.mix.splitlines()
+    assert header.split() == ["share", "rows", "per", "epoch", "images", "source"]
+    assert first.split() == ["62.5%", "1,000", "of", "1,200", "1,000", "0", "both"]
+    assert second.split() == ["37.5%", "600", "600", "0", "third"]
+    assert len({line.rindex(name) for line, name in zip((first, second), ("both", "third"), strict=True)}) == 1
+    assert "are used" not in caplog.text
+    limited_batches(tmp_path, loaded, both)
+    assert "both: 1,000 of 1,200 rows are used" in caplog.text
+    assert "--max_rows_per_source 1200" in caplog.text
+
+
+def test_the_table_says_how_many_samples_of_tar_shards_a_limit_keeps(
+    loaded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path, 3, 7)
+    write_rows(tmp_path / "c.json", [conversation(None, "q", "a")])
+    shards = "- {name: laion, data_path: ['0000[01].tar', 00002.tar], max_rows: 10}\n"
+    batches = limited_batches(tmp_path, loaded, f"{shards}- {{data_path: c.json}}\n")
+    assert batches.mix.splitlines()[1].split() == ["50.0%", "3", "10", "of", "21", "laion"]
+    assert "are used" not in caplog.text
+    limited_batches(tmp_path, loaded, shards)
+    assert "laion: 10 of 21 rows are used" in caplog.text
+
+
 def test_a_run_with_a_weight_below_one_resumes_exactly(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(16)])
     (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 0.5}\n")
@@ -139,6 +181,31 @@ def test_a_run_with_a_weight_below_one_resumes_exactly(tmp_path: Path) -> None:
     ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_with_limited_tar_shards_resumes_exactly(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 3, 6)
+    rows = write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", "a") for index in range(9)])
+    (tmp_path / "mix.yaml").write_text(
+        f"- {{name: shards, data_path: '{shards}', max_rows: 7}}\n- {{data_path: {rows}, max_rows: 4}}\n"
+    )
+    flags = {"max_steps": 8, "save_steps": 3, "dataloader_num_workers": 2}
+    whole = train(tmp_path / "whole", tmp_path / "mix.yaml", **flags)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    resumed = train(tmp_path / "resumed", tmp_path / "mix.yaml", **flags, resume="auto")
+    assert losses(resumed)[-5:] == losses(whole)[-5:]
+    ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    (tmp_path / "mix.yaml").write_text(f"- {{name: shards, data_path: '{shards}'}}\n- {{data_path: {rows}}}\n")
+    with pytest.raises(CheckpointError, match=r"max_rows_per_source was None .*not the same run"):
+        train(
+            tmp_path / "resumed",
+            tmp_path / "mix.yaml",
+            **flags | {"max_steps": 9},
+            resume="auto",
+            max_rows_per_source=5,
+        )
 
 
 def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_path: Path) -> None:
@@ -159,6 +226,31 @@ def test_a_run_with_a_weight_below_one_may_resume_with_moved_data(tmp_path: Path
     for theirs in (ours[0] | {"source": "old/a.json"}, {"source": "b.json", "rows": 8, "rows_per_epoch": 16}):
         (tmp_path / "training_run.json").write_text(json.dumps({"sources": [theirs]}))
         batches.check_record(tmp_path)
+
+
+def test_a_run_whose_epochs_the_limit_did_not_hold_in_is_not_resumed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(8)])
+    (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 2, max_rows: 8}\n")
+    train(tmp_path / "out", tmp_path / "mix.yaml", save_steps=1, max_steps=1)
+    path = tmp_path / "out/checkpoint-1/training_run.json"
+    record = json.loads(path.read_text())
+    assert record["sources"][0].pop("limited") == "per epoch"
+    assert record["sources"][0]["rows_per_epoch"] == 8
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: max_rows did not limit the epochs of .*rows\.json"):
+        train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
+
+
+def test_evaluation_data_may_be_limited(loaded: LoadedModel, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", "a") for index in range(9)])
+    (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, max_rows: 4}\n")
+    data, training = (
+        DataArguments("rows.json", eval_data_path=str(tmp_path / "mix.yaml")),
+        TrainingArguments(str(tmp_path)),
+    )
+    loader = make_eval_loader(data, training, encoder(loaded), pytest.fail)
+    assert loader is not None
+    assert sum(len(batch["input_ids"]) for batch in loader) == 4
 
 
 def test_streamed_evaluation_data_is_an_error(loaded: LoadedModel, tmp_path: Path) -> None:

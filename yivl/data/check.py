@@ -88,11 +88,13 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
     """Yield the finding of every row of a source."""
     from torch.utils.data import DataLoader
 
+    from yivl.data.shards import select_samples
     from yivl.data.sources import load_rows
     from yivl.data.streaming import open_shards, read_shards
 
     if source.is_streamed:
-        for row in read_shards(open_shards(source.shards())):
+        kept = None if source.max_rows is None else select_samples(source, 42).kept  # 42: as below
+        for row in read_shards(open_shards(source.shards() if kept is None else list(kept), kept)):
             yield from inspect_rows(encoder, [row])
         return
     invalid: list[RowError] = []
@@ -185,7 +187,7 @@ def main() -> None:
     for source in read_sources(arguments.data, arguments.image_folder, arguments.max_rows_per_source):
         progress = tqdm(inspect_source(source, encoder, arguments.workers), unit="row", disable=not sys.stderr.isatty())
         of_source = list(progress)
-        print(describe(source.data_path, of_source, arguments.max_length))  # noqa: T201 (the result)
+        print(describe(source.name, of_source, arguments.max_length))  # noqa: T201 (the result)
         findings += of_source
         # Rows that cannot be parsed are known before the images are read.
         reasons += sorted((finding.reason for finding in of_source if finding.reason), key=natural_order)

@@ -43,7 +43,7 @@ class BatchSampler(Sampler[list[int]]):
         num_rows: Sequence[int],
         batch_size: int,
         *,
-        weights: Sequence[float] | None = None,
+        samples_per_epoch: Sequence[int] | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -55,7 +55,8 @@ class BatchSampler(Sampler[list[int]]):
         Args:
             num_rows: Rows of every source; the dataset holds one source after the other.
             batch_size: Samples per batch of one rank.
-            weights: Mixture weight of every source, as in ``DataSource``; 1 by default.
+            samples_per_epoch: Samples of every source in an epoch, as ``DataSource.samples_per_epoch`` returns them; by
+                default every row once.
             seed: Of the shuffle and of the subsample.
             rank: Index of this rank.
             world_size: Number of ranks.
@@ -65,10 +66,7 @@ class BatchSampler(Sampler[list[int]]):
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.lengths, self.groups = lengths, groups
-        self.samples_per_epoch = [  # of every source
-            max(round(number * weight), min(number, 1))
-            for number, weight in zip(num_rows, weights or [1.0] * len(num_rows), strict=True)
-        ]
+        self.samples_per_epoch = num_rows if samples_per_epoch is None else samples_per_epoch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,11 +1,11 @@
-"""Data sources: one file, tar shards, or a YAML mixture of both with weights and limits."""
+"""Data sources: files or tar shards, or a YAML mixture of both with names, weights and limits."""
 
 import glob
 import os
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,33 +19,70 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DataSource:
-    """One entry of a mixture.
+    """One named source of a mixture: files of rows, or tar shards.
 
     Raises:
-        RowError: If ``weight`` or ``max_rows`` is not positive, or tar shards, which are streamed, have ``max_rows``.
+        RowError: If ``weight`` or ``max_rows`` is not positive, there is no path, or files and tar shards are mixed.
     """
 
-    data_path: str
-    """``.json`` or ``.jsonl`` rows, or ``.tar`` shards with ``*`` and ``{00000..00099}`` patterns."""
-    image_folder: str = "."
+    data_path: str | tuple[str, ...]
+    """``.json`` or ``.jsonl`` rows, or ``.tar`` shards; each path may have ``*`` and ``{00000..00099}`` patterns."""
+    image_folder: str | tuple[str, ...] = "."
+    """Base folder of relative image paths, or one for each path of ``data_path``."""
     weight: float = 1.0
     """Mixture weight. Samples per row and epoch: 0.5 is a random half of the rows, drawn for each epoch; 2 is all of
     them twice. In a mixture with tar shards: the sampling probability relative to the other sources."""
     max_rows: int | None = None
-    """Maximum number of rows: a random subset, drawn once and the same in every epoch."""
+    """Maximum number of rows of all files together, a random subset that is drawn once and the same in every epoch,
+    and maximum number of samples per epoch, whatever the weight."""
+    name: str = ""
+    """For tables and messages; by default the paths."""
 
     def __post_init__(self) -> None:
+        if not self.name:
+            first, *others = self.paths or ("",)
+            object.__setattr__(self, "name", f"{first} and {len(others)} more" if others else first)
         if not self.weight > 0:
-            raise RowError(f"{self.data_path}: weight {self.weight} is not positive")
+            raise RowError(f"{self.name}: weight {self.weight} is not positive")
         if self.max_rows is not None and self.max_rows < 1:
-            raise RowError(f"{self.data_path}: max_rows {self.max_rows} is not positive")
-        if self.max_rows is not None and self.is_streamed:
-            raise RowError(f"{self.data_path}: tar shards take no max_rows; list fewer shards")
+            raise RowError(f"{self.name}: max_rows {self.max_rows} is not positive")
+        if not self.paths:
+            raise RowError(f"{self.name}: no data_path")
+        if len({path.endswith(".tar") for path in self.paths}) > 1:
+            raise RowError(f"{self.name}: both tar shards and files; give them different names")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths and patterns of ``data_path``."""
+        return (self.data_path,) if isinstance(self.data_path, str) else tuple(self.data_path)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The image folder of every path."""
+        return (self.image_folder,) * len(self.paths) if isinstance(self.image_folder, str) else self.image_folder
 
     @property
     def is_streamed(self) -> bool:
         """Whether the source consists of tar shards."""
-        return self.data_path.endswith(".tar")
+        return self.paths[0].endswith(".tar")
+
+    def files(self) -> list[tuple[str, str]]:
+        """Return the path and the image folder of every file or tar shard, in order.
+
+        Raises:
+            RowError: If a path does not exist.
+        """
+        files: list[tuple[str, str]] = []
+        for path, folder in zip(self.paths, self.folders, strict=True):
+            if not path.endswith((".json", ".jsonl", ".tar")):
+                raise RowError(f"{path}: expected a .json, .jsonl, .tar or .yaml file")
+            for pattern in [path] if os.path.exists(path) else expand_braces(path):
+                found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+                if not found:
+                    problem = "no such tar shard" if self.is_streamed else "cannot be read (No such file or directory)"
+                    raise RowError(f"{pattern}: {problem}")
+                files += [(file, folder) for file in found]
+        return files
 
     def shards(self) -> list[str]:
         """Return the paths of the tar shards, in order.
@@ -53,26 +90,31 @@ class DataSource:
         Raises:
             RowError: If a shard does not exist.
         """
-        paths: list[str] = []
-        for pattern in expand_braces(self.data_path):
-            found = sorted(glob.glob(pattern))
-            if not found:
-                raise RowError(f"{pattern}: no such tar shard")
-            paths += found
-        return paths
+        return [path for path, _ in self.files()]
+
+    def subset(self, items: Sequence[T], seed: int) -> Sequence[T]:
+        """Return the items, or the subset of ``max_rows`` of them that ``seed`` determines, in their order."""
+        if self.max_rows is None or len(items) <= self.max_rows:
+            return items
+        return subsample(items, self.max_rows, seed)
+
+    def samples_per_epoch(self, num_rows: int) -> int:
+        """Return how many samples an epoch has of ``num_rows`` rows, which ``max_rows`` has already limited."""
+        samples = max(round(num_rows * self.weight), min(num_rows, 1))
+        return samples if self.max_rows is None else min(samples, self.max_rows)
 
 
 def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None = None) -> list[DataSource]:
-    """Return the data sources of ``--data_path``: the file itself, or the entries of a ``.yaml`` mixture.
+    """Return the data sources of ``--data_path``: the files themselves, or the entries of a ``.yaml`` mixture.
 
     A mixture is a list of the fields of ``DataSource``; its relative paths start at the folder of the YAML file.
-    ``image_folder`` and ``max_rows`` are its defaults; tar shards have no ``max_rows``.
+    Entries of the same name are one source. ``image_folder`` and ``max_rows`` are the defaults of all entries.
 
     Raises:
-        RowError: If the mixture cannot be read, or an entry is invalid.
+        RowError: If the mixture cannot be read, an entry is invalid, or entries of the same name contradict each other.
     """
     if not data_path.endswith((".yaml", ".yml")):
-        return [DataSource(data_path, image_folder, max_rows=None if data_path.endswith(".tar") else max_rows)]
+        return [DataSource(data_path, image_folder, max_rows=max_rows)]
     try:
         entries = yaml.safe_load(Path(data_path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -81,25 +123,46 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
     known = [field.name for field in fields(DataSource)]
     if not isinstance(entries, list) or not entries:
         raise RowError(f"{data_path}: expected a list of sources with the keys {', '.join(known)}")
-    folder = os.path.dirname(data_path)
-    sources = []
+    defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": max_rows}
+    sources: dict[str | int, DataSource] = {}
     for index, entry in enumerate(entries):
         place = f"{data_path} entry {index}"
-        if not isinstance(entry, dict) or "data_path" not in entry:
+        if not isinstance(entry, dict) or not entry.get("data_path"):
             raise RowError(f"{place}: no data_path")
         if unknown := entry.keys() - set(known):
-            raise RowError(f"{place}: unknown key {sorted(unknown)[0]!r}; expected one of {', '.join(known)}")
+            raise RowError(f"{place}: unknown key {sorted(map(str, unknown))[0]!r}; expected one of {', '.join(known)}")
         if not isinstance(entry.get("weight", 1), int | float):
             raise RowError(f"{place}: weight {entry['weight']!r} is not a number")
-        for key in entry.keys() & {"data_path", "image_folder"}:
-            entry[key] = os.path.join(folder, os.path.expanduser(str(entry[key])))
-        is_streamed = entry["data_path"].endswith(".tar")
-        defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": None if is_streamed else max_rows}
         try:
-            sources.append(DataSource(**defaults | entry))
+            source = DataSource(**defaults | entry | _resolve_paths(entry, os.path.dirname(data_path)))
+            key = source.name if entry.get("name") else index
+            sources[key] = _merge(sources[key], source) if key in sources else source
         except (TypeError, RowError) as error:
             raise RowError(f"{place}: {error}") from error
-    return sources
+    return list(sources.values())
+
+
+def _resolve_paths(entry: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return the fields of an entry that are paths, relative to the folder of the mixture, and its name as text."""
+    listed = entry["data_path"] if isinstance(entry["data_path"], list) else [entry["data_path"]]
+    if not all(isinstance(path, str) for path in listed):
+        raise RowError("'data_path' is not a path or a list of paths")
+    paths = [os.path.join(folder, os.path.expanduser(path)) for path in listed]
+    resolved: dict[str, Any] = {"data_path": paths[0] if len(paths) == 1 else tuple(paths)}
+    if "image_folder" in entry:
+        resolved["image_folder"] = os.path.join(folder, os.path.expanduser(str(entry["image_folder"])))
+    return resolved | {"name": str(entry.get("name") or "")}
+
+
+def _merge(first: DataSource, second: DataSource) -> DataSource:
+    """Return two entries of one name as one source."""
+    for what in ("max_rows", "weight"):
+        before, now = getattr(first, what), getattr(second, what)
+        if before != now:
+            raise RowError(
+                f"{what} of {second.name} is {now}, and {before} in an entry before; give one value, or other names"
+            )
+    return replace(first, data_path=first.paths + second.paths, image_folder=first.folders + second.folders)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -117,22 +180,28 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(a + b for a, b in zip(texts, [*numbers, ""], strict=True)) for numbers in product(*ranges)]
 
 
-def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> list[Row]:
-    """Return the valid rows of a file in its order, or the subset of ``max_rows`` that ``seed`` determines.
+def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> Sequence[Row]:
+    """Return the valid rows of the files in their order, or the subset of ``max_rows`` that ``seed`` determines.
 
     Raises:
-        RowError: If the file cannot be read, or by ``on_bad_row``, which is called with every invalid row.
+        RowError: If a file cannot be read, or by ``on_bad_row``, which is called with every invalid row.
     """
-    if not source.data_path.endswith((".json", ".jsonl")):
-        raise RowError(f"{source.data_path}: expected a .json, .jsonl, .tar or .yaml file")
+    return source.subset(load_all_rows(source, on_bad_row), seed)
+
+
+def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) -> list[Row]:
+    """Return the valid rows of the files in their order; ``max_rows`` does not apply.
+
+    Raises:
+        RowError: As in ``load_rows``.
+    """
     rows: list[Row] = []
-    for origin, entry in read_rows(source.data_path):
-        try:
-            rows.append(parse_row(entry, origin, source.image_folder))
-        except RowError as error:
-            on_bad_row(error)
-    if source.max_rows is not None and len(rows) > source.max_rows:
-        rows = subsample(rows, source.max_rows, seed)
+    for path, image_folder in source.files():
+        for origin, entry in read_rows(path):
+            try:
+                rows.append(parse_row(entry, origin, image_folder))
+            except RowError as error:
+                on_bad_row(error)
     return rows
 
 

@@ -1,13 +1,11 @@
-"""Streamed tar shards for data of LAION's size: nothing is listed, counted or unpacked beforehand."""
+"""Streamed tar shards for data of LAION's size: nothing is unpacked, or counted without a limit, beforehand."""
 
 import json
-import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, groupby, islice
-from operator import itemgetter
+from itertools import count, islice
 from typing import Any
 
 import datasets
@@ -16,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from yivl.data.encoding import Encoder, Sample, encode_or_skip
 from yivl.data.rows import Row, RowError, parse_row
+from yivl.data.shards import ShardSubset, iterate_samples, select_samples
 from yivl.data.sources import DataSource, load_rows
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -43,7 +42,8 @@ class StreamDataset(Dataset[Sample | None]):
     stream ``n % num_slots``. The number of a batch thus determines its place in the data: a resumed run skips raw
     bytes, decodes no image, and continues exactly, as long as ranks, workers and samples per batch keep their numbers.
 
-    In each epoch of a source, exactly one stream of one rank reads a row.
+    In each epoch of a source, exactly one stream of one rank reads a row. Of tar shards with ``max_rows``, only the
+    samples that ``select_samples`` returns are read, the same in every epoch.
     """
 
     sources: Sequence[DataSource]
@@ -56,7 +56,13 @@ class StreamDataset(Dataset[Sample | None]):
     seed: int = 0
     shuffle_buffer: int = 1000
     """Rows in the shuffle buffer of a stream; the order of the shards is shuffled too."""
+    subsets: Mapping[DataSource, ShardSubset] = field(init=False, repr=False)
+    """Of every source of tar shards with ``max_rows``; computed once, before data-loading workers start."""
     _streams: dict[int, tuple[int, Iterator[Row | RowError]]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        limited = [source for source in self.sources if source.is_streamed and source.max_rows is not None]
+        self.subsets = {source: select_samples(source, self.seed) for source in limited}
 
     def __getitems__(self, batch: Sequence[int]) -> list[Sample | None]:
         """Return the samples of a batch of ``StreamSampler`` (PyTorch prefers this method to ``__getitem__``)."""
@@ -83,30 +89,31 @@ class StreamDataset(Dataset[Sample | None]):
             for row in read(source, epoch, part, parts):
                 yield row
             if row is None:
-                raise RowError(
-                    f"{source.data_path}: too few rows for {parts} streams (ranks x --dataloader_num_workers)"
-                )
+                raise RowError(f"{source.name}: too few rows for {parts} streams (ranks x --dataloader_num_workers)")
 
     def _file_rows(self, source: DataSource, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
         bad: list[RowError] = []
         rows: list[Row | RowError] = [*load_rows(source, self.seed, bad.append), *bad]
         random.Random(f"{self.seed} {epoch}").shuffle(rows)
-        yield from rows[part::parts]
+        rows = rows[part::parts]  # the other streams' rows leave memory
+        yield from rows
 
     def _tar_rows(self, source: DataSource, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
-        shards = source.shards()
+        subset = self.subsets.get(source)
+        shards, kept = (source.shards(), None) if subset is None else (list(subset.kept), subset.kept)
         if len(shards) >= parts:
-            stream = open_shards(shards[part::parts])
+            stream = open_shards(shards[part::parts], kept)
         else:  # every stream reads all shards and keeps its part of the rows
-            stream = split_dataset_by_node(open_shards(shards), rank=part, world_size=parts)
+            stream = split_dataset_by_node(open_shards(shards, kept), rank=part, world_size=parts)
         stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         stream.set_epoch(epoch)
         yield from read_shards(stream)
 
 
-def open_shards(paths: Sequence[str]) -> Any:
-    """Return the raw samples of tar shards as a ``datasets.IterableDataset``."""
-    return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs={"paths": list(paths)})
+def open_shards(paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None = None) -> Any:
+    """Return the raw samples of tar shards, or those of the indices in ``kept``, as a ``datasets.IterableDataset``."""
+    kwargs = {"paths": list(paths), "kept": None if kept is None else {path: kept[path] for path in paths}}
+    return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs=kwargs)
 
 
 def read_shards(stream: Any) -> Iterator[Row | RowError]:
@@ -119,28 +126,22 @@ def read_shards(stream: Any) -> Iterator[Row | RowError]:
             yield error
 
 
-def _read_shards(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the raw samples of tar shards: consecutive files of one name, by suffix.
+def _read_shards(paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None) -> Iterator[dict[str, Any]]:
+    """Yield the raw samples of tar shards, or those of the indices in ``kept``.
 
     The webdataset reader of ``datasets`` is not used: it expects the suffixes of the first five samples in all others,
     and one caption that is not UTF-8 ends the run. The end of a damaged shard is yielded as an error.
     """
     for path in paths:
+        indices = None if kept is None else set(kept[path])
         try:
             with tarfile.open(path) as tar:
-                contents = ((*_split(entry.name), file.read()) for entry in tar if (file := tar.extractfile(entry)))
-                for name, group in groupby(contents, itemgetter(0)):
-                    files = {suffix: content for _, suffix, content in group}
-                    yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
+                for index, (name, entries) in enumerate(iterate_samples(tar)):
+                    if indices is None or index in indices:
+                        files = {suffix: file.read() for suffix, e in entries.items() if (file := tar.extractfile(e))}
+                        yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
         except (OSError, tarfile.TarError) as error:
             yield {"origin": path, "files": {}, "error": f"damaged shard ({error}); download it again"}
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Return the path of a file without suffixes, and all its suffixes."""
-    folder, name = os.path.split(name)
-    stem, _, suffix = name.partition(".")
-    return os.path.join(folder, stem), suffix.lower()
 
 
 def parse_shard_sample(sample: Mapping[str, Any]) -> Row:

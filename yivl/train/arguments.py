@@ -99,7 +99,7 @@ class DataArguments:
     eval_data_path: str | None = _flag(None, "rows to compute the evaluation loss on; needs --eval_strategy")
     model_max_length: int = _flag(2048, "sequence length, image patches included; longer samples are truncated")
     max_rows_per_source: int | None = _flag(
-        None, "random subsample of each file, in rows, unless a mixture sets its own"
+        None, "maximum rows of each named source, a random subset, unless a mixture sets its own"
     )
     on_bad_row: str = _flag("error", "error stops at a bad row, skip leaves it out", choices=["error", "skip"])
     packing: bool = _flag(False, "pack the samples of a batch into one sequence without padding")

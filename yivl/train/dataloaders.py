@@ -17,7 +17,8 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError, log_notices
 from yivl.data.sampler import BatchSampler, RowDataset
-from yivl.data.sources import DataSource, load_rows, read_sources
+from yivl.data.shards import ShardSubset
+from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
 from yivl.data.streaming import StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import DataArguments
@@ -41,19 +42,28 @@ class Batches:
     loader: BatchLoader
     sources: Sequence[Mapping[str, Any]]
     """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``images`` (samples with images per
-    epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``."""
+    epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``,
+    and ``rows`` of shards with a limit. ``rows_found`` if the limit leaves out some; ``limited`` if it did not limit
+    the epoch in earlier versions, which means all tar shards, and files with a weight above 1."""
 
     @property
     def mix(self) -> str:
         """The mixture as a table."""
         weight = "weight" if "weight" in self.sources[0] else "rows_per_epoch"
         total = sum(source[weight] for source in self.sources)
-        columns = ["shards"] if weight == "weight" else ["rows", "rows_per_epoch", "images"]
+        columns = ["shards", "rows"] if weight == "weight" else ["rows", "rows_per_epoch", "images"]
         table = [["share", *(name.removeprefix("rows_").replace("_", " ") for name in columns), "source"]]
         for source in self.sources:
-            counts = [f"{source[name]:,}" if name in source else "-" for name in columns]
-            table.append([f"{source[weight] / total:.1%}", *counts, source["source"]])
-        return "\n".join(f"{''.join(f'{cell:>11}' for cell in cells)}  {name}" for *cells, name in table)
+            counts = {name: f"{source[name]:,}" for name in columns if name in source}
+            if "rows_found" in source:
+                counts["rows"] += f" of {source['rows_found']:,}"
+            cells = [counts.get(name, "-") for name in columns]
+            table.append([f"{source[weight] / total:.1%}", *cells, source["source"]])
+        widths = [max(11, *(len(cell) + 2 for cell in column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            f"{''.join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False))}  {name}"
+            for *cells, name in table
+        )
 
     def check_record(self, checkpoint: Path) -> None:
         """Check that a checkpoint was trained on the same subsamples.
@@ -61,9 +71,16 @@ class Batches:
         Raises:
             CheckpointError: If the fraction of a weight was one subset for all epochs when it was written.
         """
-        if not any("subsampled" in source for source in self.sources):
+        if not any("subsampled" in source or "limited" in source for source in self.sources):
             return
-        for source in read_json(checkpoint / RECORD)["sources"]:
+        recorded = read_json(checkpoint / RECORD)["sources"]
+        for ours, theirs in zip(self.sources, recorded, strict=False):
+            if "limited" in ours and "limited" not in theirs:
+                raise CheckpointError(
+                    f"{checkpoint}: max_rows did not limit the epochs of {ours['source']} when it was written, and "
+                    "does now; start a new run"
+                )
+        for source in recorded:
             if "subsampled" not in source and source.get("rows_per_epoch", 0) % max(source.get("rows", 0), 1):
                 raise CheckpointError(
                     f"{checkpoint}: the weight of {source['source']} selected the same rows in every epoch when it was "
@@ -85,7 +102,8 @@ def make_batches(
         logger.warning("--packing has no effect with --per_device_train_batch_size 1: it packs the samples of a batch")
     if any(source.is_streamed for source in sources):
         return _streamed_batches(sources, data, training, encoder, on_bad_row)
-    rows_of = [load_rows(source, training.seed, on_bad_row) for source in sources]
+    found_of = [load_all_rows(source, on_bad_row) for source in sources]
+    rows_of = [source.subset(found, training.seed) for source, found in zip(sources, found_of, strict=True)]
     for source, loaded in zip(sources, rows_of, strict=True):
         _check_image_folder(source, loaded)  # before weights are loaded
         log_notices(loaded)
@@ -99,7 +117,7 @@ def make_batches(
     sampler = BatchSampler(
         [len(loaded) for loaded in rows_of],
         training.per_device_train_batch_size,
-        weights=[source.weight for source in sources],
+        samples_per_epoch=[source.samples_per_epoch(len(rows)) for source, rows in zip(sources, rows_of, strict=True)],
         seed=training.seed,
         rank=training.process_index,
         world_size=training.world_size,
@@ -108,14 +126,17 @@ def make_batches(
     )
     facts = [
         {
-            "source": source.data_path,
+            "source": source.name,
             "rows": len(loaded),
             "rows_per_epoch": total,
             "images": round(sum(bool(row.images) for row in loaded) * total / max(len(loaded), 1)),
         }
         | ({"subsampled": "per epoch"} if loaded and total % len(loaded) else {})
-        for source, loaded, total in zip(sources, rows_of, sampler.samples_per_epoch, strict=True)
+        | ({"rows_found": len(found)} if len(found) > len(loaded) else {})
+        | ({"limited": "per epoch"} if total < round(len(loaded) * source.weight) else {})
+        for source, found, loaded, total in zip(sources, found_of, rows_of, sampler.samples_per_epoch, strict=True)
     ]
+    _warn_of_limit(facts)
     dataset = RowDataset(rows, encoder, on_bad_row)
     return Batches(_loader(dataset, sampler, encoder, data, training), facts)
 
@@ -145,11 +166,33 @@ def _streamed_batches(
     )
     sampler = StreamSampler(batch_size, training.max_steps * training.gradient_accumulation_steps)
     facts = [
-        {"source": source.data_path, "weight": source.weight}
+        {"source": source.name, "weight": source.weight}
         | ({"shards": len(source.shards())} if source.is_streamed else {})
+        | _subset_facts(dataset.subsets.get(source))
         for source in sources
     ]
+    _warn_of_limit(facts)
     return Batches(_loader(dataset, sampler, encoder, data, training), facts)
+
+
+def _subset_facts(subset: ShardSubset | None) -> dict[str, Any]:
+    if subset is None:
+        return {}
+    rows = sum(map(len, subset.kept.values()))
+    if rows == subset.num_samples:
+        return {"rows": rows}
+    return {"rows": rows, "rows_found": subset.num_samples, "limited": "per epoch"}
+
+
+def _warn_of_limit(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if the only source is cut: in a mixture, a limit balances the sources; alone, it only drops data."""
+    if len(facts) == 1 and "rows_found" in facts[0]:
+        used, found = facts[0]["rows"], facts[0]["rows_found"]
+        logger.warning(
+            "%s: %s of %s rows are used, the same in every epoch, although there is no other source to balance; to use "
+            "all, give --max_rows_per_source %d (or max_rows in the mixture)",
+            *(facts[0]["source"], f"{used:,}", f"{found:,}", found),
+        )
 
 
 def make_eval_loader(
@@ -164,7 +207,7 @@ def make_eval_loader(
     if data.eval_data_path is None:
         return None
     sources = read_sources(data.eval_data_path, data.image_folder)
-    if streamed := [source.data_path for source in sources if source.is_streamed]:
+    if streamed := [source.name for source in sources if source.is_streamed]:
         raise YiVLError(f"--eval_data_path: {streamed[0]}: tar shards are streamed without end; use .json or .jsonl")
     rows = [row for source in sources for row in load_rows(source, 0, on_bad_row)]
     if not rows:
@@ -186,7 +229,7 @@ def _check_image_folder(source: DataSource, rows: Sequence[Row]) -> None:
     first = list(islice((image for row in rows for image in row.images if isinstance(image, Path)), 20))
     if first and not any(image.is_file() for image in first):
         raise RowError(
-            f"{source.data_path}: none of its first {len(first)} images exists, such as {first[0]}; set "
+            f"{source.name}: none of its first {len(first)} images exists, such as {first[0]}; set "
             "--image_folder, or image_folder in a mixture, to the base folder of relative paths"
         )
 

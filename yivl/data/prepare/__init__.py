@@ -1,0 +1,1 @@
+"""From the official annotation files of the published data to rows."""

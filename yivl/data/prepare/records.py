@@ -1,0 +1,182 @@
+"""Official annotation files, rows from their records, and the count of bad records."""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from yivl.constants import DEFAULT_IMAGE_TOKEN
+from yivl.errors import YiVLError
+
+SHORT_ANSWER: Final = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER: Final = "\nAnswer with the option's letter from the given choices directly."
+UNANSWERABLE: Final = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+"""Ends of questions. Source: LLaVA-1.5 (arXiv 2310.03744), response format prompts; Yi-VL's are not published."""
+DESCRIBE: Final = "Describe this image in detail."
+DESCRIBE_ZH: Final = "请详细描述这张图片。"
+ONE_SENTENCE: Final = "Provide a one-sentence caption for the provided image."
+"""Questions for captions in a conversation. Source: ours, and LLaVA-1.5 for ``ONE_SENTENCE``."""
+
+
+@dataclass(frozen=True)
+class OfficialFolder:
+    """A folder with the official files of a source."""
+
+    path: Path
+    address: str
+    """Where the files are published, for messages."""
+
+    def find(self, name: str) -> Path:
+        """Return the path of a file.
+
+        Raises:
+            YiVLError: If it is missing.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise YiVLError(f"{path}: no such file; download and unpack {name} of {self.address}")
+        return path
+
+    def has(self, name: str) -> bool:
+        """Return whether a file exists."""
+        return (self.path / name).is_file()
+
+    def json(self, name: str) -> Any:
+        """Return the content of a JSON file.
+
+        Raises:
+            YiVLError: If it is missing or not JSON.
+        """
+        path = self.find(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise YiVLError(f"{path}: not valid JSON ({error}); download it again from {self.address}") from error
+
+    def lines(self, name: str) -> list[str]:
+        """Return the lines of a text file.
+
+        Raises:
+            YiVLError: If it is missing or not UTF-8.
+        """
+        path = self.find(name)
+        try:
+            return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise YiVLError(f"{path}: not UTF-8 text; download it again from {self.address}") from error
+
+    def pickle(self, name: str) -> Any:
+        """Return the content of a pickle of plain lists, dicts, text and numbers; nothing in it is executed.
+
+        Raises:
+            YiVLError: If it is missing, damaged, or names a class or function.
+        """
+        path = self.find(name)
+        try:
+            with path.open("rb") as file:
+                return _PlainUnpickler(file, encoding="utf-8").load()  # of Python 2
+        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+            raise YiVLError(f"{path}: not a pickle of plain values ({error}); get it from {self.address}") from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every class and function, so that loading a pickle cannot execute code."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+@dataclass
+class BadRecords:
+    """Counts the records that are left out."""
+
+    count: int = 0
+    reasons: list[str] = field(default_factory=list)
+    """The first five."""
+
+    def add(self, place: str, reason: str) -> None:
+        """Count one record."""
+        self.count += 1
+        if len(self.reasons) < 5:
+            self.reasons.append(f"{place}: {reason}")
+
+    @contextmanager
+    def skip(self, place: object) -> Iterator[None]:
+        """Count a record whose fields are missing or of another type, instead of raising."""
+        try:
+            yield
+        except KeyError as error:
+            self.add(str(place), f"no {error}")
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            self.add(str(place), str(error))
+
+
+def ask(image: str, question: str, answer: str) -> dict[str, Any]:
+    """Return the row of one question about an image.
+
+    Raises:
+        ValueError: If a text is empty.
+    """
+    return dialogue(image, [{"from": "human", "value": question}, {"from": "gpt", "value": answer}])
+
+
+def caption(image: str, text: str) -> dict[str, Any]:
+    """Return the row of a caption, the answer to an empty question.
+
+    Raises:
+        ValueError: If a text is empty.
+    """
+    return {"image": _text(image, "image"), "text": _text(text, "caption")}
+
+
+def dialogue(image: str, messages: list[Mapping[str, Any]], *, empty_question: str = "") -> dict[str, Any]:
+    """Return the row of a conversation about an image, from messages as LLaVA writes them.
+
+    ``<image>`` of LLaVA is removed; our placeholder begins the first question. ``empty_question`` replaces questions
+    without text.
+
+    Raises:
+        ValueError: If a text is empty.
+    """
+    turns = []
+    for index, message in enumerate(messages):
+        text = message["value"].replace("<image>", "").strip()
+        if index % 2 == 0:
+            text = text or empty_question
+        text = _text(text, "answer" if index % 2 else "question")
+        start = f"{DEFAULT_IMAGE_TOKEN}\n" if index == 0 else ""
+        turns.append({"from": message["from"], "value": start + text})
+    return {"image": _text(image, "image"), "conversations": turns}
+
+
+def box_text(box: tuple[float, float, float, float], width: float, height: float) -> str:
+    """Return a box ``(x, y, width, height)`` in pixels as ``[x1, y1, x2, y2]``, in fractions of the image size.
+
+    Three decimals, from 0 at the left and the top to 1, of the image before padding. Source: ours, as in Shikra (arXiv
+    2306.15195); Yi-VL's convention is not published.
+
+    >>> box_text((10, 20, 30, 40), 100, 200)
+    '[0.100, 0.100, 0.400, 0.300]'
+    """
+    if not (width > 0 and height > 0 and box[2] > 0 and box[3] > 0):
+        raise ValueError(f"a box of {box[2]} x {box[3]} in an image of {width} x {height} pixels")
+    corners = (box[0] / width, box[1] / height, (box[0] + box[2]) / width, (box[1] + box[3]) / height)
+    return f"[{', '.join(f'{min(max(value, 0), 1):.3f}' for value in corners)}]"
+
+
+def majority(answers: list[str]) -> str:
+    """Return the most frequent answer; of equally frequent ones the first.
+
+    >>> majority(["red", "blue", "blue"])
+    'blue'
+    """
+    return max(answers, key=answers.count)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"the {what} is empty" if isinstance(value, str) else f"the {what} is not text")
+    return value.strip()
