@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from support.golden import CHECKPOINT, ROOT
 from support.hub import Hub, Repository, sha_of
 from support.models import OPEN_CLIP_VISION, VIT
+from support.training import train, write_language_model, write_shards
 from transformers import CLIPConfig, CLIPModel
 
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.loading import load_model
+from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.vit_source import resolve_vit
 from yivl.errors import CheckpointError
 
@@ -282,3 +283,32 @@ def test_a_checkpoint_of_an_open_clip_training_run(tmp_path: Path) -> None:
 def test_a_wrong_name_of_open_clip_is_one_line(name: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^{re.escape(name)}: {message}"):
         resolve_vit(name)
+
+
+# Stage 1 from ids.
+
+
+@pytest.mark.parametrize("form", ["transformers", "open_clip", "open_clip checkpoint"])
+def test_stage_1_starts_from_hub_ids(form: str, hub: Hub, tmp_path: Path, loaded: LoadedModel) -> None:
+    serve(hub, "01-ai/Yi-6B-Chat", contents(write_language_model(tmp_path / "llm", loaded.model)))
+    name, side = LAION, 56
+    if form == "transformers":
+        serve(hub, LAION, clip_files(tmp_path / "clip")[1])
+    elif form == "open_clip":
+        serve(hub, LAION, open_clip_files(tmp_path)[1])
+    else:
+        torch.save(open_clip.create_model("ViT-S-32").state_dict(), tmp_path / "small.pt")
+        name, side = f"open_clip:ViT-S-32/{tmp_path}/small.pt", 64
+    out = tmp_path / "out"
+    shards = write_shards(tmp_path / "shards", 1, 4)
+    ids = {"model_name_or_path": "01-ai/Yi-6B-Chat", "vision_tower": name, "stage": 1, "image_size": side}
+    train(out, shards, **ids, num_train_epochs=None, max_steps=1, global_batch_size=2)
+    [vit] = (out / "vit").iterdir()
+    assert vit.name == ("ViT-S-32-small" if "checkpoint" in form else LAION.rpartition("/")[2])
+    trained, initial = load_model(out, device="cpu"), resolve_vit(name)
+    assert trained.image_processor.image_size == side
+    assert trained.image_processor.clip_processor.image_mean == initial.clip_processor.image_mean
+    assert trained.model.config.vision_config.num_hidden_layers == initial.config.num_hidden_layers
+    weights = trained.model.get_vision_tower().vit.state_dict()
+    before = initial.read_weights()["embeddings.patch_embedding.weight"]
+    torch.testing.assert_close(weights["embeddings.patch_embedding.weight"], before, atol=1e-3, rtol=0)
