@@ -9,7 +9,7 @@ from yivl import command_line
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; model path, image, temperature and length have the defaults of the reference."""
+    """Return the flags; those of the reference keep their names, docs/fidelity.md lists the defaults that differ."""
     parser = command_line.make_parser(__doc__)
     command_line.add_image_flags(parser, "image of the first question; /image adds more")
     # top-p 0.8: the reference cli.py passes none, so generation_config.json decides.

@@ -6,15 +6,23 @@ python single_inference.py --image-file images/cats.jpg --question "What is in t
 import argparse
 import dataclasses
 import json
+from pathlib import Path
+from typing import Final
 
 from yivl import command_line
 
+IMAGE: Final = Path(__file__).parent / "images/cats.jpg"
+QUESTION: Final = "Describe the cats and what they are doing in detail."
+"""The defaults of the reference. Source: 01-ai/Yi, VL/single_inference.py."""
+
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; those of the reference keep their names and defaults."""
+    """Return the flags; those of the reference keep their names, docs/fidelity.md lists the defaults that differ."""
     parser = command_line.make_parser(__doc__)
-    command_line.add_image_flags(parser, "path (or address, see --allow-remote); without it the question has no image")
-    parser.add_argument("--question", default="Describe the picture in detail.", help="(default: %(default)s)")
+    command_line.add_image_flags(
+        parser, "path (or address, see --allow-remote); a --question without it has no image (default: images/cats.jpg)"
+    )
+    parser.add_argument("--question", help=f"(default: {QUESTION})")
     parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -22,6 +30,9 @@ def parse_args() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.json and arguments.stream:
         parser.error("--json and --stream exclude each other")
+    if arguments.question is None:
+        arguments.question = QUESTION
+        arguments.image_file = str(IMAGE) if arguments.image_file is None else arguments.image_file
     return arguments
 
 

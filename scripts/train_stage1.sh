@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Stage 1 of Yi-VL: train the ViT and a new projector for a language model on captions at 224x224.
-# Usage:     MODEL=Yi-6B-Chat VIT=CLIP-ViT-H-14 DATA='shards/{00000..00099}.tar' OUT=out/stage1 scripts/train_stage1.sh [flags...]
+# Usage:     MODEL=01-ai/Yi-6B-Chat VIT=laion/CLIP-ViT-H-14-laion2B-s32B-b79K DATA='shards/{00000..00099}.tar' \
+#              OUT=out/stage1 scripts/train_stage1.sh [flags...]
 #            scripts/train_stage1.sh --model_name_or_path M --vision_tower V --data_path D --image_folder I --output_dir O
-# Required:  MODEL  Yi language model, folder or hub id     VIT  ViT folder (CLIP of transformers, or open_clip)
+# Required:  MODEL  Yi language model, folder or hub id     VIT  ViT folder, hub id, or open_clip:MODEL/TAG
 #            DATA  captions or rows (docs/data.md)          OUT  folder of the trained model
 # Optional:  IMAGES=.  folder of the images    GLOBAL_BATCH=4096  samples per optimizer step    MICRO_BATCH=32  samples per GPU
 #            devices and nodes: see scripts/launch.sh. Flags come last and win; see python -m yivl.train --help.

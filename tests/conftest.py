@@ -1,12 +1,17 @@
 """Fixtures shared by all tests."""
 
 import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests do not use the network
 
 import pytest
 import torch
+from huggingface_hub import constants
 from support.golden import CHECKPOINT
+from support.hub import TOKEN, Hub
 
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.image_processing import ImageProcessor
@@ -39,3 +44,28 @@ def square_loaded(loaded: LoadedModel) -> LoadedModel:
     """The golden model with the preprocessing of the reference ``cli.py``: no padding."""
     processor = ImageProcessor(loaded.image_processor.clip_processor, "square")
     return LoadedModel(loaded.model, loaded.tokenizer, processor, loaded.name)
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield hub
+    hub.shutdown()
+    thread.join()
+    hub.server_close()
+
+
+@pytest.fixture
+def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The server, as the hub that the library in this process talks to."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    address_of_a_file = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address_of_a_file)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not that of this server
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server

@@ -99,7 +99,7 @@ def test_the_flags_reach_the_model(loaded: LoadedModel, monkeypatch: pytest.Monk
         "temperature": "2",
     }
     flags |= {"seed": "3", "top-k": "5", "top-p": "0.7", "num-beams": "2", "repetition-penalty": "1.5"}
-    flags |= {"max-new-tokens": "7", "model-path": "m"}
+    flags |= {"max-new-tokens": "7", "model-path": "m", "question": "q"}
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
     seen: dict[str, Any] = {}
 

@@ -228,6 +228,7 @@ PROGRAMS = [
     *(["-m", "yivl.eval", benchmark] for benchmark in ("rows", "mmmu", "cmmmu")),
     ["-m", "yivl.tiny.world"],
     ["-m", "yivl.tiny.recipe"],
+    ["-m", "yivl.tiny.recipe", "clip"],
     *([f"scripts/benchmark_{what}.py"] for what in ("inference", "serving", "training")),
     *(["scripts/convert.py", command] for command in ("to-gguf", "to-llamafactory")),
     *(["scripts/hub.py", command] for command in ("upload", "download", "card")),

@@ -56,7 +56,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def add_checkpoint_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> Any:
     """Add the flags that name a checkpoint, the embedded model by default, and return their argument group."""
     group = parser.add_argument_group("model")
-    kinds = "checkpoint folder in the Yi-VL format, LoRA adapter folder, or hub id"
+    kinds = "checkpoint folder in the Yi-VL format, LoRA adapter folder, hub id, or modelscope:ID"
     group.add_argument(
         "--model-path",
         type=os.path.expanduser,

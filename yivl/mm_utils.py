@@ -37,6 +37,8 @@ def load_pretrained_model(
     load_8bit: bool = False,
     load_4bit: bool = False,
     device_map: str | dict[str, Any] = "auto",
+    multimodal: str = "IMAGE",
+    *,
     torch_dtype: torch.dtype | None = None,
 ) -> tuple[YiTokenizer, YiVLForCausalLM, CLIPImageProcessorPil, int]:
     """Return tokenizer, model, CLIP image processor and context length in tokens.
@@ -46,6 +48,7 @@ def load_pretrained_model(
         load_8bit: int8 weights.
         load_4bit: nf4 weights.
         device_map: ``"auto"``, a device, or a map of modules to devices.
+        multimodal: No effect, as in the reference.
         torch_dtype: ``None`` keeps the dtype of the checkpoint.
     """
     loaded = load_model(

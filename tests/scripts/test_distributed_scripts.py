@@ -114,10 +114,8 @@ def test_adapters_train_under_deepspeed_and_resume_bit_exactly(settings: str, tm
     load_model(tmp_path / "whole", device="cpu")
 
 
-@pytest.mark.slow
-def test_two_nodes_under_slurm_train_as_one_run(tmp_path: Path) -> None:
-    """A stub of srun starts both nodes on this machine; scripts and torchrun are real."""
-    stubs = tmp_path / "bin"
+def slurm(stubs: Path) -> dict[str, Any]:
+    """Return the environment of a job of two nodes, both on this machine: stubs start them."""
     stubs.mkdir()
     (stubs / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
     (stubs / "srun").write_text(
@@ -125,18 +123,33 @@ def test_two_nodes_under_slurm_train_as_one_run(tmp_path: Path) -> None:
     )
     for stub in stubs.iterdir():
         stub.chmod(0o755)
+    path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "here", "PATH": path}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_has_a_slurm_job(stage: int, tmp_path: Path) -> None:
+    environment = slurm(tmp_path / "bin") | {"MODEL": "m", "VIT": "v", "DATA": "d", "OUT": "o", "DRY_RUN": 1, "GPUS": 8}
+    printed = run_script(f"slurm/train_stage{stage}.sbatch", "--max_steps", 7, **environment, GLOBAL_BATCH=4096)
+    assert "--nproc-per-node 8 --nnodes 2 --node-rank 0" in printed
+    assert f" --stage {stage} " in printed
+    assert printed.endswith(" --resume auto --dataloader_num_workers 8 --max_steps 7 \n")
+
+
+@pytest.mark.slow
+def test_two_nodes_under_slurm_train_as_one_run(tmp_path: Path) -> None:
+    """Stubs start both nodes on this machine; scripts and torchrun are real."""
+    environment = slurm(tmp_path / "bin")
     rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
     printed = run_script(
         "slurm/train_stage3.sbatch",
         *script_flags(
             CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3, dataloader_num_workers=0
         ),
-        SLURM_NNODES=2,
-        SLURM_JOB_NODELIST="here",
+        **environment,
         GLOBAL_BATCH=4,
         MICRO_BATCH=2,
         MASTER_PORT=free_port(),
-        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     )
     assert "--nnodes 2 --node-rank 0" in printed
     lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]

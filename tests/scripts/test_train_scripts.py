@@ -298,7 +298,7 @@ def test_commands_of_the_documentation_run_as_written(name: str, tmp_path: Path)
     blocks = re.findall(
         r"^```bash\n(.*?)^```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
-    lines = [line for block in blocks for line in block.splitlines() if "tests/golden" in line]
+    lines = [line for block in blocks for line in block.splitlines() if "/tmp/" in line]
     assert lines
     for line in lines:
         command = line.replace("/tmp/", f"{tmp_path}/").replace(".venv/bin/python", shlex.quote(sys.executable))

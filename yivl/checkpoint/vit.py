@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ from yivl.errors import CheckpointError
 from yivl.model.vision_tower import gathered
 
 _PREFIX = "vision_model."
-_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS: Final = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""In the order of preference of open_clip."""
 
 # open_clip name -> name here. Source: open_clip 3, src/open_clip/transformer.py; transformers 5, modeling_clip.py.
 _OPEN_CLIP_NAMES = {
@@ -37,15 +40,17 @@ _OPEN_CLIP_BLOCK_NAMES = {
 
 
 def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
-    """Return the ViT weights of a CLIP, CLIP-vision or open_clip folder.
+    """Return the ViT weights of a CLIP, CLIP-vision or open_clip folder, or of a weight file of open_clip.
 
     Where a folder holds both forms, as in the released checkpoints, that of transformers is read.
 
     Raises:
         CheckpointError: If the folder holds no weights.
     """
+    if Path(folder).is_file():
+        return open_clip_to_vit_weights(read_weights(Path(folder)))
     if is_open_clip(folder):
-        return open_clip_to_vit_weights(read_weights(find_weights(folder, _OPEN_CLIP_FILES)))
+        return open_clip_to_vit_weights(read_weights(find_weights(folder, OPEN_CLIP_WEIGHTS)))
     state_dict = read_weights(find_weights(folder))
     if any(key.startswith(_PREFIX) for key in state_dict):
         state_dict = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
@@ -59,7 +64,7 @@ def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
         CheckpointError: If there is none.
     """
     if is_open_clip(folder):
-        return read_open_clip_config(Path(folder) / "open_clip_config.json")
+        return read_open_clip_config(Path(folder) / OPEN_CLIP_CONFIG)
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder}: no ViT; expected config.json (CLIP of transformers) or open_clip_config.json")
     fields = read_json(Path(folder) / "config.json")
@@ -67,8 +72,11 @@ def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
 
 
 def is_open_clip(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an open_clip model and no model of transformers."""
-    return (Path(folder) / "open_clip_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+    """Whether a folder holds an open_clip model and no CLIP of transformers; timm writes a ``config.json`` too."""
+    if not (Path(folder) / OPEN_CLIP_CONFIG).is_file():
+        return False
+    config = Path(folder) / "config.json"
+    return not config.is_file() or not {"vision_config", "hidden_size"} & read_json(config).keys()
 
 
 def copy_vit_weights(vit: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> int:
@@ -94,11 +102,14 @@ def open_clip_to_vit_weights(state_dict: Mapping[str, torch.Tensor]) -> StateDic
     """Return the visual tower of an open_clip checkpoint under the keys of this module.
 
     Args:
-        state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone.
+        state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone; or the checkpoint of a
+            training run of open_clip, which holds it.
 
     Raises:
         CheckpointError: If a key is unknown: the tower is not a plain CLIP ViT.
     """
+    state_dict = state_dict.get("state_dict", state_dict)  # type: ignore[assignment]  # of a training run
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if any(key.startswith("visual.") for key in state_dict):
         state_dict = {key.removeprefix("visual."): v for key, v in state_dict.items() if key.startswith("visual.")}
     weights: StateDict = {}
@@ -137,18 +148,35 @@ def read_open_clip_config(path: Path) -> CLIPVisionConfig:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        model = fields.get("model_cfg", fields)
-        vision = model["vision_cfg"]
-        width = vision["width"]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not the configuration of an open_clip ViT ({error!r})") from error
+    return read_open_clip_model(fields.get("model_cfg", fields), path)
+
+
+def read_open_clip_model(fields: Mapping[str, Any], source: str | os.PathLike[str]) -> CLIPVisionConfig:
+    """Return the configuration of the visual tower in the configuration of an open_clip model.
+
+    Args:
+        fields: ``model_cfg`` of an ``open_clip_config.json``, or of a model in open_clip's registry.
+        source: Of the fields, for the error.
+
+    Raises:
+        CheckpointError: If they do not describe a plain ViT.
+    """
+    try:
+        vision = fields["vision_cfg"]
+        width, layers = vision["width"], vision["layers"]
+        if not isinstance(layers, int):
+            raise TypeError("the tower is a ResNet")
         return CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
-            num_hidden_layers=vision["layers"],
+            num_hidden_layers=layers,
             num_attention_heads=width // vision.get("head_width", 64),
             image_size=vision["image_size"],
             patch_size=vision["patch_size"],
-            hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu",  # the sigmoid approximation
+            hidden_act="quick_gelu" if fields.get("quick_gelu") else "gelu",  # the sigmoid approximation
             layer_norm_eps=1e-5,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not the configuration of an open_clip ViT ({error!r})") from error
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source}: not the configuration of an open_clip ViT ({error!r})") from error

@@ -39,7 +39,8 @@ class ModelArguments:
     )
     stage: int | None = _flag(None, "published stage 1, 2 or 3; sets the defaults of other flags (docs/training.md)")
     vision_tower: str | None = _flag(
-        None, "ViT folder: CLIP of transformers, or open_clip with open_clip_config.json; default: the checkpoint's"
+        None,
+        "ViT: folder or hub id of a CLIP (transformers, open_clip), or open_clip:MODEL/TAG; default: the checkpoint's",
     )
     image_size: int | None = _flag(
         None, "height and width of the ViT input in pixels; default: the checkpoint's, or the ViT's"

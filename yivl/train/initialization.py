@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.format import read_json
-from yivl.checkpoint.loading import check_support, empty_model, read_small_files, resolve_checkpoint, set_images
-from yivl.checkpoint.vit import is_open_clip, read_clip_weights, read_vit_config
+from yivl.checkpoint.loading import check_support, empty_model, read_small_files, set_images
+from yivl.checkpoint.vit import read_clip_weights
+from yivl.checkpoint.vit_source import ViTSource, resolve_vit
 from yivl.errors import CheckpointError, YiVLError
-from yivl.image_processing import ImageProcessor, load_clip_processor
+from yivl.image_processing import ImageProcessor
 from yivl.model.attention import register_packed_sdpa
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
@@ -37,8 +38,8 @@ class Start:
     """Side of the ViT input in pixels."""
     is_language_model: bool
     """Whether ``folder`` holds no projector and no ViT."""
-    vit: Path | None
-    """Folder of a ViT that replaces the checkpoint's own."""
+    vit: ViTSource | None
+    """A ViT that replaces the checkpoint's own."""
     tokenizer: YiTokenizer
     image_processor: ImageProcessor
 
@@ -52,16 +53,19 @@ def read_start(arguments: ModelArguments) -> Start:
     """
     folder = resolve_checkpoint(os.path.expanduser(arguments.model_name_or_path))
     is_language_model = "mm_vision_tower" not in read_json(folder / "config.json")
-    vit = None if arguments.vision_tower is None else Path(os.path.expanduser(arguments.vision_tower))
+    vit = None if arguments.vision_tower is None else resolve_vit(arguments.vision_tower)
     if not is_language_model:
         for name in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
             if getattr(arguments, name) != getattr(ModelArguments, name):
                 raise YiVLError(f"--{name} is for initialization from a language model; {folder} has its own")
         config, tokenizer, image_processor = read_small_files(folder)
         clip_processor = image_processor.clip_processor
-        vit_config = config.vision_config if vit is None else read_vit_config(vit)
+        vit_config = config.vision_config if vit is None else vit.config
         if any(getattr(vit_config, name) != getattr(config.vision_config, name) for name in _SHAPE_OF_A_VIT):
-            raise CheckpointError(f"{vit}: another ViT than that of {folder}; initialize from a language model instead")
+            raise CheckpointError(
+                f"--vision_tower {arguments.vision_tower}: another ViT than that of {folder}; "
+                "initialize from a language model instead"
+            )
         if vit is not None and arguments.lora_enable and not arguments.unfreeze_mm_vision_tower:
             _check_same_vit(vit, folder / config.mm_vision_tower)
     elif vit is None:
@@ -70,8 +74,7 @@ def read_start(arguments: ModelArguments) -> Start:
         raise YiVLError(f"--lora_enable: {folder} is a language model without a projector; give a Yi-VL checkpoint")
     else:
         config, tokenizer = _config_of_parts(folder, vit, arguments), load_tokenizer(folder)
-        # open_clip keeps its preprocessing elsewhere; its ViTs use that of CLIP.
-        clip_processor = CLIPImageProcessorPil() if is_open_clip(vit) else load_clip_processor(vit)
+        clip_processor = vit.clip_processor
     image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
@@ -97,7 +100,7 @@ def load_start(start: Start, arguments: ModelArguments, *, dtype: torch.dtype, p
         device_map=None if arguments.bits == 16 else device,
         bits=arguments.bits,
         image_size=start.image_size,
-        vit_weights=None if start.vit is None else read_clip_weights(start.vit),
+        vit_weights=None if start.vit is None else start.vit.read_weights(),
         fresh_projector=start.is_language_model,
     )
     model.config.use_cache = False
@@ -111,24 +114,23 @@ def empty_start(start: Start) -> YiVLForCausalLM:
     return model
 
 
-def _check_same_vit(vit: Path, own: Path) -> None:
+def _check_same_vit(vit: ViTSource, own: Path) -> None:
     """Refuse a frozen ViT other than the base model's under LoRA: an adapter folder does not hold it."""
-    one, other = read_clip_weights(vit), read_clip_weights(own)
+    one, other = vit.read_weights(), read_clip_weights(own)
     if one.keys() != other.keys() or any(not torch.equal(value, other[key]) for key, value in one.items()):
         raise YiVLError(
-            f"--vision_tower {vit}: not the ViT of the base model, and an adapter does not store a frozen ViT; "
+            f"--vision_tower {vit.path}: not the ViT of the base model, and an adapter does not store a frozen ViT; "
             "add --unfreeze_mm_vision_tower True, or drop --vision_tower"
         )
 
 
-def _config_of_parts(folder: Path, vit: Path, arguments: ModelArguments) -> YiVLConfig:
+def _config_of_parts(folder: Path, vit: ViTSource, arguments: ModelArguments) -> YiVLConfig:
     fields = read_json(folder / "config.json")
-    vision_config = read_vit_config(vit)
     return YiVLConfig(
         **{key: value for key, value in fields.items() if key not in _OF_THE_LANGUAGE_MODEL},
-        vision_config=vision_config,
-        mm_vision_tower=f"./vit/{vit.resolve().name}",
-        mm_hidden_size=vision_config.hidden_size,
+        vision_config=vit.config,
+        mm_vision_tower=f"./vit/{vit.name}",
+        mm_hidden_size=vit.config.hidden_size,
         mm_projector_type=arguments.mm_projector_type,
         mm_vision_select_layer=arguments.mm_vision_select_layer,
         mm_vision_select_feature=arguments.mm_vision_select_feature,
