@@ -11,13 +11,12 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.golden import CHECKPOINT, GOLDEN
 from support.models import wide_checkpoint
 
-from yivl.checkpoint import loading
 from yivl.checkpoint.format import read_config
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.vit import copy_vit_weights
@@ -157,7 +156,7 @@ def test_a_hub_id_is_downloaded_once_and_loaded(
     shutil.copytree(CHECKPOINT, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0" * 40)
-    monkeypatch.setattr(loading, "snapshot_download", lambda *a, **k: snapshot_download(*a, **k, cache_dir=tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     model = load_model("someone/tiny-yi-vl", device="cpu")
     assert model.name == "tiny-yi-vl"
     torch.testing.assert_close(logits_of(model.model), logits_of(loaded.model))

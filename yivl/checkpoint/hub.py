@@ -21,6 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 
 from yivl.checkpoint.atomic import replace_dir, write_text
+from yivl.checkpoint.download import reason_of
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     ADAPTER_SETTINGS,
@@ -34,7 +35,7 @@ from yivl.checkpoint.format import (
     read_json,
     weight_files,
 )
-from yivl.checkpoint.loading import read_small_files, reason_of
+from yivl.checkpoint.loading import read_small_files
 from yivl.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

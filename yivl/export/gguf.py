@@ -22,6 +22,7 @@ from gguf import (
 )
 
 from yivl.checkpoint.atomic import atomic_file
+from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.format import (
     PROJECTOR,
     VIT,
@@ -30,7 +31,7 @@ from yivl.checkpoint.format import (
     weight_files,
     without_tower,
 )
-from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
+from yivl.checkpoint.loading import empty_model, read_small_files
 from yivl.checkpoint.vit import read_clip_weights
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError, YiVLError

@@ -10,6 +10,7 @@ from typing import Any, Final
 from transformers import LlamaTokenizer
 
 from yivl.checkpoint.atomic import write_json, write_text
+from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.format import (
     TOKENIZER_FILES,
     VIT,
@@ -18,7 +19,7 @@ from yivl.checkpoint.format import (
     read_json,
     read_main_weights,
 )
-from yivl.checkpoint.loading import empty_model, read_small_files, resolve_checkpoint
+from yivl.checkpoint.loading import empty_model, read_small_files
 from yivl.checkpoint.vit import read_clip_weights
 from yivl.constants import ASSISTANT, HUMAN, STOP_STRING, SYSTEM_PROMPT
 from yivl.errors import CheckpointError

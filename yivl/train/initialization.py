@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.format import read_json
-from yivl.checkpoint.loading import check_support, empty_model, read_small_files, resolve_checkpoint, set_images
+from yivl.checkpoint.loading import check_support, empty_model, read_small_files, set_images
 from yivl.checkpoint.vit import is_open_clip, read_clip_weights, read_vit_config
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor

@@ -194,7 +194,7 @@ def _download(data: str, split: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from yivl.checkpoint.loading import reason_of
+    from yivl.checkpoint.download import reason_of
 
     try:
         patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]

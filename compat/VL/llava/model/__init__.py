@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.format import read_config
-from yivl.checkpoint.loading import resolve_checkpoint
 from yivl.image_processing import load_clip_processor
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
