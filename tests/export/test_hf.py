@@ -248,7 +248,7 @@ def broken(hf: Path, folder: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("no tokenizer.model", "no tokenizer.model; copy that of the Yi model there"),
+        ("no tokenizer.model", r"no tokenizer.model .*; copy that of the Yi-VL checkpoint there, or .* --like$"),
         ("a published folder", "config.json: not the -hf format of a Yi-VL model .*text_config"),
         ("a missing tensor", r"the weights do not fit config.json: missing model.mm_projector.4.bias$"),
         ("another shape", r"model.mm_projector.3.weight is \[2, 2\], expected \[64, 64\]"),
