@@ -136,7 +136,8 @@ def read_hf_config(folder: str | os.PathLike[str], published: Mapping[str, Any] 
             feature for feature, name in STRATEGIES.items() if name == fields["vision_feature_select_strategy"]
         ]
         config = {
-            "image_aspect_ratio": "pad",  # as in the released models
+            "architectures": ["LlavaLlamaForCausalLM"],  # these three as in the released models
+            "image_aspect_ratio": "pad",
             "mm_vision_tower": "./vit/clip-vit",
             **original,
             **{name: text[name] for name in (*TEXT_FIELDS, "rope_parameters")},
