@@ -10,18 +10,21 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from support.golden import CHECKPOINT, ROOT
-from support.hf import SINCE_4_52, WITHOUT_VISION_MODEL, export_as_llamafactory, rename_weights
+from support.hf import SINCE_4_52, WITHOUT_VISION_MODEL, export_as_llamafactory, load_llava, rename_weights
 from support.models import wide_checkpoint
 from support.training import flags, losses, train, weights, write_rows
 
 from yivl.checkpoint import download
 from yivl.checkpoint.folder import read_config
+from yivl.checkpoint.hub import check_whole
 from yivl.checkpoint.loading import LoadedModel, load_model, load_processors
 from yivl.command_line import EMBEDDED_MODEL
 from yivl.errors import CheckpointError
 from yivl.export.hf import from_hf, to_hf
+from yivl.export.model_card import publish
 from yivl.export.sglang import to_sglang
 from yivl.inference.chat import Chat
 from yivl.model.modeling import YiVLForCausalLM
@@ -229,3 +232,22 @@ def test_it_is_exported_as_the_checkpoint_is(hf: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
         assert json_or_bytes(tmp_path / "one" / name) == json_or_bytes(tmp_path / "other" / name)
+
+
+def test_a_download_of_it_is_whole_and_an_upload_is_refused(hf: Path, tmp_path: Path) -> None:
+    check_whole(hf)
+    with pytest.raises(CheckpointError, match="golden-hf: in the -hf format; upload it with `hf upload`, or use"):
+        publish(hf, "someone/yi-vl-hf", private=True)
+    shutil.copytree(hf, tmp_path / "partial")
+    (tmp_path / "partial/model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="damaged, truncated or a git-lfs pointer"):
+        check_whole(tmp_path / "partial")
+
+
+def test_an_adapter_of_transformers_llava_is_named(hf: Path, tmp_path: Path) -> None:
+    """As LLaMA-Factory writes one."""
+    llava = load_llava(hf)
+    targets = [name for name, module in llava.named_modules() if name.endswith("language_model.layers.0.mlp.up_proj")]
+    get_peft_model(llava, LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"an adapter of transformers' LLaVA; merge it .*llamafactory-cli export"):
+        load_model(tmp_path / "adapter", model_base=hf, device="cpu")
