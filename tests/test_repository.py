@@ -228,7 +228,7 @@ PROGRAMS = [
     ["-m", "yivl.tiny.world"],
     ["-m", "yivl.tiny.recipe"],
     *([f"scripts/benchmark_{what}.py"] for what in ("inference", "serving", "training")),
-    *(["scripts/convert.py", command] for command in ("to-gguf", "to-llamafactory")),
+    *(["scripts/convert.py", command] for command in ("from-hf", "to-gguf", "to-llamafactory")),
     *(["scripts/hub.py", command] for command in ("upload", "download", "card")),
 ]
 HEAVY = ("torch", "transformers", "fastapi", "gradio", "datasets")

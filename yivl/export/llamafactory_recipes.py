@@ -1,4 +1,4 @@
-"""Configuration files of ``llamafactory-cli train``: the published recipes for Yi-VL-6B-hf, for data of one's own.
+"""Configuration files of ``llamafactory-cli train``: the published recipes for Yi-VL-6B-hf with a given dataset.
 
 Source: Deep-Spark/DeepSparkHub, models/nlp/llm/yi-vl-6b/pytorch, yi_vl_6b_full_sft.yaml and yi_vl_6b_lora_sft.yaml.
 Different here: all samples are used; ``train_mm_proj_only``, which LLaMA-Factory no longer knows, is left out; LoRA has
