@@ -175,7 +175,7 @@ def test_a_bad_configuration_is_one_line(hf: Path, change: dict[str, Any], said:
 def test_training_on_it_is_training_on_the_checkpoint_and_saves_the_published_format(hf: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.json")
     logs = [
-        train(tmp_path / name, data, model_name_or_path=path, num_train_epochs=1, unfreeze_mm_vision_tower=True)
+        train(tmp_path / name, data, model_name_or_path=path, max_steps=1, unfreeze_mm_vision_tower=True)
         for name, path in (("from-hf", hf), ("from-published", CHECKPOINT))
     ]
     assert losses(logs[0]) == losses(logs[1])
@@ -203,7 +203,7 @@ def test_an_adapter_is_trained_on_it_loaded_on_it_and_merged(
         wide_checkpoint(tmp_path / "wide")
         to_hf(tmp_path / "wide", base := tmp_path / "wide-hf")
     data = write_rows(tmp_path / "rows.json")
-    run = {"num_train_epochs": 1, "lora_enable": True, "bits": bits}
+    run = {"max_steps": 1, "lora_enable": True, "bits": bits}
     train(tmp_path / "adapter", data, model_name_or_path=base, **run)
     assert json_or_bytes(tmp_path / "adapter/adapter_config.json")["base_model_name_or_path"] == str(base)
     adapted = load_model(tmp_path / "adapter", device="cpu", merge_adapter=True).model.state_dict()

@@ -233,6 +233,20 @@ def test_an_export_of_llamafactory_comes_back_with_the_files_of_another_folder(
     assert after.image_processor.clip_processor.size == before.image_processor.clip_processor.size
 
 
+@pytest.mark.parametrize(
+    ("like", "said"),
+    [
+        ("nowhere", "nowhere: no such folder; --like takes a local folder"),
+        (Path(EMBEDDED_MODEL), "tokenizer.model: not the tokenizer of .*hf; take that of the Yi model"),
+        (ROOT / "images", r"images: no tokenizer.model .* or give another --like$"),
+    ],
+)
+def test_a_folder_that_is_not_like_it_is_refused(hf: Path, like: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        from_hf(hf, tmp_path / "back", like=like)
+    assert not (tmp_path / "back").exists()
+
+
 def broken(hf: Path, folder: Path, what: str) -> Path:
     shutil.copytree(hf, folder)
     config = read(folder / "config.json")

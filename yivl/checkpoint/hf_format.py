@@ -268,11 +268,11 @@ def _tokenizer_files(folder: Path, vocab_size: int) -> dict[str, Any]:
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": False,
         "legacy": True,
-        "model_max_length": config.get("model_max_length"),
         "padding_side": "right",
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
     }
+    fields |= {name: config[name] for name in ("model_max_length",) if name in config}
     known = {token["content"]: int(index) for index, token in added.items()}
     return dict(zip(TOKENIZER_FILES, (fields | special, special, known), strict=True))
 

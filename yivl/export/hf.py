@@ -31,6 +31,7 @@ from yivl.checkpoint.hf_format import (
 from yivl.checkpoint.loading import empty_model
 from yivl.checkpoint.saving import check_apart, checkpoint_dir, save_checkpoint
 from yivl.constants import STOP_STRING
+from yivl.errors import CheckpointError
 from yivl.export.llava import (
     Checkpoint,
     read_checkpoint,
@@ -98,6 +99,8 @@ def from_hf(
             that of the model, or ``target`` may not be replaced.
     """
     check_apart(source, target)
+    if like is not None and not Path(like).is_dir():
+        raise CheckpointError(f"{like}: no such folder; --like takes a local folder")
     folder = resolve_checkpoint(source)
     published = {} if like is None else read_published(like)
     published = read_published(folder) | published if is_hf(folder) else published
