@@ -111,6 +111,26 @@ def test_an_export_of_llamafactory_loads_once_it_has_a_tokenizer_model(
     assert answers[0] == answers[1]
 
 
+def test_an_export_under_transformers_4_loads_as_it_is(hf: Path, tmp_path: Path, loaded: LoadedModel) -> None:
+    """It holds ``tokenizer.model``, and declares the stop string a special token in ``tokenizer_config.json``."""
+    folder = Path(shutil.copytree(hf, tmp_path / "export"))
+    (folder / "published.json").unlink()
+    path, stop = folder / "tokenizer_config.json", loaded.tokenizer.convert_tokens_to_ids("###")
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"][str(stop)] = config["added_tokens_decoder"]["7"] | {"content": "###"}
+    config |= {"additional_special_tokens": ["###"], "padding_side": "left", "image_token": "<image>"}
+    path.write_text(json.dumps(config))
+    found = load_model(folder, device="cpu")
+    text = "\n### Human: <image><pad> ### <|im_end|>"
+    assert found.tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
+    assert found.tokenizer.all_special_ids == loaded.tokenizer.all_special_ids
+    answers = [
+        Chat(model).ask("图中有什么？", Image.radial_gradient("L"), temperature=0, max_new_tokens=12)
+        for model in (found, loaded)
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_a_hub_id_is_downloaded_loaded_and_converted(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel
 ) -> None:
