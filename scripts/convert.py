@@ -3,10 +3,10 @@
 python scripts/convert.py safetensors SOURCE TARGET         .bin checkpoint to safetensors; prints SHA-256 hashes
 python scripts/convert.py open-clip WEIGHTS CONFIG TARGET   open_clip visual tower to a ViT folder
 python scripts/convert.py to-hf SOURCE TARGET               Yi-VL checkpoint to the format of Yi-VL-6B-hf
-python scripts/convert.py from-hf SOURCE TARGET             the reverse
+python scripts/convert.py from-hf SOURCE TARGET             the reverse; --like FOLDER for files it lacks
 python scripts/convert.py to-sglang SOURCE TARGET           Yi-VL checkpoint to the folder that SGLang reads
 python scripts/convert.py to-gguf SOURCE TARGET             Yi-VL checkpoint to two GGUF files for llama.cpp
-python scripts/convert.py to-llamafactory ROWS FOLDER       training data to LLaMA-Factory's sharegpt format
+python scripts/convert.py to-llamafactory ROWS FOLDER       training data and recipes for LLaMA-Factory
 python scripts/convert.py from-llamafactory INFO NAME ROWS  the reverse
 """
 
@@ -29,10 +29,10 @@ def parse_args() -> argparse.Namespace:
             command.add_argument(argument, type=Path, help=meaning)
         return command
 
-    checkpoint, written = "Yi-VL checkpoint folder or hub id", "folder to write; replaced if it exists"
+    checkpoint, written = "Yi-VL checkpoint folder or hub id", "folder to write; replaced if it holds a checkpoint"
     add(
         "safetensors",
-        "convert the .bin files of a checkpoint to safetensors",
+        "convert the .bin files of a checkpoint to safetensors and print SHA-256 hashes",
         source="checkpoint folder with .bin files",
         target=written,
     )
@@ -44,9 +44,26 @@ def parse_args() -> argparse.Namespace:
         target=written,
     )
     add("to-hf", "convert a Yi-VL checkpoint to the format of Yi-VL-6B-hf", source=checkpoint, target=written)
-    add("from-hf", "convert the format of Yi-VL-6B-hf to a Yi-VL checkpoint", source="folder", target=written)
+    from_hf = add(
+        "from-hf",
+        "convert the format of Yi-VL-6B-hf to a Yi-VL checkpoint",
+        source="folder in the format of Yi-VL-6B-hf, or hub id",
+        target=written,
+    )
+    from_hf.add_argument(
+        "--like",
+        type=Path,
+        metavar="FOLDER",
+        help="Yi-VL checkpoint, Yi model or -hf folder that has the tokenizer.model and the small files that "
+        "transformers 5 and LLaMA-Factory do not write",
+    )
     add("to-sglang", "write the folder that SGLang's Yi-VL class reads", source=checkpoint, target=written)
-    gguf = add("to-gguf", "write two GGUF files for llama.cpp", source=checkpoint, target="folder for the two files")
+    gguf = add(
+        "to-gguf",
+        "write two GGUF files for llama.cpp",
+        source=checkpoint,
+        target="folder for the two files; neither may exist",
+    )
     gguf.add_argument(
         "--dtype",
         default="float16",
@@ -55,11 +72,19 @@ def parse_args() -> argparse.Namespace:
     )
     to_factory = add(
         "to-llamafactory",
-        "convert training data to a dataset of LLaMA-Factory",
+        "convert training data to a dataset of LLaMA-Factory, with the recipes NAME_full.yaml and NAME_lora.yaml",
         source="rows, .json or .jsonl",
-        target="dataset_dir of LLaMA-Factory",
+        target="dataset_dir of LLaMA-Factory; files in it other than the dataset are kept",
     )
     to_factory.add_argument("--name", help="of the dataset (default: that of the file)")
+    to_factory.add_argument(
+        "--model-path",
+        default="BUAADreamer/Yi-VL-6B-hf",
+        help="model of the recipes: folder in the format of Yi-VL-6B-hf, or hub id (default: %(default)s)",
+    )
+    to_factory.add_argument(
+        "--image-folder", type=Path, help="start of relative image paths in the recipes (default: the dataset_dir)"
+    )
     from_factory = add(
         "from-llamafactory",
         "convert a dataset of LLaMA-Factory to training data",
@@ -83,10 +108,14 @@ def main() -> None:
 
         for name, digest in bin_to_safetensors(arguments.source, arguments.target).items():
             print(f"{digest}  {name}")
-    elif arguments.command in ("to-hf", "from-hf"):
-        from yivl.export.hf import from_hf, to_hf
+    elif arguments.command == "to-hf":
+        from yivl.export.hf import to_hf
 
-        (to_hf if arguments.command == "to-hf" else from_hf)(arguments.source, arguments.target)
+        to_hf(arguments.source, arguments.target)
+    elif arguments.command == "from-hf":
+        from yivl.export.hf import from_hf
+
+        from_hf(arguments.source, arguments.target, like=arguments.like)
     elif arguments.command == "to-sglang":
         from yivl.export.sglang import to_sglang
 
@@ -96,14 +125,24 @@ def main() -> None:
 
         for path in export_gguf(arguments.source, arguments.target, dtype=arguments.dtype):
             print(path)
-    else:
-        from yivl.export.llamafactory import from_llamafactory, to_llamafactory
+    elif arguments.command == "to-llamafactory":
+        from yivl.export.llamafactory import to_llamafactory
+        from yivl.export.llamafactory_recipes import write_recipes
 
-        if arguments.command == "to-llamafactory":
-            number = to_llamafactory(arguments.source, arguments.target, name=arguments.name or arguments.source.stem)
-        else:
-            number = from_llamafactory(arguments.source, arguments.name, arguments.target)
-        print(f"{number} rows")
+        name = arguments.name or arguments.source.stem
+        print(f"{to_llamafactory(arguments.source, arguments.target, name=name)} rows")
+        for path in write_recipes(
+            arguments.target,
+            name=name,
+            model=arguments.model_path,
+            deepspeed=Path(__file__).with_name("zero3.json"),
+            image_folder=arguments.image_folder,
+        ):
+            print(path)
+    else:
+        from yivl.export.llamafactory import from_llamafactory
+
+        print(f"{from_llamafactory(arguments.source, arguments.name, arguments.target)} rows")
 
 
 if __name__ == "__main__":

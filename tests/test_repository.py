@@ -230,7 +230,7 @@ PROGRAMS = [
     ["-m", "yivl.tiny.recipe"],
     ["-m", "yivl.tiny.recipe", "clip"],
     *([f"scripts/benchmark_{what}.py"] for what in ("inference", "serving", "training")),
-    *(["scripts/convert.py", command] for command in ("to-gguf", "to-llamafactory")),
+    *(["scripts/convert.py", command] for command in ("from-hf", "to-gguf", "to-llamafactory")),
     *(["scripts/hub.py", command] for command in ("upload", "download", "card")),
 ]
 HEAVY = ("torch", "transformers", "fastapi", "gradio", "datasets")

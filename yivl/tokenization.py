@@ -1,7 +1,6 @@
 """Prompt text to token ids and back. The only module that knows how an image slot becomes ``-200``."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -33,6 +32,9 @@ class YiTokenizer(LlamaTokenizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sp_model = SentencePieceProcessor(model_file=self.vocab_file)
+        folder = Path(self.vocab_file).parent
+        self.files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        """Contents of the files it was loaded from, by name."""
 
     @cached_property
     def longest_piece(self) -> int:
@@ -40,17 +42,12 @@ class YiTokenizer(LlamaTokenizer):
         return max(len(self.sp_model.id_to_piece(index)) for index in range(self.sp_model.get_piece_size()))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> tuple[str, ...]:
-        """Copy the tokenizer files from where they were loaded; Yi-VL adds no tokens."""
+        """Write the files that were loaded; Yi-VL adds no tokens."""
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        source = Path(self.vocab_file).parent
-        names = [name for name in _FILES if (source / name).is_file()]
-        if "tokenizer.model" not in names:
-            raise CheckpointError(f"{source}/tokenizer.model: removed after loading; restore it")
-        if source.resolve() != target.resolve():
-            for name in names:
-                shutil.copyfile(source / name, target / name)
-        return tuple(str(target / name) for name in names)
+        for name, content in self.files.items():
+            (target / name).write_bytes(content)
+        return tuple(str(target / name) for name in self.files)
 
     def _decode(
         self,
@@ -149,11 +146,20 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
     path = Path(folder) / "tokenizer.model"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model; download the whole checkpoint")
+    read_sentencepiece(path)
+    return YiTokenizer.from_pretrained(os.fspath(folder), add_prefix_space=False)  # type: ignore[no-any-return]
+
+
+def read_sentencepiece(path: Path) -> SentencePieceProcessor:
+    """Return the SentencePiece model in a ``tokenizer.model``.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
     try:
-        SentencePieceProcessor(model_file=os.fspath(path))
+        return SentencePieceProcessor(model_file=os.fspath(path))
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: not a SentencePiece model, or a git-lfs pointer; download it again") from error
-    return YiTokenizer.from_pretrained(os.fspath(folder), add_prefix_space=False)  # type: ignore[no-any-return]
 
 
 def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool = True) -> list[int]:

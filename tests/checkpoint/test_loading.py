@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.golden import CHECKPOINT, GOLDEN
 from support.models import wide_checkpoint
 
-from yivl.checkpoint.format import read_config
+from yivl.checkpoint.folder import read_config
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.errors import CheckpointError, YiVLError

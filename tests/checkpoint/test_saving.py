@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from support.golden import CHECKPOINT
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig
 
-from yivl.checkpoint.format import read_config
+from yivl.checkpoint.folder import read_config
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.saving import checkpoint_dir, save_checkpoint
 from yivl.errors import CheckpointError

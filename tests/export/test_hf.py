@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.golden import CHECKPOINT
-from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from support.golden import CHECKPOINT, ROOT
+from support.hf import SINCE_4_52, WITHOUT_VISION_MODEL, export_as_llamafactory, load_llava, rename_weights
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from yivl.checkpoint.loading import load_model
 from yivl.command_line import EMBEDDED_MODEL
@@ -26,20 +26,6 @@ from yivl.tokenization import load_tokenizer
 IDS = 1024  # of the golden vocabulary
 
 
-class NormProjector(nn.Module):
-    """The projector that users of the ``-hf`` models put in the place of transformers' own."""
-
-    def __init__(self, config: LlavaConfig) -> None:
-        super().__init__()
-        vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.linear_1, self.linear_2 = nn.Linear(vision, text), nn.LayerNorm(text)
-        self.linear_3, self.linear_4 = nn.Linear(text, text), nn.LayerNorm(text)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.linear_2(self.linear_1(features))
-        return self.linear_4(self.linear_3(nn.functional.gelu(hidden)))
-
-
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "golden-hf"
@@ -49,21 +35,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llava(hf: Path) -> LlavaForConditionalGeneration:
-    """Transformers' own LLaVA with the weights of the folder; all but its projector fits, which is replaced."""
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        hf, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    prefix = "model.multi_modal_projector."
-    kinds = [f"{prefix}linear_{number}.{kind}" for number in (3, 4) for kind in ("bias", "weight")]
-    assert (sorted(info["unexpected_keys"]), info["missing_keys"]) == (kinds, set())
-    assert [key for key, *_ in info["mismatched_keys"]] == [f"{prefix}linear_2.weight"]
-    projector = NormProjector(model.config)
-    weights = load_file(hf / "model.safetensors")
-    projector.load_state_dict(
-        {key.split(".", 1)[1]: value for key, value in weights.items() if key.startswith("multi_modal_projector.")}
-    )
-    model.model.multi_modal_projector = projector
-    return model.eval()
+    return load_llava(hf)
 
 
 def read(path: Path) -> Any:
@@ -143,6 +115,27 @@ def test_the_processor_gives_prompt_and_pixels_of_a_chat(
     )
 
 
+def test_generation_in_transformers_ends_at_the_stop_string(tmp_path: Path) -> None:
+    to_hf(EMBEDDED_MODEL, tmp_path / "hf")
+    settings = read(tmp_path / "hf/generation_config.json")
+    stop = load_tokenizer(EMBEDDED_MODEL).convert_tokens_to_ids("###")
+    assert settings["eos_token_id"] == [2, stop]
+    assert "max_length" not in settings
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    content = [{"type": "image"}, {"type": "text", "text": "What is in this image?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    image = Image.open(ROOT / "images/cat.jpg").convert("RGB").resize((192, 192))
+    batch = processor(images=image, text=prompt, return_tensors="pt")
+    llava = load_llava(tmp_path / "hf")
+    tokens = llava.generate(**batch.to(dtype=llava.dtype), do_sample=False, max_new_tokens=64)
+    answer = tokens[0, batch["input_ids"].shape[1] :].tolist()
+    assert answer.count(stop) == 1
+    assert answer[-1] == stop
+    chat = Chat(load_model(EMBEDDED_MODEL, device="cpu"))
+    wanted = chat.ask("What is in this image?", image, temperature=0, max_new_tokens=64)
+    assert processor.decode(answer[:-1]).strip() == wanted
+
+
 def test_a_later_turn_of_the_template_is_that_of_a_chat(hf: Path) -> None:
     from yivl.conversation import Turn, render_chunks
 
@@ -211,21 +204,47 @@ def test_what_transformers_saves_comes_back_too(
 def test_later_spellings_of_names_are_read(hf: Path, tmp_path: Path, spelling: str) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(hf, folder)
-    weights = load_file(folder / "model.safetensors")
-    if spelling == "since 4.52":
-        names = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
-        names |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
-    else:
-        names = {"vision_tower.vision_model.": "vision_tower."}
-    renamed = {}
-    for key, value in weights.items():
-        old = next((old for old in names if key.startswith(old)), "")
-        renamed[names.get(old, "") + key.removeprefix(old)] = value
-    assert renamed.keys() != weights.keys()
-    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    rename_weights(folder, SINCE_4_52 if spelling == "since 4.52" else WITHOUT_VISION_MODEL)
     from_hf(folder, tmp_path / "back")
     wanted, found = (load_model(path, device="cpu").model.state_dict() for path in (CHECKPOINT, tmp_path / "back"))
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("like", ["published", "hf"])
+@pytest.mark.parametrize("spelling", ["on disk", "since 4.52"])
+def test_an_export_of_llamafactory_comes_back_with_the_files_of_another_folder(
+    hf: Path, tmp_path: Path, like: str, spelling: str
+) -> None:
+    folder = export_as_llamafactory(hf, tmp_path / "export")
+    files = ["Modelfile", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+    files += ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    if spelling == "since 4.52":
+        rename_weights(folder, SINCE_4_52)
+    from_hf(folder, tmp_path / "back", like=CHECKPOINT if like == "published" else hf)
+    before, after = load_model(CHECKPOINT, device="cpu"), load_model(tmp_path / "back", device="cpu")
+    wanted, found = before.model.state_dict(), after.model.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(value, found[key]) for key, value in wanted.items())
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+        versions = {"transformers_version": ""}
+        assert read(tmp_path / "back" / name) | versions == read(CHECKPOINT / name) | versions
+    assert (tmp_path / "back/tokenizer.model").read_bytes() == (CHECKPOINT / "tokenizer.model").read_bytes()
+    assert after.image_processor.clip_processor.size == before.image_processor.clip_processor.size
+
+
+@pytest.mark.parametrize(
+    ("like", "said"),
+    [
+        ("nowhere", "nowhere: no such folder; --like takes a local folder"),
+        (Path(EMBEDDED_MODEL), "tokenizer.model: not the tokenizer of .*hf; take that of the Yi model"),
+        (ROOT / "images", r"images: no tokenizer.model .* or give another --like$"),
+    ],
+)
+def test_a_folder_that_is_not_like_it_is_refused(hf: Path, like: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        from_hf(hf, tmp_path / "back", like=like)
+    assert not (tmp_path / "back").exists()
 
 
 def broken(hf: Path, folder: Path, what: str) -> Path:
@@ -248,7 +267,7 @@ def broken(hf: Path, folder: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("no tokenizer.model", "no tokenizer.model; copy that of the Yi model there"),
+        ("no tokenizer.model", r"no tokenizer.model .*; copy that of the Yi-VL checkpoint there, or .* --like$"),
         ("a published folder", "config.json: not the -hf format of a Yi-VL model .*text_config"),
         ("a missing tensor", r"the weights do not fit config.json: missing model.mm_projector.4.bias$"),
         ("another shape", r"model.mm_projector.3.weight is \[2, 2\], expected \[64, 64\]"),

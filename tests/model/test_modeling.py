@@ -9,7 +9,7 @@ import torch
 from support.golden import CHECKPOINT, GOLDEN
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from yivl.checkpoint.format import read_config
+from yivl.checkpoint.folder import read_config
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.constants import IGNORE_INDEX
 from yivl.image_processing import load_image

@@ -6,7 +6,7 @@ import torch
 from support.golden import CHECKPOINT, GOLDEN
 from transformers import CLIPVisionConfig
 
-from yivl.checkpoint.format import read_config
+from yivl.checkpoint.folder import read_config
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from support.golden import CHECKPOINT
 from support.training import ROOT, conversation, write_rows
@@ -34,6 +35,17 @@ def test_to_hf_and_from_hf(run, loaded: LoadedModel, tmp_path: Path) -> None:
     assert all(torch.equal(again[key], value) for key, value in loaded.model.state_dict().items())
 
 
+def test_from_hf_like_another_folder(run, loaded: LoadedModel, tmp_path: Path) -> None:
+    run("convert.py", "to-hf", CHECKPOINT, tmp_path / "hf")
+    for name in ("tokenizer.model", "published.json"):
+        (tmp_path / "hf" / name).unlink()
+    run("convert.py", "from-hf", tmp_path / "hf", tmp_path / "back", "--like", CHECKPOINT)
+    files = load_model(tmp_path / "back", device="cpu").tokenizer.files
+    assert {name: content.strip() for name, content in files.items()} == {
+        name: content.strip() for name, content in loaded.tokenizer.files.items()
+    }
+
+
 def test_to_sglang(run, tmp_path: Path) -> None:
     run("convert.py", "to-sglang", CHECKPOINT, tmp_path / "sglang")
     config = json.loads((tmp_path / "sglang/config.json").read_text(encoding="utf-8"))
@@ -51,7 +63,10 @@ def test_to_gguf(run, tmp_path: Path) -> None:
 def test_to_llamafactory_and_back(run, tmp_path: Path) -> None:
     rows = [conversation("cat.jpg", "What is it?", "A cat."), conversation(None, "And now?", "A dog.")]
     write_rows(tmp_path / "rows.json", rows)
-    assert run("convert.py", "to-llamafactory", tmp_path / "rows.json", tmp_path / "data") == "2 rows\n"
+    printed = run("convert.py", "to-llamafactory", tmp_path / "rows.json", tmp_path / "data")
+    recipes = [tmp_path / f"data/rows_{kind}.yaml" for kind in ("full", "lora")]
+    assert printed == "".join(f"{line}\n" for line in ("2 rows", *recipes))
+    assert yaml.safe_load(recipes[0].read_text())["model_name_or_path"] == "BUAADreamer/Yi-VL-6B-hf"
     info = tmp_path / "data/dataset_info.json"
     assert [*json.loads(info.read_text(encoding="utf-8"))] == ["rows"]
     assert run("convert.py", "from-llamafactory", info, "rows", tmp_path / "again.json") == "2 rows\n"

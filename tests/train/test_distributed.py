@@ -27,7 +27,7 @@ WORKER = """
 import sys
 import deepspeed, torch
 from transformers import TrainingArguments
-from yivl.checkpoint.format import read_config
+from yivl.checkpoint.folder import read_config
 from yivl.model.modeling import YiVLForCausalLM
 
 adam = {"type": "Adam", "params": {"lr": 1e-4, "torch_adam": True}}

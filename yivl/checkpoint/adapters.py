@@ -77,6 +77,11 @@ def load_adapter(model: YiVLForCausalLM, folder: Path, *, merge: bool = False) -
         CheckpointError: If the folder holds no adapter, or the adapter of another model.
     """
     weights = read_weights(find_weights(folder, ADAPTER_WEIGHTS))
+    if any("language_model." in key for key in weights):
+        raise CheckpointError(
+            f"{folder}: an adapter of transformers' LLaVA; merge it into its -hf model with the program that trained "
+            "it (llamafactory-cli export) and give the merged folder"
+        )
     try:
         config = PeftConfig.from_pretrained(os.fspath(folder))
         if not any("vision_tower" in key for key in weights):

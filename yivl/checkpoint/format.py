@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig
 
 from yivl.errors import CheckpointError
-from yivl.model.configuration import YiVLConfig
 
 StateDict = dict[str, torch.Tensor]
 
@@ -108,24 +105,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return fields
-
-
-def read_config(folder: str | os.PathLike[str]) -> YiVLConfig:
-    """Return the configuration of a checkpoint: its ``config.json`` and that of the ViT it names.
-
-    Raises:
-        CheckpointError: If a file is missing, is not valid JSON or describes another kind of model.
-    """
-    fields = read_json(Path(folder) / "config.json")
-    if not isinstance(fields.get("mm_vision_tower"), str):
-        raise CheckpointError(f"{folder}/config.json: no mm_vision_tower; this is not a Yi-VL checkpoint")
-    vision = read_json(Path(folder) / fields["mm_vision_tower"] / "config.json")
-    for name in ("model_type", "text_config", "vision_config"):  # the last two are for SGLang
-        fields.pop(name, None)
-    try:
-        return YiVLConfig(**fields, vision_config=CLIPVisionConfig(**vision))
-    except (StrictDataclassError, CheckpointError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
 
 
 def read_image_settings(adapter: Path) -> dict[str, Any]:
@@ -228,6 +207,18 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHTS)}, or shards with their index")
 
 
+def read_main_shapes(folder: str | os.PathLike[str]) -> StateDict:
+    """Return the tensors of the main weight files of a checkpoint on the meta device, without computed buffers.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    shapes: StateDict = {}
+    for path in weight_files(folder):
+        shapes |= read_shapes(path)
+    return _without_buffers(shapes)
+
+
 def read_main_weights(folder: str | os.PathLike[str]) -> StateDict:
     """Return the tensors of the main weight files of a checkpoint, without computed buffers.
 
@@ -237,9 +228,13 @@ def read_main_weights(folder: str | os.PathLike[str]) -> StateDict:
     weights: StateDict = {}
     for path in weight_files(folder):
         weights |= read_weights(path)
-    return {key: value for key, value in weights.items() if not key.endswith(_BUFFERS)}
+    return _without_buffers(weights)
 
 
 def without_tower(weights: Mapping[str, torch.Tensor]) -> StateDict:
-    """Return the weights of a main file without its copy of the ViT and without computed buffers."""
-    return {key: value for key, value in weights.items() if not key.startswith(TOWER) and not key.endswith(_BUFFERS)}
+    """Return the weights of the main files without their copy of the ViT."""
+    return {key: value for key, value in weights.items() if not key.startswith(TOWER)}
+
+
+def _without_buffers(weights: Mapping[str, torch.Tensor]) -> StateDict:
+    return {key: value for key, value in weights.items() if not key.endswith(_BUFFERS)}

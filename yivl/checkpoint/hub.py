@@ -35,6 +35,7 @@ from yivl.checkpoint.format import (
     read_json,
     weight_files,
 )
+from yivl.checkpoint.hf_format import is_hf
 from yivl.checkpoint.loading import read_small_files
 from yivl.errors import CheckpointError
 
@@ -83,6 +84,8 @@ def upload(
         CheckpointError: If the folder names a local path; if the repository holds another kind of model, or is public
             although ``private`` is set; if the hub refuses or cannot be reached.
     """
+    if not (folder / ADAPTER_CONFIG).is_file() and is_hf(folder):
+        raise CheckpointError(f"{folder}: in the -hf format; upload it with `hf upload`, or use convert.py from-hf")
     changed = _without_paths(folder, known_base(folder, base_model))
     if get_token() is None:
         raise CheckpointError("no token for the hub: log in with `hf auth login`, or set HF_TOKEN")
@@ -165,6 +168,9 @@ def check_whole(folder: Path) -> None:
             check_weight_file(path)
         return
     config, _, _ = read_small_files(folder)
+    if is_hf(folder):
+        weight_files(folder)
+        return
     vit = folder / config.mm_vision_tower
     if not vit.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{folder}/config.json: mm_vision_tower={config.mm_vision_tower!r} is not in the folder")

@@ -13,24 +13,24 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import is_flash_attn_2_available
 
 from yivl.checkpoint.download import resolve_checkpoint
+from yivl.checkpoint.folder import read_config, read_processors, read_vit_weights
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     PROJECTOR,
     StateDict,
     check_keys,
-    read_config,
     read_image_settings,
     read_json,
-    read_shapes,
-    weight_files,
+    read_main_shapes,
     without_tower,
 )
-from yivl.checkpoint.vit import copy_vit_weights, read_clip_weights
+from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_weights
+from yivl.checkpoint.vit import copy_vit_weights
 from yivl.errors import CheckpointError, YiVLError
-from yivl.image_processing import ImageProcessor, load_clip_processor
+from yivl.image_processing import ImageProcessor
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.tokenization import YiTokenizer, load_tokenizer
+from yivl.tokenization import YiTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,8 @@ def read_small_files(folder: Path, **image_settings: Any) -> tuple[YiVLConfig, Y
     Raises:
         CheckpointError: If a file is missing or damaged, or a setting is not possible.
     """
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    clip_processor = load_clip_processor(folder / config.mm_vision_tower)
+    config = read_config(folder)
+    tokenizer, clip_processor = read_processors(folder, config)
     return config, tokenizer, set_images(config, clip_processor, **image_settings)
 
 
@@ -214,17 +214,21 @@ def load_pretrained(
     """
     config = read_config(folder) if config is None else config
     expected = without_tower(empty_model(config).state_dict())
-    found: StateDict = {}
-    for path in weight_files(folder):
-        found |= without_tower(read_shapes(path))
+    weights = read_hf_weights(folder, config) if is_hf(folder) else None
+    found = without_tower(read_main_shapes(folder) if weights is None else weights)
     if fresh_projector:
         expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
     check_keys(folder, expected, found)
-    vit = read_clip_weights(Path(folder) / config.mm_vision_tower) if vit_weights is None else vit_weights
+    vit = read_vit_weights(folder, config) if vit_weights is None else vit_weights
+    if weights is not None:  # memory-mapped, with other names than in the files
+        config.dtype = weights["lm_head.weight"].dtype
+        kwargs = {"state_dict": weights, "generation_config": read_hf_generation_config(folder, config)} | kwargs
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
     # The copy of the ViT in the main files may be of any shape: it is replaced.
-    model = load(os.fspath(folder), config=config, ignore_mismatched_sizes=True, **kwargs)
+    source = os.fspath(folder) if weights is None else None
+    model = load(source, config=config, ignore_mismatched_sizes=True, **kwargs)
+    model.name_or_path = os.fspath(folder)
     # The published 4,096 is the context length, which generate() takes from config.json.
     model.generation_config.max_length = None
     num_different = copy_vit_weights(model.get_vision_tower().vit, vit, source=str(folder))

@@ -23,16 +23,9 @@ from gguf import (
 
 from yivl.checkpoint.atomic import atomic_file
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.format import (
-    PROJECTOR,
-    VIT,
-    check_keys,
-    read_weights,
-    weight_files,
-    without_tower,
-)
+from yivl.checkpoint.folder import read_all_weights
+from yivl.checkpoint.format import PROJECTOR, VIT, StateDict, check_keys
 from yivl.checkpoint.loading import empty_model, read_small_files
-from yivl.checkpoint.vit import read_clip_weights
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError, YiVLError
 from yivl.export.llava import chat_template
@@ -77,17 +70,17 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
     source = resolve_checkpoint(checkpoint)
     config, tokenizer, image_processor = read_small_files(source)
     _check_supported(source, config)
-    found = {key: value.to("meta") for key, value in _weights(source, config)}
-    check_keys(source, empty_model(config).state_dict(), found)
+    weights = read_all_weights(source, config)
+    check_keys(source, empty_model(config).state_dict(), weights)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
         with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
             _add_language_fields(writer, config)
             _add_vocabulary(writer, config, tokenizer)
-            _write_tensors(writer, source, config, _language_tensors(config), dtype)
+            _write_tensors(writer, weights, _language_tensors(config), dtype)
         with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
             _add_vision_fields(writer, config, image_processor)
-            _write_tensors(writer, source, config, _vision_tensors(config), dtype)
+            _write_tensors(writer, weights, _vision_tensors(config), dtype)
     return targets
 
 
@@ -110,14 +103,6 @@ def _check_supported(source: Path, config: YiVLConfig) -> None:
         if value not in known:
             expected = " or ".join(map(repr, known))
             raise CheckpointError(f"{source}: {name}={value!r} cannot be exported; expected {expected}")
-
-
-def _weights(source: Path, config: YiVLConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield keys and tensors of the main files, without their copy of the ViT, and of ``vit/``, file by file."""
-    for path in weight_files(source):
-        yield from without_tower(read_weights(path)).items()
-    for key, value in read_clip_weights(source / config.mm_vision_tower).items():
-        yield f"{VIT}{key}", value
 
 
 @contextmanager
@@ -243,11 +228,11 @@ def _vision_tensors(config: YiVLConfig) -> Convert:
     return convert
 
 
-def _write_tensors(writer: GGUFWriter, source: Path, config: YiVLConfig, convert: Convert, dtype: Dtype) -> None:
+def _write_tensors(writer: GGUFWriter, weights: StateDict, convert: Convert, dtype: Dtype) -> None:
     """Write the file: fields, then the headers of all tensors, then the tensors one by one."""
 
     def tensors(*, shapes_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        for key, value in _weights(source, config):
+        for key, value in weights.items():
             if converted := convert(key, value.to("meta") if shapes_only else value):
                 yield converted
 

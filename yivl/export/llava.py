@@ -1,48 +1,31 @@
 """What the LLaVA classes of transformers and SGLang read: configurations, tokenizer, processor, chat template."""
 
+import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Final
+from typing import Any
 
 from transformers import LlamaTokenizer
 
 from yivl.checkpoint.atomic import write_json, write_text
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.format import (
-    TOKENIZER_FILES,
-    VIT,
-    StateDict,
-    check_keys,
-    read_json,
-    read_main_weights,
-)
+from yivl.checkpoint.folder import read_all_weights
+from yivl.checkpoint.format import TOKENIZER_FILES, StateDict, check_keys
+from yivl.checkpoint.hf_format import STRATEGIES, TEXT_FIELDS, read_published
 from yivl.checkpoint.loading import empty_model, read_small_files
-from yivl.checkpoint.vit import read_clip_weights
 from yivl.constants import ASSISTANT, HUMAN, STOP_STRING, SYSTEM_PROMPT
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
 from yivl.model.configuration import YiVLConfig
 from yivl.tokenization import YiTokenizer
 
-STRATEGIES: Final = {"patch": "default", "cls_patch": "full"}
-"""``mm_vision_select_feature`` and ``vision_feature_select_strategy`` of transformers' LLaVA."""
-
-TEXT_FIELDS: Final = (
-    *("attention_bias", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range"),
-    *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
-    *("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
-)
-"""Of the language model, without vocabulary size and RoPE."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything a Yi-VL checkpoint holds."""
 
-    folder: Path
     config: YiVLConfig
     tokenizer: YiTokenizer
     image_processor: ImageProcessor
@@ -68,12 +51,10 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: mm_projector_type={config.mm_projector_type!r}; other programs read only 'mlp2x_gelu_Norm'"
         )
-    vit = read_clip_weights(folder / config.mm_vision_tower)
-    weights = read_main_weights(folder) | {f"{VIT}{key}": value for key, value in vit.items()}
+    weights = read_all_weights(folder, config)
     check_keys(folder, empty_model(config).state_dict(), weights)
-    names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-    small_files = {name: read_json(folder / name) for name in names if (folder / name).is_file()}
-    return Checkpoint(folder, config, tokenizer, image_processor, weights, small_files)
+    own = {name: json.loads(text) for name, text in tokenizer.files.items() if name in TOKENIZER_FILES}
+    return Checkpoint(config, tokenizer, image_processor, weights, own | read_published(folder))
 
 
 def text_config(config: YiVLConfig) -> dict[str, Any]:
@@ -120,7 +101,7 @@ def write_tokenizer(source: Checkpoint, target: Path, added: dict[str, int], spe
         added: Tokens and their ids after the vocabulary; the first is the image token.
         special: Roles of added tokens, such as ``pad_token``.
     """
-    shutil.copyfile(source.folder / "tokenizer.model", target / "tokenizer.model")
+    source.tokenizer.save_pretrained(target)
     config, known_special, known = (source.small_files.get(name, {}) for name in TOKENIZER_FILES)
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     decoder = config.get("added_tokens_decoder", {}) | {

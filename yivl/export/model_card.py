@@ -7,7 +7,8 @@ from typing import Any, Final
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from yivl.checkpoint import hub
-from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, LOG, RECORD, read_config, read_json
+from yivl.checkpoint.folder import read_config
+from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, LOG, RECORD, read_json
 from yivl.checkpoint.hub import CARD, MARKER, known_base, last_part
 from yivl.errors import CheckpointError
 from yivl.train.run_log import read_log

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.format import read_json
+from yivl.checkpoint.folder import read_vit_weights
+from yivl.checkpoint.format import StateDict, read_json
+from yivl.checkpoint.hf_format import is_hf
 from yivl.checkpoint.loading import check_support, empty_model, read_small_files, set_images
-from yivl.checkpoint.vit import read_clip_weights
 from yivl.checkpoint.vit_source import ViTSource, resolve_vit
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
@@ -52,7 +53,7 @@ def read_start(arguments: ModelArguments) -> Start:
         YiVLError: If flags do not fit the checkpoint, or an adapter could not be used after training.
     """
     folder = resolve_checkpoint(os.path.expanduser(arguments.model_name_or_path))
-    is_language_model = "mm_vision_tower" not in read_json(folder / "config.json")
+    is_language_model = not is_hf(folder) and "mm_vision_tower" not in read_json(folder / "config.json")
     vit = None if arguments.vision_tower is None else resolve_vit(arguments.vision_tower)
     if not is_language_model:
         for name in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
@@ -67,7 +68,7 @@ def read_start(arguments: ModelArguments) -> Start:
                 "initialize from a language model instead"
             )
         if vit is not None and arguments.lora_enable and not arguments.unfreeze_mm_vision_tower:
-            _check_same_vit(vit, folder / config.mm_vision_tower)
+            _check_same_vit(vit, read_vit_weights(folder, config))
     elif vit is None:
         raise CheckpointError(f"{folder}: a language model without a ViT; give one with --vision_tower")
     elif arguments.lora_enable:
@@ -114,10 +115,10 @@ def empty_start(start: Start) -> YiVLForCausalLM:
     return model
 
 
-def _check_same_vit(vit: ViTSource, own: Path) -> None:
+def _check_same_vit(vit: ViTSource, own: StateDict) -> None:
     """Refuse a frozen ViT other than the base model's under LoRA: an adapter folder does not hold it."""
-    one, other = vit.read_weights(), read_clip_weights(own)
-    if one.keys() != other.keys() or any(not torch.equal(value, other[key]) for key, value in one.items()):
+    other = vit.read_weights()
+    if own.keys() != other.keys() or any(not torch.equal(value, other[key]) for key, value in own.items()):
         raise YiVLError(
             f"--vision_tower {vit.path}: not the ViT of the base model, and an adapter does not store a frozen ViT; "
             "add --unfreeze_mm_vision_tower True, or drop --vision_tower"

@@ -6,8 +6,7 @@ from typing import Any
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.format import read_config
-from yivl.image_processing import load_clip_processor
+from yivl.checkpoint.folder import read_config, read_processors
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.vision_tower import VisionTower
@@ -48,5 +47,5 @@ class LlavaLlamaForCausalLM(YiVLForCausalLM):
         """Load a checkpoint folder or hub id; the arguments are those of transformers."""
         checkpoint = resolve_checkpoint(folder)
         model = super().from_pretrained(checkpoint, **kwargs)
-        model.get_vision_tower().image_processor = load_clip_processor(checkpoint / model.config.mm_vision_tower)
+        _, model.get_vision_tower().image_processor = read_processors(checkpoint, model.config)
         return model
