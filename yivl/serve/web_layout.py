@@ -18,6 +18,13 @@ _CSS: Final = """
 #header {align-items: center; justify-content: space-between}
 #header > * {flex-grow: 0; min-width: fit-content !important}
 #status {min-height: 1.6em; opacity: .75; font-size: .9em}
+#conversation .placeholder-content {padding: 0 1em}
+@media (max-width: 700px) {
+    #header {gap: .5em}
+    #header > :nth-child(2) {order: 1; flex-basis: 100%}
+    #image {height: 240px !important}
+    #conversation {height: min(440px, 45vh) !important}
+}
 """
 _DOWNLOAD: Final = """(text, name) => {
     const link = document.createElement("a");
@@ -25,6 +32,10 @@ _DOWNLOAD: Final = """(text, name) => {
     link.download = name;
     link.click();
     URL.revokeObjectURL(link.href);
+}"""
+_LANGUAGE: Final = """() => {
+    const wanted = new URLSearchParams(location.search).get("lang") || navigator.language;
+    return wanted.toLowerCase().startsWith("zh") ? "中文" : "English";
 }"""
 _CLOSE: Final = '() => ({__type__: "update", open: false})'
 _SYSTEM_FONTS: Final = ("system-ui", "sans-serif")  # the theme's own would be fetched from another host
@@ -108,6 +119,7 @@ class _Layout:
         quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         raw = {**quick, "preprocess": False}  # uploads are opened by us, with error messages of our own
         blocks.load(None, None, self.parameters, js=_CLOSE)
+        blocks.load(None, None, self.language, js=_LANGUAGE)  # if this changes it, the server sends the texts
         blocks.unload(page.leave)
         self.language.change(self._translate, self.language, list(self.translated), **quick)
         self.image.change(page.show_image, self.image, [self.image, self.chatbot, self.status], **raw)
