@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
+from gradio.events import api
 
 from yivl.errors import YiVLError
 from yivl.serve.limits import Limits
@@ -78,7 +79,9 @@ class _Layout:
         self.parameters = self._add(gr.Accordion, {"label": "parameters"}, open=True)
         with self.parameters:
             self.settings = [
-                self._add(gr.Slider, {"label": "temperature", "info": "temperature_hint"}, 0, 2, TEMPERATURE, step=0.05),
+                self._add(
+                    gr.Slider, {"label": "temperature", "info": "temperature_hint"}, 0, 2, TEMPERATURE, step=0.05
+                ),
                 self._add(gr.Slider, {"label": "top_p"}, 0.05, 1, TOP_P, step=0.05),
                 self._add(gr.Slider, {"label": "max_tokens"}, 1, most, min(MAX_TOKENS, most), step=1),
                 # -1: gradio 6 sends 0 for a number without a value.
@@ -128,7 +131,7 @@ class _Layout:
         shown = [self.chatbot, self.language]
         self.undo.click(page.undo, shown, [self.question, self.chatbot, self.status], **quick)
         self._connect_questions(quick, raw)
-        gr.api(page.ask, api_name="ask", concurrency_limit=page.limits.max_batch, concurrency_id="answers")
+        api(page.ask, api_name="ask", concurrency_limit=page.limits.max_batch, concurrency_id="answers")
         exported, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
         for form, button in self.exports.items():
             button.click(page.export, [gr.State(form), *self.settings], [exported, file_name], **quick).then(
