@@ -10,6 +10,7 @@ import pty
 import re
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -412,6 +413,7 @@ class PseudoTerminal:
 
     def __init__(self, *command: str) -> None:
         self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))  # no line of a test is wrapped
         environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen(
             [sys.executable, *command],
@@ -490,7 +492,7 @@ def test_cli_in_a_terminal_completes_paths_and_takes_blocks(tmp_path: Path) -> N
     try:
         terminal.wait_for("Human:")
         terminal.type(f"/image {tmp_path}/a\t")
-        terminal.wait_for("a folder/")
+        terminal.wait_for(" folder/")
         terminal.type("\t")
         terminal.wait_for("photo.jpg")
         terminal.type("\r")
