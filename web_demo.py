@@ -22,7 +22,10 @@ EXAMPLES = (
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the flags; those of the reference keep their names and defaults."""
+    """Return the flags; those of the reference keep their names and, but for --inbrowser, their defaults.
+
+    The model path is that of all programs here (docs/fidelity.md).
+    """
     parser = command_line.make_parser(__doc__)
     group = parser.add_argument_group("page")
     group.add_argument("--server-name", default="127.0.0.1", help="address to listen on (default: %(default)s)")

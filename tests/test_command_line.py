@@ -499,7 +499,7 @@ def test_cli_in_a_terminal_completes_paths_and_takes_blocks(tmp_path: Path) -> N
         terminal.wait_for("goes with the next question")
         terminal.wait_for("Human:")
         terminal.type('"""first\r')
-        terminal.wait_for("... ")
+        terminal.wait_for("...")
         terminal.type('second"""\r')
         terminal.wait_for("Assistant: ")
         terminal.wait_for("Human:")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -618,6 +619,14 @@ def test_a_question_whose_conversation_was_closed_is_not_answered(scheduler: Sch
     page.send("hello", None, [], "English", SimpleNamespace(session_hash="another"))
     with pytest.warns(UserWarning, match="closed to make room"):
         assert list(page.answer(pending, 0, 1.0, 5, None, "English", visitor)) == [([], page.status())]
+
+
+@pytest.mark.parametrize("flags", [(), ("--inbrowser",)])
+def test_a_browser_is_opened_only_where_asked_for(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", *flags])
+    arguments = runpy.run_path(str(ROOT / "web_demo.py"))["parse_args"]()
+    assert arguments.inbrowser == bool(flags)
+    assert (arguments.server_name, arguments.server_port, arguments.share) == ("127.0.0.1", 8111, False)
 
 
 def test_both_languages_have_every_text() -> None:

@@ -1,7 +1,6 @@
 """The endpoint of the page, through gradio's own client over real HTTP."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
