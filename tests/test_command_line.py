@@ -10,6 +10,7 @@ import pty
 import re
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -350,6 +351,11 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
         QUESTION,
         "a question \\",
         "in two lines",
+        '"""/a block \\',
+        "",
+        '  of lines"""',
+        '"""',
+        '"""',
         "/retry",
         f"/save {saved}",
         "/params temperature=1.5 top_k=3 seed=7",
@@ -367,6 +373,7 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
         f"/save {tmp_path}/no/folder.json",
         "/clear",
         "/help",
+        '"""without an end',
     ]
     result = run("cli.py", *MODEL, *ANSWER, stdin="\n".join(lines))
     assert result.returncode == 0, result.stderr
@@ -374,13 +381,14 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
     sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
     chat.ask(QUESTION, PHOTO, **sampling)
     chat.ask("a question \nin two lines", **sampling)
+    chat.ask("/a block \\\n\n  of lines", **sampling)
     conversation = json.loads(saved.read_text())
     assert [turn["answer"] for turn in conversation["turns"]] == [turn.answer for turn in chat.turns]
     assert conversation["turns"][0]["num_images"] == 1
     assert conversation["sampling"]["temperature"] == 0
     for expected_line in (
         f"{PHOTO} (320x213 pixels) goes with the next question",
-        f"saved 2 turns to {saved}",
+        f"saved 3 turns to {saved}",
         "temperature=1.5 top_p=0.8 top_k=3 num_beams=1 repetition_penalty=1.0 max_new_tokens=12 seed=7\n",
         "max_new_tokens=12 seed=None\n",
         "a new conversation, without images",
@@ -395,7 +403,7 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
         "error: /save needs a file name",
         "no/folder.json: cannot be written",
         HELP,
-        "exit...",
+        'error: the question has no closing """\nexit...\n',
     ):
         assert expected_line in result.stdout
 
@@ -405,6 +413,7 @@ class PseudoTerminal:
 
     def __init__(self, *command: str) -> None:
         self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))  # no line of a test is wrapped
         environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen(
             [sys.executable, *command],
@@ -465,7 +474,39 @@ def test_cli_in_a_terminal_stops_an_answer_with_ctrl_c_and_leaves_with_ctrl_d(tm
         terminal.type("\x1b[A")  # arrow up: the history
         terminal.wait_for("/params max_new_tokens=5")
         terminal.type("\r")
+        terminal.wait_for("max_new_tokens=5 seed=None")  # Enter draws the line again, "Human:" included
         terminal.wait_for("Human:")
+        terminal.type("\x04")
+        terminal.wait_for("exit...")
+        assert terminal.process.wait() == 0
+    finally:
+        if terminal.process.poll() is None:
+            terminal.process.send_signal(signal.SIGKILL)
+
+
+def test_cli_in_a_terminal_completes_paths_and_takes_blocks(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(PHOTO.read_bytes())
+    terminal = PseudoTerminal("cli.py", *MODEL, *ANSWER)
+    try:
+        terminal.wait_for("Human:")
+        terminal.type(f"/image {tmp_path}/a\t")
+        terminal.wait_for(" folder/")
+        terminal.type("\t")
+        terminal.wait_for("photo.jpg")
+        terminal.type("\r")
+        terminal.wait_for("goes with the next question")
+        terminal.wait_for("Human:")
+        terminal.type('"""first\r')
+        terminal.wait_for("...")
+        terminal.type('second"""\r')
+        terminal.wait_for("Assistant: ")
+        terminal.wait_for("Human:")
+        terminal.type(f"/save {folder}/chat.json\r")
+        terminal.wait_for("saved 1 turns")
+        (turn,) = json.loads((folder / "chat.json").read_text())["turns"]
+        assert (turn["question"], turn["num_images"]) == ("first\nsecond", 1)
         terminal.type("\x04")
         terminal.wait_for("exit...")
         assert terminal.process.wait() == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import dataclasses
 import io
 import json
 import logging
@@ -173,7 +174,7 @@ def test_several_answers_seeds_and_stops(api: Server, loaded: LoadedModel) -> No
     assert [choice["index"] for choice in first["choices"]] == [0, 1, 2]
     assert len(set(answers)) == 3
     expected = [
-        Chat(loaded).ask("hello", temperature=1.5, max_new_tokens=10, seed=7 + index, top_k=0) for index in range(3)
+        Chat(loaded).ask("hello", temperature=1.5, max_new_tokens=10, seed=7 + index, top_k=40) for index in range(3)
     ]
     assert answers == expected
     assert first["usage"]["completion_tokens"] == 30
@@ -190,6 +191,38 @@ def test_several_answers_seeds_and_stops(api: Server, loaded: LoadedModel) -> No
     assert stopped["finish_reason"] == "stop"
 
 
+def test_the_sampling_defaults_are_those_of_the_reference(api: Server, loaded: LoadedModel) -> None:
+    body = {"model": "checkpoint", "messages": [user("hello")], "max_tokens": 20, "seed": 3}
+    sampling: dict[str, Any] = {"top_p": 1.0, "max_new_tokens": 20, "seed": 3}
+    for change, temperature, top_k in (({}, 0.9, 40), ({"top_k": 0}, 0.9, 0), ({"temperature": 2}, 2, 40)):
+        answer = api.post(body | change).json()["choices"][0]["message"]["content"]
+        assert answer == Chat(loaded).ask("hello", temperature=temperature, top_k=top_k, **sampling)
+
+
+def test_all_text_parts_of_a_message_are_asked(api: Server) -> None:
+    parts = [{"type": "text", "text": text} for text in ("hello", "And now?")]
+    body = {"model": "checkpoint", **GREEDY}
+    split = api.post(body | {"messages": [{"role": "user", "content": parts}]})
+    assert split.json()["choices"] == api.post(body | {"messages": [user("hello\nAnd now?")]}).json()["choices"]
+
+
+def test_a_model_is_retrieved_by_its_id(api: Server, api_model: LoadedModel) -> None:
+    """Also through OpenAI's client, and an id with slashes, as a hub id has them."""
+    assert api.client.models.retrieve("checkpoint") == api.client.models.list().data[0]
+    for unknown in ("gpt-9", "checkpoint/", "a/checkpoint"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            api.client.models.retrieve(unknown)
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with serving(dataclasses.replace(api_model, name="01-ai/Yi-VL-6B")) as server:
+        url, headers = f"{server.url}/v1/models", {"Authorization": f"Bearer {server.key}"}
+        assert server.client.models.retrieve("01-ai/Yi-VL-6B").id == "01-ai/Yi-VL-6B"
+        for path in ("01-ai/Yi-VL-6B", "01-ai%2FYi-VL-6B"):
+            assert httpx.get(f"{url}/{path}", headers=headers).json()["id"] == "01-ai/Yi-VL-6B"
+        missing = httpx.get(f"{url}/01-ai/Yi-VL-34B", headers=headers)
+        assert missing.status_code == 404
+        assert missing.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_the_model_list_health_and_metrics(api: Server) -> None:
     assert [model.id for model in api.client.models.list()] == ["checkpoint"]
     assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
@@ -202,7 +235,9 @@ def test_the_model_list_health_and_metrics(api: Server) -> None:
         assert name in metrics(api)
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nothing", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/checkpoint", "/metrics", "/openapi.json", "/nothing", "/v1/chat/completions"]
+)
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer secre", "Bearer secret2", "secret", "bearer \xff"])
 def test_everything_but_health_needs_the_key(api: Server, path: str, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
@@ -512,6 +547,8 @@ def test_responses_match_the_openapi_description(api: Server, mode: schemathesis
     # With these values most requests pass the first checks, and their answers are short.
     body = raw["components"]["schemas"]["ChatRequest"]
     body["properties"]["model"] = {"const": "checkpoint"}
+    body["properties"]["messages"]["maxItems"] = 1
+    body["properties"]["n"]["maximum"] = 2
     for name in ("max_tokens", "max_completion_tokens"):
         body["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 3}
         body["required"].append(name)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,12 +29,20 @@ from yivl.serve import web
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Scheduler
 from yivl.serve.sessions import Sessions
-from yivl.serve.web_texts import TEXTS
+from yivl.serve.web_texts import TEXTS, Language
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ROOT / "out/screenshots"))
+
+UNREACHABLE = """() => [...document.querySelectorAll("button, input, textarea, h1, p, label, td")].filter((one) => {
+    const {left, right, width} = one.getBoundingClientRect();
+    const isCut = one.matches("button[id]") && one.scrollWidth > one.clientWidth;
+    const isSmall = one.innerText?.trim() && parseFloat(getComputedStyle(one).fontSize) < 12;
+    return one.checkVisibility() && width > 1 && (left < 0 || right > innerWidth || isCut || isSmall);
+}).map((one) => one.outerHTML.slice(0, 200))"""
+"""JavaScript: the controls and texts that lie outside the window, are cut off, or are hard to read."""
 
 browser_test = pytest.mark.browser
 TIMEOUT = 30_000  # milliseconds: ends a test that would never reach its state
@@ -103,7 +112,9 @@ class Visitor:
         self.page.on("requestfailed", self._count_event)
         self.page.goto(address)
         expect(self.page.locator("#send")).to_be_enabled()
-        expect(self.parameter("Temperature")).to_be_hidden()
+        self.language: Language = "中文" if options.get("locale", "").startswith("zh") else "English"
+        expect(self.page.locator("#send")).to_have_text(TEXTS[self.language]["send"])
+        expect(self.parameter(TEXTS[self.language]["temperature"])).to_be_hidden()
         # An answer ends when the Stop button is disabled again.
         self.num_answers = 0
         self.page.evaluate(
@@ -246,6 +257,27 @@ def test_a_question_without_an_image(visitor: Visitor, loaded: LoadedModel) -> N
     visitor.expect_messages(*answers(loaded, "hello"))
 
 
+@browser_test
+def test_the_sampling_defaults_of_the_page(visitor: Visitor) -> None:
+    visitor.type("hello")
+    visitor.page.click("#send")
+    expect(visitor.page.locator("#conversation [data-testid=bot]")).to_have_count(1)
+    visitor.page.click("#stop")
+    visitor.wait()
+    assert visitor.saved()["sampling"] == {"temperature": 0.2, "top_p": 0.7, "max_new_tokens": 512, "seed": None}
+
+
+@browser_test
+def test_a_question_is_asked_whole(visitor: Visitor, loaded: LoadedModel) -> None:
+    """Also beyond the 1,200 characters at which the reference cuts."""
+    visitor.greedy(12)
+    visitor.show(PHOTO)
+    question = "Tell me a story. " * 90 + "The end"
+    visitor.ask(f"  {question}\n")
+    assert visitor.saved()["turns"][0]["question"] == question
+    visitor.expect_messages(*answers(loaded, question, image=PHOTO))
+
+
 def ask_at_length(visitor: Visitor) -> None:
     visitor.greedy(2048)
     visitor.type("hello")
@@ -332,6 +364,31 @@ def test_the_interface_speaks_both_languages(visitor: Visitor) -> None:
 
 
 @browser_test
+@pytest.mark.parametrize(
+    ("locale", "query", "language"),
+    [
+        ("en-GB", "", "English"),
+        ("fr-FR", "", "English"),
+        ("zh-CN", "", "中文"),
+        ("zh-TW", "", "中文"),
+        ("zh-CN", "?lang=en", "English"),
+        ("en-US", "?lang=zh", "中文"),
+    ],
+)
+def test_the_page_speaks_the_language_of_the_browser(
+    browser: Browser, address: str, locale: str, query: str, language: Language
+) -> None:
+    page = browser.new_context(locale=locale).new_page()
+    page.goto(f"{address}/{query}")
+    for key in ("about", "send", "question"):
+        expect(page.get_by_text(TEXTS[language][key], exact=True).first).to_be_visible()
+    other: Language = "English" if language == "中文" else "中文"
+    page.get_by_label(other).check()
+    expect(page.get_by_text(TEXTS[other]["send"], exact=True)).to_be_visible()
+    page.context.close()
+
+
+@browser_test
 def test_a_conversation_is_saved(visitor: Visitor, loaded: LoadedModel) -> None:
     visitor.greedy(12)
     visitor.show(PHOTO)
@@ -396,8 +453,10 @@ def test_an_example_is_a_start(visitor: Visitor) -> None:
     [
         ("wide-light", {"viewport": {"width": 1280, "height": 900}}),
         ("wide-dark", {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"}),
-        ("wide-chinese", {"viewport": {"width": 1280, "height": 900}}),
-        ("phone", {"viewport": {"width": 390, "height": 844}, "is_mobile": True}),
+        ("wide-chinese", {"viewport": {"width": 1280, "height": 900}, "locale": "zh-CN"}),
+        ("phone", {"viewport": {"width": 360, "height": 780}, "is_mobile": True}),
+        ("phone-chinese", {"viewport": {"width": 360, "height": 780}, "is_mobile": True, "locale": "zh-CN"}),
+        ("narrow", {"viewport": {"width": 500, "height": 800}}),
     ],
 )
 def test_no_request_leaves_the_machine_and_the_page_fits_the_screen(
@@ -405,16 +464,15 @@ def test_no_request_leaves_the_machine_and_the_page_fits_the_screen(
 ) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     visitor = Visitor(browser, address, **options)
-    if name.endswith("chinese"):
-        visitor.page.get_by_label("中文").check()
     visitor.show(PHOTO)
     visitor.ask("图片里有什么？")
+    visitor.page.get_by_text(TEXTS[visitor.language]["parameters"]).click()
+    expect(visitor.page.get_by_label(TEXTS[visitor.language]["seed"])).to_be_visible()
     visitor.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
     hosts = {urlsplit(url).netloc for url in visitor.requests if url.startswith(("http", "ws"))}
     assert hosts == {urlsplit(address).netloc}
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= options["viewport"]["width"]
-    buttons = "[...document.querySelectorAll('button[id]')].filter((one) => one.scrollWidth > one.clientWidth).length"
-    assert visitor.page.evaluate(buttons) == 0
+    assert visitor.page.evaluate(UNREACHABLE) == []
     visitor.context.close()
 
 
@@ -561,6 +619,14 @@ def test_a_question_whose_conversation_was_closed_is_not_answered(scheduler: Sch
     page.send("hello", None, [], "English", SimpleNamespace(session_hash="another"))
     with pytest.warns(UserWarning, match="closed to make room"):
         assert list(page.answer(pending, 0, 1.0, 5, None, "English", visitor)) == [([], page.status())]
+
+
+@pytest.mark.parametrize("flags", [(), ("--inbrowser",)])
+def test_a_browser_is_opened_only_where_asked_for(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", *flags])
+    arguments = runpy.run_path(str(ROOT / "web_demo.py"))["parse_args"]()
+    assert arguments.inbrowser == bool(flags)
+    assert (arguments.server_name, arguments.server_port, arguments.share) == ("127.0.0.1", 8111, False)
 
 
 def test_both_languages_have_every_text() -> None:

@@ -50,7 +50,8 @@ def build_app(
         docs_url=None,  # these pages would load scripts from other hosts
         redoc_url=None,
     )
-    metrics, name, started = Metrics(scheduler), scheduler.loaded.name, int(time.time())
+    metrics, name = Metrics(scheduler), scheduler.loaded.name
+    card = ModelCard(id=name, created=int(time.time()), owned_by="yivl")
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     add_error_handlers(app)
     encoder = Chat(scheduler.loaded)
@@ -76,7 +77,13 @@ def build_app(
     @app.get("/v1/models", responses=_UNAUTHORIZED)
     async def models() -> ModelList:
         """List the one model."""
-        return ModelList(data=[ModelCard(id=name, created=started, owned_by="yivl")])
+        return ModelList(data=[card])
+
+    @app.get("/v1/models/{model:path}", responses=_UNAUTHORIZED | {404: _ERRORS[404]})
+    async def retrieve_model(model: str) -> ModelCard:
+        """Return the model by its id, which may contain slashes."""
+        _check_model(model, name)
+        return card
 
     @app.post("/v1/chat/completions", response_model=Completion, responses=_ERRORS | _STREAM)
     async def complete(body: ChatRequest, request: Request) -> Any:
@@ -100,10 +107,14 @@ async def _close_at_exit(scheduler: Scheduler, _: FastAPI) -> AsyncIterator[None
 
 def _check(body: ChatRequest, scheduler: Scheduler, limits: Limits) -> None:
     """Refuse a request before its images are read."""
-    if body.model != scheduler.loaded.name:
-        message = f"there is no such model; this server has {scheduler.loaded.name}"
-        raise APIError(404, message, code="model_not_found", param="model")
+    _check_model(body.model, scheduler.loaded.name)
     if body.n > limits.max_choices:
         raise APIError(400, f"n is at most {limits.max_choices}", param="n")
     if scheduler.is_full:
         raise Overloaded
+
+
+def _check_model(wanted: str, served: str) -> None:
+    if wanted != served:
+        message = f"there is no such model; this server has {served}"
+        raise APIError(404, message, code="model_not_found", param="model")

@@ -27,7 +27,7 @@ from yivl.serve.schema import AnswerMessage, ChatRequest, Choice, Completion, Er
 
 T = TypeVar("T")
 
-_DEFAULT_TOKENS: Final = 1024  # of an answer. Source: 01-ai/Yi, VL/single_inference.py
+_DEFAULT_TOKENS: Final = 1024  # of an answer. Source: 01-ai/Yi, VL/openai_api.py
 
 
 class Exchange:
@@ -195,7 +195,7 @@ def _sampling(body: ChatRequest, limits: Limits, index: int) -> dict[str, Any]:
     settings = Sampling(
         temperature=body.temperature,
         top_p=body.top_p,
-        top_k=0,  # OpenAI's API has none
+        top_k=body.top_k,
         max_new_tokens=wanted or min(_DEFAULT_TOKENS, limits.max_tokens),
         seed=None if body.seed is None else (body.seed + index) % 2**63,
     )

@@ -82,8 +82,10 @@ class ChatRequest(_Strict):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    temperature: float = Field(0.2, ge=0, le=2, description="0 is greedy")
+    # The defaults of the sampling parameters. Source: 01-ai/Yi, VL/openai_api.py.
+    temperature: float = Field(0.9, ge=0, le=2, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(40, ge=0, description="0 is all tokens; not in OpenAI's API")
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None

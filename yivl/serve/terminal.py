@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from PIL import Image
 
@@ -14,6 +14,7 @@ from yivl.errors import YiVLError
 from yivl.image_processing import load_image
 from yivl.inference.chat import Chat
 from yivl.inference.sampling import Sampling
+from yivl.serve.line_reader import make_reader
 from yivl.serve.transcript import as_json
 
 HELP = """\
@@ -25,7 +26,10 @@ HELP = """\
 /params       print the sampling parameters; /params temperature=0.7 seed=1 sets some, seed=none unsets the seed
 /help         print this text
 /exit         exit (as Ctrl-D does)
-A line that ends with \\ continues in the next one. Ctrl-C stops an answer, not the program."""
+A line that ends with \\ continues in the next one. Lines between \""" and \""" are one question, as they are.
+Tab completes the path of /image and /save. Ctrl-C stops an answer, not the program."""
+_QUOTES: Final = '"""'
+_CONTINUED: Final = "... "
 
 
 class Terminal:
@@ -55,11 +59,13 @@ class Terminal:
         while True:
             try:
                 line = self._read()
-                if line.split(maxsplit=1)[:1] == ["/exit"]:
+                if line.startswith(_QUOTES):
+                    self._ask(self._read_block(line))
+                elif line.split(maxsplit=1)[:1] == ["/exit"]:
                     break
-                if line.startswith("/"):
+                elif line.startswith("/"):
                     self._command(*line.split(maxsplit=1))
-                elif line:
+                else:
                     self._ask(line)
             except KeyboardInterrupt:  # at the prompt, or while an image is encoded
                 self._print()
@@ -70,14 +76,26 @@ class Terminal:
         self._print("exit...")
 
     def _read(self) -> str:
-        """Return one question; lines that end with a backslash are joined."""
+        """Return one line; lines that end with a backslash are joined, except those of a block."""
         lines = [self.read_line(f"{HUMAN}: ")]
-        while lines[-1].endswith("\\"):
+        while lines[-1].endswith("\\") and not lines[0].lstrip().startswith(_QUOTES):
             lines[-1] = lines[-1][:-1]
-            lines.append(self.read_line("... "))
+            lines.append(self.read_line(_CONTINUED))
         return "\n".join(lines).strip()
 
+    def _read_block(self, first: str) -> str:
+        """Return the text between quotes; ``first`` is its first line, or the whole block if it was pasted."""
+        text = first.removeprefix(_QUOTES)
+        while not text.rstrip().endswith(_QUOTES):
+            try:
+                text += f"\n{self.read_line(_CONTINUED)}"
+            except EOFError as error:
+                raise YiVLError(f"the question has no closing {_QUOTES}") from error
+        return text.rstrip().removesuffix(_QUOTES).strip()
+
     def _ask(self, question: str) -> None:
+        if not question:
+            return
         pieces = self.chat.stream(question, self.pending_images, **self.sampling)
         self.pending_images = []  # not before: a question that fails keeps its images
         self._show(pieces)
@@ -153,28 +171,3 @@ class Terminal:
 
     def _print(self, text: str = "", end: str = "\n") -> None:
         print(text, end=end, file=self.output, flush=True)
-
-
-def make_reader() -> Callable[[str], str]:
-    """Return a line editor with history in a terminal, or in a pipe a reader that echoes the questions."""
-    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.history import InMemoryHistory
-
-        session: PromptSession[str] = PromptSession(history=InMemoryHistory())
-        return session.prompt
-
-    def read(prompt: str) -> str:
-        if sys.stdin is None:
-            raise EOFError
-        if sys.stdin.isatty():  # only the output is redirected: the user still needs a prompt
-            sys.stderr.write(prompt)
-            sys.stderr.flush()
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        line = line.rstrip("\n")
-        print(f"{prompt}{line}", flush=True)  # noqa: T201 (part of the dialogue)
-        return line
-
-    return read

@@ -1,8 +1,8 @@
 """Callbacks of the web page; ``web_layout`` has its components."""
 
+import dataclasses
 import html
 import queue
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -13,25 +13,26 @@ from typing import Any, Final
 
 import gradio as gr
 import torch
+from gradio.data_classes import FileDataDict
 from gradio.utils import get_upload_folder
 
 from yivl.command_line import is_out_of_memory
 from yivl.errors import YiVLError
 from yivl.image_processing import load_image
 from yivl.inference.chat import Answer, Chat, GenerationState
+from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
+from yivl.serve.bubbles import Bubble, as_bubbles, bubble, bubbles_up_to
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Overloaded, Scheduler
 from yivl.serve.sessions import Session, Sessions
 from yivl.serve.transcript import as_json, as_markdown
 from yivl.serve.web_texts import TEXTS, Language
 
-# gradio sends plain text to the browser as HTML; this is where markup would begin.
-_MARKUP: Final = re.compile(r"<|&(?=[#\w])")
-_MIN_SECONDS_BETWEEN_UPDATES: Final = 0.05  # a browser redraws no faster and would fall behind
+TEMPERATURE, TOP_P, MAX_TOKENS = 0.2, 0.7, 512
+"""Defaults of the page. Source: 01-ai/Yi, VL/web_demo.py."""
 
-Bubble = dict[str, str]
-"""A message of ``gr.Chatbot``."""
+_MIN_SECONDS_BETWEEN_UPDATES: Final = 0.05  # a browser redraws no faster and would fall behind
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Page:
         file = Path(path).resolve()
         # A forged request can name any file; gradio checks only the fields that declare themselves files.
         if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
-            raise YiVLError("this is no upload")
+            raise YiVLError("this is no upload; send a file")
         if file.stat().st_size > self.limits.max_image_bytes:
             raise YiVLError(f"the image has more than {self.limits.max_image_bytes:,} bytes")
         try:
@@ -96,7 +97,7 @@ class Page:
             self._show(upload, request)  # the event of a new upload may come later than the question
         except YiVLError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return "", *_queue(session, len(session.chat.turns), question)
+        return "", *_queue(session, len(session.chat.turns), question.strip())
 
     def regenerate(self, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
         """Queue the last question again."""
@@ -125,21 +126,50 @@ class Page:
         session = self._session(request)
         if session.stop_event is not pending.stop_event:  # the session was closed while the question was queued
             gr.Warning(TEXTS[language]["gone"])
-            yield _bubbles(session.chat), self.status()
+            yield as_bubbles(session.chat), self.status()
             return
         with session.lock:
             chat = session.chat
             if not pending.stop_event.is_set():
-                shown = _bubbles_up_to(chat, pending.index, pending.question)
+                shown = bubbles_up_to(chat, pending.index, pending.question)
                 for text in self._stream(session, pending, _sampling(temperature, top_p, max_tokens, seed)):
                     if isinstance(text, Exception):
                         gr.Warning(_explain(text, language))
                     else:
-                        yield [*shown, _bubble("assistant", text)], gr.skip()
+                        yield [*shown, bubble("assistant", text)], gr.skip()
                 if any(chat.images):  # encoded once, also for the first question after Undo or Clear
                     session.image = chat.images[0][0]
-            yield _bubbles(chat), self.status(chat.last_answer if chat.turns else None, language)
+            yield as_bubbles(chat), self.status(chat.last_answer if chat.turns else None, language)
         self.sessions.trim()
+
+    def ask(
+        self,
+        question: str,
+        image: FileDataDict | None = None,
+        temperature: float = TEMPERATURE,
+        top_p: float = TOP_P,
+        max_tokens: int = MAX_TOKENS,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Answer a question about an image or without one; yields the growing answer. ``gradio_client`` calls it."""
+        session = Session(Chat(self.loaded, reuse_cache=False))
+        try:
+            sampling = dataclasses.asdict(Sampling(**_sampling(temperature, top_p, max_tokens, seed)))
+            if sampling["max_new_tokens"] > self.limits.max_tokens:
+                raise YiVLError(f"max_tokens={max_tokens}; this server allows {self.limits.max_tokens}")
+            if not question.strip():
+                raise YiVLError(TEXTS["English"]["no_question"])
+            if image is not None:
+                session.image = self._read(image["path"])
+        except YiVLError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        except (AttributeError, TypeError, ValueError) as error:  # nobody has checked the JSON of the client
+            raise gr.Error("an argument has the wrong type; view_api() lists them", print_exception=False) from error
+        for text in self._stream(session, Pending(0, question.strip(), session.stop_event), sampling):
+            if isinstance(text, Exception):
+                raise gr.Error(_explain(text, "English"), print_exception=False)
+            yield text
+        yield session.chat.turns[0].answer or ""
 
     def _stream(self, session: Session, pending: Pending, sampling: dict[str, Any]) -> Iterator[str | Exception]:
         """Yield the growing text of an answer, or an error; the caller holds the lock of the session until the end."""
@@ -188,7 +218,7 @@ class Page:
             turn = session.chat.undo()
             if turn is None:
                 raise gr.Error(TEXTS[language]["no_turns"], print_exception=False)
-            return turn.question, _bubbles(session.chat), self.status()
+            return turn.question, as_bubbles(session.chat), self.status()
 
     def clear(self, request: gr.Request) -> tuple[list[Bubble], str]:
         """Start a new conversation about the same image."""
@@ -242,31 +272,14 @@ def _key(request: gr.Request) -> str:
     return request.session_hash
 
 
-def _bubble(role: str, text: str) -> Bubble:
-    """Return a message that shows ``text`` literally, without markup."""
-    return {"role": role, "content": _MARKUP.sub(lambda found: html.escape(found[0]), text)}
-
-
-def _bubbles(chat: Chat) -> list[Bubble]:
-    return [
-        _bubble(role, text or "")
-        for turn in chat.turns
-        for role, text in (("user", turn.question), ("assistant", turn.answer))
-    ]
-
-
-def _bubbles_up_to(chat: Chat, index: int, question: str) -> list[Bubble]:
-    """Return the turns before ``index``, and a question in place of the later ones."""
-    return [*_bubbles(chat)[: 2 * index], _bubble("user", question)]
-
-
 def _queue(session: Session, index: int, question: str) -> tuple[Pending, list[Bubble]]:
     """Return a question for ``Page.answer``, and the conversation that shows it; ends the current answer."""
     session.stop_event.set()
     session.stop_event = threading.Event()
-    return Pending(index, question, session.stop_event), _bubbles_up_to(session.chat, index, question)
+    return Pending(index, question, session.stop_event), bubbles_up_to(session.chat, index, question)
 
 
 def _sampling(temperature: float, top_p: float, max_tokens: int, seed: int | None) -> dict[str, Any]:
-    """Return the fields of ``Sampling``."""
+    """Return the fields of ``Sampling``; a seed of -1 is none."""
+    seed = None if seed == -1 else seed
     return {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_tokens), "seed": seed}

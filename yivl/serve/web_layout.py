@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
+from gradio.events import api
 
 from yivl.errors import YiVLError
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Scheduler
-from yivl.serve.web import Page
+from yivl.serve.web import MAX_TOKENS, TEMPERATURE, TOP_P, Page
 from yivl.serve.web_texts import TEXTS, Language
 
 _UPLOAD_CLEANUP: Final = (600, 3600)  # seconds between two clean-ups, and the age of the uploads they remove
@@ -18,6 +19,13 @@ _CSS: Final = """
 #header {align-items: center; justify-content: space-between}
 #header > * {flex-grow: 0; min-width: fit-content !important}
 #status {min-height: 1.6em; opacity: .75; font-size: .9em}
+#conversation .placeholder-content {padding: 0 1em}
+@media (max-width: 700px) {
+    #header {gap: .5em}
+    #header > :nth-child(2) {order: 1; flex-basis: 100%}
+    #image {height: 240px !important}
+    #conversation {height: min(440px, 45vh) !important}
+}
 """
 _DOWNLOAD: Final = """(text, name) => {
     const link = document.createElement("a");
@@ -25,6 +33,10 @@ _DOWNLOAD: Final = """(text, name) => {
     link.download = name;
     link.click();
     URL.revokeObjectURL(link.href);
+}"""
+_LANGUAGE: Final = """() => {
+    const wanted = new URLSearchParams(location.search).get("lang") || navigator.language;
+    return wanted.toLowerCase().startsWith("zh") ? "中文" : "English";
 }"""
 _CLOSE: Final = '() => ({__type__: "update", open: false})'
 _SYSTEM_FONTS: Final = ("system-ui", "sans-serif")  # the theme's own would be fetched from another host
@@ -48,7 +60,8 @@ class _Layout:
             with gr.Column(scale=3, min_width=300):
                 self._add_conversation()
         rows = [[str(path), text] for path, text in examples]
-        self.examples = gr.Examples(rows, [self.image, self.question], label=TEXTS["English"]["examples"]).dataset
+        inputs, label = [self.image, self.question], TEXTS["English"]["examples"]
+        self.examples = gr.Examples(rows, inputs, label=label, api_visibility="private").dataset
         self.translated[self.examples] = {"label": "examples"}
 
     def _add(self, component: Callable[..., Any], texts: dict[str, str], *values: Any, **options: Any) -> Any:
@@ -66,10 +79,13 @@ class _Layout:
         self.parameters = self._add(gr.Accordion, {"label": "parameters"}, open=True)
         with self.parameters:
             self.settings = [
-                self._add(gr.Slider, {"label": "temperature", "info": "temperature_hint"}, 0, 2, 0.2, step=0.05),
-                self._add(gr.Slider, {"label": "top_p"}, 0.05, 1, 1.0, step=0.05),
-                self._add(gr.Slider, {"label": "max_tokens"}, 1, most, min(512, most), step=1),
-                self._add(gr.Number, {"label": "seed", "info": "seed_hint"}, None, precision=0, minimum=0),
+                self._add(
+                    gr.Slider, {"label": "temperature", "info": "temperature_hint"}, 0, 2, TEMPERATURE, step=0.05
+                ),
+                self._add(gr.Slider, {"label": "top_p"}, 0.05, 1, TOP_P, step=0.05),
+                self._add(gr.Slider, {"label": "max_tokens"}, 1, most, min(MAX_TOKENS, most), step=1),
+                # -1: gradio 6 sends 0 for a number without a value.
+                self._add(gr.Number, {"label": "seed", "info": "seed_hint"}, -1, precision=0, minimum=-1),
             ]
 
     def _add_conversation(self) -> None:
@@ -106,6 +122,7 @@ class _Layout:
         quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         raw = {**quick, "preprocess": False}  # uploads are opened by us, with error messages of our own
         blocks.load(None, None, self.parameters, js=_CLOSE)
+        blocks.load(None, None, self.language, js=_LANGUAGE)  # if this changes it, the server sends the texts
         blocks.unload(page.leave)
         self.language.change(self._translate, self.language, list(self.translated), **quick)
         self.image.change(page.show_image, self.image, [self.image, self.chatbot, self.status], **raw)
@@ -114,6 +131,7 @@ class _Layout:
         shown = [self.chatbot, self.language]
         self.undo.click(page.undo, shown, [self.question, self.chatbot, self.status], **quick)
         self._connect_questions(quick, raw)
+        api(page.ask, api_name="ask", concurrency_limit=page.limits.max_batch, concurrency_id="answers")
         exported, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
         for form, button in self.exports.items():
             button.click(page.export, [gr.State(form), *self.settings], [exported, file_name], **quick).then(

@@ -25,7 +25,7 @@ _TEXTS: Final = {
     "top_p": ("Top-p", "Top-p"),
     "max_tokens": ("Maximum tokens", "最大词元数"),
     "seed": ("Seed", "随机种子"),
-    "seed_hint": ("empty: a different answer each time", "留空：每次回答不同"),
+    "seed_hint": ("-1: a different answer each time", "-1 表示每次回答不同"),
     "examples": ("Examples", "示例"),
     "save_json": ("Save as JSON", "保存为 JSON"),
     "save_md": ("Save as Markdown", "保存为 Markdown"),

@@ -1,0 +1,114 @@
+"""The endpoint of the page, through gradio's own client over real HTTP."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
+from support.golden import CHECKPOINT, GOLDEN
+from support.models import talkative_checkpoint
+from support.serving import free_port, wait_until
+
+from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.inference.chat import Chat
+from yivl.serve.limits import Limits
+from yivl.serve.scheduler import Scheduler
+from yivl.serve.web_layout import build_page, launch
+
+PHOTO = GOLDEN / "images/photo_rgb.jpg"
+LIMITS = Limits(max_tokens=4000, max_queue=2, max_batch=2, max_image_bytes=100_000)
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "api_name": "/ask"}
+
+
+class Server:
+    """A page on a port."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.scheduler, port = Scheduler(loaded, LIMITS), free_port()
+        self.blocks = build_page(self.scheduler, LIMITS, [(PHOTO, "What is this?")])
+        launch(self.blocks, LIMITS, server_name="127.0.0.1", server_port=port)
+        self.client = Client(f"http://127.0.0.1:{port}", verbose=False)
+
+    def close(self) -> None:
+        self.blocks.close(verbose=False)
+        self.scheduler.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(talkative_checkpoint(tmp_path_factory.mktemp("page") / "checkpoint"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(model: LoadedModel) -> Iterator[Server]:
+    server = Server(model)
+    yield server
+    server.close()
+
+
+def test_answers_are_those_of_a_chat(server: Server, model: LoadedModel) -> None:
+    expected = Chat(model).ask("Tell me a story", PHOTO, temperature=0, max_new_tokens=12)
+    assert server.client.predict("Tell me a story", handle_file(PHOTO), **GREEDY) == expected
+    expected = Chat(model).ask("hello", temperature=0.2, top_p=0.7, max_new_tokens=20, seed=5)
+    assert server.client.predict(" hello\n", max_tokens=20, seed=5, api_name="/ask") == expected
+
+
+def test_an_answer_streams_and_ends_when_it_is_cancelled(server: Server) -> None:
+    job = server.client.submit("hello", **GREEDY | {"max_tokens": 3000})
+    wait_until(lambda: len(job.outputs()) > 2)
+    first, second, *_ = job.outputs()
+    assert second.startswith(first)
+    assert server.scheduler.num_running == 1
+    job.cancel()
+    wait_until(lambda: not server.scheduler.num_running)
+
+
+def test_no_other_event_can_be_called(server: Server) -> None:
+    described: Any = server.client.view_api(all_endpoints=True, return_format="dict", print_info=False)
+    assert list(described["named_endpoints"]) == ["/ask"]
+    assert described["unnamed_endpoints"] == {}
+    question, *others = described["named_endpoints"]["/ask"]["parameters"]
+    assert (question["parameter_name"], question["parameter_has_default"]) == ("question", False)
+    defaults = {"image": None, "temperature": 0.2, "top_p": 0.7, "max_tokens": 512, "seed": None}
+    assert {one["parameter_name"]: one["parameter_default"] for one in others} == defaults
+    for index, dependency in enumerate(server.blocks.config["dependencies"]):
+        assert dependency["api_visibility"] == ("public" if dependency["api_name"] == "ask" else "private"), index
+        if dependency["api_name"] != "ask":
+            with pytest.raises(ValueError, match=f"Invalid function index: {index}"):
+                server.client.predict(fn_index=index)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": " "}, "Type a question first"),
+        ({"question": 3}, "wrong type"),
+        ({"question": "word " * 5000}, "the context has 4096"),
+        ({"temperature": "hot"}, "wrong type"),
+        ({"top_p": 7}, "top_p=7; expected above 0"),
+        ({"max_tokens": 4001}, "max_tokens=4001; this server allows 4000"),
+        ({"image": str(PHOTO)}, "wrong type"),
+        ({"image": {"path": str(PHOTO)}}, "this is no upload"),
+        ({"image": handle_file(GOLDEN / "../../setup.py")}, "setup.py: not a readable image"),
+        ({"image": handle_file(CHECKPOINT / "pytorch_model-00001-of-00002.bin")}, "exceeds the maximum file size"),
+    ],
+)
+def test_wrong_arguments_are_reported(server: Server, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((AppError, ValueError), match=message):
+        server.client.predict(**{"question": "hello", **GREEDY, **change})
+
+
+def test_requests_beyond_the_queue_are_refused(server: Server) -> None:
+    """The limits are those of the page: two answers at a time, two in the queue."""
+    long = GREEDY | {"max_tokens": 3000}
+    jobs = [server.client.submit("hello", **long) for _ in range(2)]
+    wait_until(lambda: server.scheduler.num_running == 2)
+    jobs += [server.client.submit("hello", **long) for _ in range(4)]
+    wait_until(lambda: sum(job.done() for job in jobs) == 2)
+    for job in jobs:
+        if job.done():
+            assert isinstance(job.exception(), QueueError)
+        job.cancel()
+    wait_until(lambda: not server.scheduler.num_running + server.scheduler.num_waiting)
