@@ -7,8 +7,8 @@ def let_idle_threads_sleep() -> None:
     """Let idle OpenMP threads sleep instead of spin; call it before PyTorch is imported.
 
     A spinning thread occupies a core that another process or thread needs. Training with LoRA on two cores shared with
-    other programs: 0.8 samples/s with spinning threads, 4 without; on two idle cores 13 and 12 (docs/benchmarks.md).
-    A value of ``OMP_WAIT_POLICY`` in the environment is kept.
+    other programs: 0.8 samples/s with spinning threads, 4 without; on two idle cores 13 and 12. Source: ours; see
+    docs/benchmarks.md. A value of ``OMP_WAIT_POLICY`` in the environment is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
