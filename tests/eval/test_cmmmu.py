@@ -1,12 +1,17 @@
 """CMMMU scores are the official ones, random answers included."""
 
+import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from support.golden import ROOT
 
+from yivl.eval.benchmarks import cmmmu, mmmu, subjects
 from yivl.eval.benchmarks.cmmmu import (
     BLANK,
     CHOICE,
@@ -49,6 +54,42 @@ def test_the_published_responses_of_yi_vl_34b_have_the_published_score() -> None
     ] == [36.2, 36.2]
     rng = random.Random(FALLBACK_SEED)
     assert [is_correct(row, rng) for row in rows] == [row["official_correct"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "split", "expected"),
+    [
+        (cmmmu, "val", {"val": 42.5, "test": 43.7}),
+        (mmmu, "validation", {"validation": 56.8, "test": 55.7}),
+    ],
+)
+def test_the_whole_benchmark_is_charted_beside_the_published_models(
+    tmp_path: Path, benchmark: Any, split: str, expected: dict[str, float]
+) -> None:
+    domains = [*(DOMAINS.values() if benchmark is cmmmu else mmmu.DOMAINS)]
+    scores = {
+        "subjects": {"one": {"num": 1, "acc": 0.3}},
+        "domains": dict.fromkeys(domains, 0.3),
+        "overall": 0.3,
+    }
+    report = subjects.report(
+        argparse.Namespace(split=split, benchmark="it"),
+        [(domain, "one") for domain in (domains * 150)[:900]],
+        {},
+        lambda: scores,
+        benchmark.PUBLISHED,
+    )
+    assert report.chart is not None
+    models = report.chart.models
+    assert models["GPT-4V"] == expected
+    assert models["this model"] == {split: 30.0}
+    assert {"Yi-VL-34B, published", "Yi-VL-6B, published"} < models.keys()
+    table = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert all(f"{values[split]:.1f} / {values['test']:.1f}" in table for values in benchmark.PUBLISHED.values())
+    report.chart.draw(tmp_path / "whole.png")
+    replace(report.chart, models={}).draw(tmp_path / "part.png")
+    with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "part.png") as part:
+        assert whole.width > part.width + 500
 
 
 def test_verdicts_are_the_official_ones() -> None:

@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 from PIL import Image
 from support.golden import CHECKPOINT
-from support.training import FACTS, ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
+from support.training import FACTS, IMAGES, ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
 
 from yivl.checkpoint import atomic
 from yivl.data.rows import RowError
@@ -333,6 +333,15 @@ def test_bad_rows_stop_a_run_or_are_reported_at_its_end(tmp_path: Path, caplog: 
     assert "rows.json row 7: " in report
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "skip/bad_rows.jsonl").read_text().splitlines()]
     assert len(set(reasons)) == 2
+
+
+def test_samples_per_second_count_mixture_weights(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json")
+    (tmp_path / "mixture.yaml").write_text(f"- {{data_path: rows.json, image_folder: {IMAGES}, weight: 3}}")
+    train(tmp_path / "out", tmp_path / "mixture.yaml", num_train_epochs=1)
+    results = json.loads((tmp_path / "out/train_results.json").read_text())
+    samples = results["train_samples_per_second"] * results["train_runtime"]
+    assert samples == pytest.approx(3 * len(FACTS), rel=0.01)
 
 
 # Failures that would otherwise train without target tokens, with a loss of 0.

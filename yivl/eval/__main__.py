@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from yivl import command_line
 from yivl.errors import YiVLError
 from yivl.eval.benchmarks import cmmmu, mmmu, rows
+from yivl.train.cpu_threads import let_idle_threads_sleep
 
 if TYPE_CHECKING:
     from yivl.checkpoint.loading import LoadedModel
@@ -49,6 +50,7 @@ def main() -> None:
     """Ask the questions and print the report."""
     arguments = parse_args()
     benchmark = BENCHMARKS[arguments.benchmark]
+    let_idle_threads_sleep()
     command_line.log_to_stderr()  # before the imports, which log
 
     from yivl.eval.runner import answer_questions, fingerprint, join_ranks

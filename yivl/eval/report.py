@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,30 +41,64 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A bar for each group of each series."""
+    """A bar for each group of each series, and beside them one for each model and split."""
 
     title: str
     groups: Sequence[str]
     series: Mapping[str, Mapping[str, float]]
     """Accuracies in percent by series and group; a missing group has no bar."""
+    models: Mapping[str, Mapping[str, float]]
+    """Accuracies in percent on the whole benchmark, by model and split; none without a comparison."""
 
     def draw(self, path: Path) -> None:
         """Write the chart as a PNG."""
         from matplotlib.figure import Figure  # slow to import, and only this needs it
 
-        figure = Figure(figsize=(1.6 * len(self.groups) + 2, 4.8), layout="constrained")
-        axes = figure.add_subplot(title=self.title, ylabel="accuracy, %", ylim=(0, 100))
+        widths = [1.4 * len(self.groups) + 2, *([6] if self.models else [])]
+        figure = Figure(figsize=(sum(widths), 5.2), layout="constrained")
+        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        self._draw_groups(axes[0])
+        if self.models:
+            self._draw_models(axes[1])
+        with atomic_file(path) as partial:
+            figure.savefig(partial, dpi=120, format="png")
+
+    def _draw_groups(self, axes: Any) -> None:
+        axes.set(title=self.title, ylabel="accuracy, %", ylim=(0, 100))
         width = 0.8 / len(self.series)
         for number, (name, values) in enumerate(self.series.items()):
             offset = (number - (len(self.series) - 1) / 2) * width
             shown = [(index + offset, values[group]) for index, group in enumerate(self.groups) if group in values]
             bars = axes.bar([position for position, _ in shown], [value for _, value in shown], width, label=name)
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
-        axes.set_xticks(range(len(self.groups)), [group.replace(" and ", "\nand ") for group in self.groups])
+        axes.set_xticks(range(len(self.groups)), [re.sub(r" (and|&) ", r"\n\1 ", group) for group in self.groups])
         axes.grid(axis="y", alpha=0.3)
         axes.legend(fontsize=8)
-        with atomic_file(path) as partial:
-            figure.savefig(partial, dpi=120, format="png")
+
+    def _draw_models(self, axes: Any) -> None:
+        """Draw a horizontal bar for each model and split, the best model on top."""
+        splits = list(dict.fromkeys(split for values in self.models.values() for split in values))
+        models = sorted(self.models, key=lambda model: max(self.models[model].values()))
+        height = 0.8 / len(splits)
+        for number, split in enumerate(splits):
+            offset = ((len(splits) - 1) / 2 - number) * height
+            shown = [
+                (i + offset, self.models[name][split]) for i, name in enumerate(models) if split in self.models[name]
+            ]
+            bars = axes.barh(
+                [position for position, _ in shown],
+                [value for _, value in shown],
+                height,
+                label=split,
+                alpha=1 - number / 2,
+            )
+            axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axes.set(title="all domains, beside published accuracies of January 2024", xlabel="accuracy, %", xlim=(0, 100))
+        axes.set_yticks(range(len(models)), models)
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text() == "this model" else "normal")
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend(fontsize=8, loc="lower right")
 
 
 @dataclass(frozen=True)

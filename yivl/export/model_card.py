@@ -16,6 +16,12 @@ from yivl.train.run_log import read_log
 TASK: Final = "image-text-to-text"
 """Source: the tasks of the hub."""
 
+_HARDWARE: Final = {
+    "01-ai/Yi-VL-6B": "one GPU with 24 GB, such as RTX 3090, RTX 4090, A10 or A30",
+    "01-ai/Yi-VL-34B": "four RTX 4090 (24 GB each), or one A800 (80 GB)",
+}
+"""Source: the model card of Yi-VL, "Hardware requirements"."""
+
 _SOURCE_COLUMNS: Final = ("rows", "rows_per_epoch", "images", "shards", "weight")
 
 
@@ -100,6 +106,7 @@ def make_card(
         adapter=adapter,
         config=None if adapter else read_config(folder),
         base=base,
+        hardware=_HARDWARE.get(base or ""),
         flags=flags,
         # A checkpoint-N folder has no log; its trainer_state.json holds the same lines.
         log=read_log(folder / LOG) or _read_if_exists(folder / "trainer_state.json").get("log_history", []),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from yivl import command_line
 from yivl.train.arguments import parse_arguments
+from yivl.train.cpu_threads import let_idle_threads_sleep
 from yivl.train.plan import RunPlan, prepare_environment
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = RunPlan.of(arguments)
 
     # PyTorch and transformers take seconds to import; wrong flags are reported before.
+    let_idle_threads_sleep()
     prepare_environment(arguments.training)
     command_line.log_to_stderr()
     from yivl.train.dry_run import describe_run

@@ -7,17 +7,20 @@ import logging
 import sys
 
 from yivl import command_line
+from yivl.train.cpu_threads import share_cores
 from yivl.train.flags import torchrun_parser
 
 
 def main() -> None:
     """Run torchrun with the flags of this process."""
-    torchrun_parser("python -m yivl.train.launch").parse(sys.argv[1:])
+    flags = torchrun_parser("python -m yivl.train.launch").parse(sys.argv[1:])
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    if (flags.nproc_per_node or "").isdigit():  # else torchrun counts GPUs or cores
+        share_cores(int(flags.nproc_per_node))
     # The rank that failed has logged its error in one line; torchrun would add lines of its own.
     logging.disable(logging.ERROR)
     try:

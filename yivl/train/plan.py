@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments, YiVLTrainingArguments
+from yivl.train.cpu_threads import local_world_size, share_cores
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -98,7 +99,7 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     training = arguments.training
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     given = {name: value for name, value in vars(training).items() if name in names}
-    derived = {
+    derived: dict[str, Any] = {
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "warmup_steps": training.warmup_steps if training.warmup_ratio is None else training.warmup_ratio,
         "gradient_checkpointing": False,  # enabled per part in parameters.py; transformers knows all or none
@@ -106,6 +107,8 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     }
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         derived["use_cpu"] = True  # ranks without an accelerator would not find each other otherwise
+    if training.dry_run:
+        derived["deepspeed"] = None  # nothing is trained, and DeepSpeed would compile its operators
     try:
         args = TrainingArguments(**given | dict(training.others) | derived)
     except (ValueError, ImportError, OSError) as error:
@@ -129,12 +132,13 @@ def as_dict(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]:
 
 
 def prepare_environment(training: YiVLTrainingArguments) -> None:
-    """Make a plain ``python -m yivl.train --deepspeed ...`` a run of one process, as a launcher would."""
+    """Share the cores among the processes, and make ``python -m yivl.train --deepspeed ...`` a run of one process."""
     import torch
 
+    share_cores(local_world_size())
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no accelerator
-    if training.deepspeed and "RANK" not in os.environ:
+    if training.deepspeed and not training.dry_run and "RANK" not in os.environ:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])

@@ -17,6 +17,8 @@ from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.train import parameters
 from yivl.train.arguments import Arguments
+from yivl.train.compilation import describe_compilation
+from yivl.train.cpu_threads import describe_threads
 from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader, unwrap_worker_error
 from yivl.train.initialization import Start, empty_start, load_start, read_start
 from yivl.train.plan import RunPlan, as_dict, trainer_arguments
@@ -59,9 +61,13 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
     if args.process_index:
         command_line.set_log_level(logging.ERROR)
     set_seed(training.seed)
-    if training.deepspeed:
+    if args.device.type == "cpu":
+        logger.info("%s", describe_threads())
+    if training.deepspeed and not training.dry_run:
         import deepspeed
 
+        if notice := describe_compilation(plan.zero):
+            logger.info("%s", notice)
         # Before the model is built: ZeRO-3 partitions its weights as they are created.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
 

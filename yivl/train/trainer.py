@@ -22,6 +22,7 @@ from yivl.checkpoint.format import ARGUMENTS, RECORD
 from yivl.checkpoint.saving import write_checkpoint
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.encoding import Encoder
+from yivl.data.sampler import BatchSampler
 from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments
 from yivl.train.dataloaders import Batches, BatchLoader
@@ -80,6 +81,11 @@ class YiVLTrainer(Trainer):
     def get_train_dataloader(self) -> BatchLoader:
         """Return the batches of this rank, which must not be sharded again."""
         return self.loader
+
+    def num_examples(self, dataloader: BatchLoader) -> int:
+        """Return the samples per epoch, which mixture weights make another number than the rows."""
+        sampler = dataloader.batch_sampler
+        return sum(sampler.samples_per_epoch) if isinstance(sampler, BatchSampler) else super().num_examples(dataloader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer, with a learning rate for each part of the model.

@@ -32,11 +32,21 @@ DOMAINS: Final[dict[str, str]] = {
 MAX_NEW_TOKENS: Final = 64
 """Source: 01-ai/Yi at 526ec7a, VL/llava/eval/01_eval_cmmmu.py."""
 
-PUBLISHED: Final[dict[str, dict[str, float]]] = {
-    "Yi-VL-34B, published": {"val": 36.2, "test": 36.5},
-    "Yi-VL-6B, published": {"val": 35.8, "test": 35.0},
+PUBLISHED: Final = {
+    model: {"val": val, "test": test}
+    for model, val, test in (
+        ("GPT-4V", 42.5, 43.7),
+        ("Qwen-VL-Plus", 39.5, 36.8),
+        ("Yi-VL-34B, published", 36.2, 36.5),
+        ("Yi-VL-6B, published", 35.8, 35.0),
+        ("Qwen-VL-7B-Chat", 30.7, 31.3),
+        ("InternVL-Chat-Vicuna-7B", 26.4, 26.7),
+        ("CogAgent-Chat", 24.6, 23.6),
+        ("Emu2-Chat", 23.8, 24.5),
+        ("frequent choice", 24.1, 26.0),
+    )
 }
-"""In percent. Source: CMMMU's README."""
+"""In percent. Source: README of CMMMU-Benchmark/CMMMU at 3719018, January 2024."""
 
 CHOICE, JUDGEMENT, BLANK = "选择", "判断", "填空"
 

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from yivl import command_line
@@ -64,6 +65,7 @@ def report(
     files: Mapping[str, Any],
     score: Callable[[], Mapping[str, Any]],
     published: Mapping[str, Mapping[str, float]],
+    published_domains: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> Report:
     """Return scores by subject and domain, beside the published ones.
 
@@ -72,7 +74,8 @@ def report(
         places: Domain and subject of every question.
         files: As in ``Report``.
         score: Returns ``accuracies``; not called for the test split.
-        published: Accuracies in percent, by model and by split or domain.
+        published: Accuracies in percent on the whole benchmark, by model and split.
+        published_domains: The same by domain.
     """
     number, split = len(places), arguments.split
     if split == "test":
@@ -86,19 +89,20 @@ def report(
         rows += [[domain, name, n, 100 * scores["subjects"][name]["acc"]] for name, n in subjects.items()]
         rows.append([domain, "all", subjects.total(), accuracy])
     rows.append(["all", "all", number, overall])
-    series = {"this model": domains | {"all": overall}}
     flags = {name: value for name, value in vars(arguments).items() if name in ("split", "protocol")}
+    series: dict[str, Mapping[str, float]] = {"this model": domains | {"all": overall}}
+    models: dict[str, Mapping[str, float]] = {}
     is_whole = number == NUM_QUESTIONS
     if is_whole:
-        for model, values in published.items():
-            series[model] = {("all" if key == split else key): value for key, value in values.items()}
+        series |= published_domains
+        models = {"this model": {split: overall}, **published}
     else:
         logger.warning("%d of %d questions: the published scores do not compare", number, NUM_QUESTIONS)
     return Report(
         files,
         {**flags, "questions": number, "is_whole": is_whole, **scores},
         Table(["domain", "subject", "questions", "accuracy %"], rows),
-        Chart(f"{arguments.benchmark.upper()}, {split} split, {number:,} questions", [*domains, "all"], series),
+        Chart(f"{arguments.benchmark.upper()}, {split} split, {number:,} questions", [*domains, "all"], series, models),
     )
 
 
