@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.golden import CHECKPOINT
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from yivl.checkpoint.loading import load_model
 from yivl.command_line import EMBEDDED_MODEL
@@ -120,6 +120,8 @@ def test_tokenizer_ids_are_equal(hf: Path, text: str) -> None:
     assert theirs(text).input_ids == ours(text).input_ids
     assert theirs.convert_tokens_to_ids(["<image>", "<pad>"]) == [IDS, IDS + 1]
     assert theirs.pad_token_id == IDS + 1
+    # Transformers 5.6, and LLaMA-Factory with it, build the tokenizer by this class.
+    assert LlamaTokenizer.from_pretrained(hf)(text).input_ids == ours(text).input_ids
 
 
 def test_the_processor_gives_prompt_and_pixels_of_a_chat(
