@@ -1,0 +1,25 @@
+"""Ask an -hf folder with LLaMA-Factory: python ask_llamafactory.py MODEL CASES RESULT."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from llamafactory.chat import ChatModel
+
+
+def main(folder: str, cases: Path, result: Path) -> None:
+    """Write the greedy answers."""
+    arguments = {"model_name_or_path": folder, "template": "yi_vl", "infer_dtype": "float32"}
+    chat = ChatModel(arguments | {"do_sample": False, "max_new_tokens": 64})
+    answers = []
+    for case in json.loads(cases.read_text(encoding="utf-8")):
+        messages = [{"role": "user", "content": f"<image>\n{case['question']}"}]
+        [response] = chat.chat(messages, images=[case["image"]])
+        answers.append(response.response_text.strip())
+    versions = f"{version('llamafactory')}, transformers {version('transformers')}"
+    result.write_text(json.dumps({"version": versions, "answers": answers}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
