@@ -10,8 +10,9 @@ from llamafactory.chat import ChatModel
 
 def main(folder: str, cases: Path, result: Path) -> None:
     """Write the greedy answers."""
-    arguments = {"model_name_or_path": folder, "template": "yi_vl", "infer_dtype": "float32"}
-    chat = ChatModel(arguments | {"do_sample": False, "max_new_tokens": 64})
+    arguments = {"model_name_or_path": folder, "template": "yi_vl", "infer_dtype": "float32", "do_sample": False}
+    # Pillow for images: torchvision resizes a little differently.
+    chat = ChatModel(arguments | {"max_new_tokens": 64, "use_fast_tokenizer": False})
     answers = []
     for case in json.loads(cases.read_text(encoding="utf-8")):
         messages = [{"role": "user", "content": f"<image>\n{case['question']}"}]
