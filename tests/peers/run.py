@@ -137,8 +137,14 @@ class Work:
         return path
 
     def export(self) -> Path:
-        """Return the small model in the -hf format."""
-        self.run(sys.executable, ROOT / "scripts/convert.py", "to-hf", CHECKPOINT, self.path("hf"))
+        """Return a float32 copy of the small model in the -hf format: in bfloat16 near ties differ between versions."""
+        from yivl.checkpoint.loading import load_model
+        from yivl.checkpoint.saving import save_checkpoint
+
+        loaded, source = load_model(CHECKPOINT, device="cpu", dtype="float32"), self.path("float32")
+        processor = loaded.image_processor.clip_processor
+        save_checkpoint(loaded.model, source, tokenizer=loaded.tokenizer, image_processor=processor)
+        self.run(sys.executable, ROOT / "scripts/convert.py", "to-hf", source, self.path("hf"))
         return self.path("hf")
 
 

@@ -10,7 +10,7 @@ from llamafactory.chat import ChatModel
 
 def main(folder: str, cases: Path, result: Path) -> None:
     """Write the greedy answers."""
-    arguments = {"model_name_or_path": folder, "template": "yi_vl", "infer_dtype": "float32", "do_sample": False}
+    arguments = {"model_name_or_path": folder, "template": "yi_vl", "do_sample": False}
     # Pillow for images: torchvision resizes a little differently.
     chat = ChatModel(arguments | {"max_new_tokens": 64, "use_fast_tokenizer": False})
     answers = []
