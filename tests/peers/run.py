@@ -1,8 +1,8 @@
-"""Run other people's programs on our exports and print what they gave as a table (docs/interop.md).
+"""Run third-party tools on exports of the small model and print a table of the results (docs/interop.md).
 
 python tests/peers/run.py WORK [PEER...]
 
-Needs the environment of this package with all extras, a package registry and 20 GB in the folder WORK, which keeps an
+Needs the environment of this package with all extras, a package registry and 15 GB in the folder WORK, which keeps an
 environment for each peer. Greedy answers are compared with those of ``Chat``, on square images: others are cropped by
 the -hf processor and padded by this package.
 """
@@ -10,6 +10,7 @@ the -hf processor and padded by this package.
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,6 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[2]
 PROGRAMS: Final = Path(__file__).parent / "programs"
 CHECKPOINT: Final = ROOT / "yivl/tiny/assets/yi-vl-tiny"
-PORT: Final = 8765
 
 QUESTIONS: Final = (
     "What is in this image?",
@@ -231,20 +231,23 @@ def vlmevalkit(work: Work) -> Iterator[Line]:
 @contextmanager
 def api(work: Work) -> Iterator[str]:
     """Serve the small model; gives the address."""
-    command = [sys.executable, "-m", "yivl.serve.api", "--port", str(PORT), "--device", "cpu", "--dtype", "float32"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "yivl.serve.api", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    names = os.environ | {"YIVL_API_KEY": "secret", "OMP_NUM_THREADS": "1"}
     with work.path("server.txt").open("w", encoding="utf-8") as log:
-        names = os.environ | {"YIVL_API_KEY": "secret", "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen(command, cwd=ROOT, env=names, stdout=log, stderr=log)
     try:
-        for _ in range(600):
+        while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health").close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
                 break
             except urllib.error.URLError:
                 if server.poll() is not None:
                     raise
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{PORT}/v1"
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
         server.wait()
@@ -270,7 +273,7 @@ PEERS: Final[dict[str, Callable[[Work], Iterator[Line]]]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table; return 1 if an answer differs."""
+    """Print the table; return 1 if an answer differs or a command fails."""
     if not arguments or (unknown := set(arguments[1:]) - PEERS.keys()):
         wrong = f"unknown peer {', '.join(sorted(unknown))}; " if arguments else ""
         print(f"{wrong}usage: run.py WORK [{'|'.join(PEERS)}...]", file=sys.stderr)
@@ -279,9 +282,13 @@ def main(arguments: Sequence[str]) -> int:
     print("| peer | version | what ran | result |\n|---|---|---|---|")
     good = True
     for name in arguments[1:] or PEERS:
-        for result in PEERS[name](work):
-            print(result, flush=True)
-            good &= result.equal == result.asked
+        try:
+            for result in PEERS[name](work):
+                print(result, flush=True)
+                good &= result.equal == result.asked
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: {error.cmd[0]} failed; see the end of {work.path('log.txt')}", file=sys.stderr)
+            return 1
     return 0 if good else 1
 
 

@@ -1,4 +1,4 @@
-"""Other people's programs give the answers of ``Chat``: ``pytest -m peers``, which needs a package registry."""
+"""Third-party tools give the answers of ``Chat``: ``pytest -m peers``, which needs a package registry."""
 
 import re
 import runpy
