@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.golden import CHECKPOINT, ROOT
 from support.hf import SINCE_4_52, WITHOUT_VISION_MODEL, export_as_llamafactory, load_llava, rename_weights
-from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer, LlavaForConditionalGeneration
 
 from yivl.checkpoint.loading import load_model
 from yivl.command_line import EMBEDDED_MODEL
@@ -92,6 +92,8 @@ def test_tokenizer_ids_are_equal(hf: Path, text: str) -> None:
     assert theirs(text).input_ids == ours(text).input_ids
     assert theirs.convert_tokens_to_ids(["<image>", "<pad>"]) == [IDS, IDS + 1]
     assert theirs.pad_token_id == IDS + 1
+    # Transformers 5.6, and LLaMA-Factory with it, build the tokenizer by this class.
+    assert LlamaTokenizer.from_pretrained(hf)(text).input_ids == ours(text).input_ids
 
 
 def test_the_processor_gives_prompt_and_pixels_of_a_chat(

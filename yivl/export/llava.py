@@ -111,6 +111,8 @@ def write_tokenizer(source: Checkpoint, target: Path, added: dict[str, int], spe
     write_text(target / "chat_template.jinja", template)  # where processors look for it
     changes = {"added_tokens_decoder": decoder, "chat_template": template}
     changes |= {"processor_class": "LlavaProcessor", "tokenizer_class": "LlamaTokenizer"}
+    # Without it LlamaTokenizer of transformers 5 puts a blank before every piece, whatever tokenizer.json says.
+    changes["add_prefix_space"] = False
     write_json(target / "tokenizer_config.json", config | changes | special)
     write_json(target / "special_tokens_map.json", known_special | special)
     write_json(target / "added_tokens.json", known | added)
