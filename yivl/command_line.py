@@ -1,6 +1,6 @@
 """Flags, model loading and error handling shared by all programs.
 
-Only the standard library is imported at module level: ``--help`` and wrong flags must not wait for PyTorch.
+No library is imported at module level: ``--help`` and wrong flags must not wait for PyTorch.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from yivl.parser import Parser as Parser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,11 +46,9 @@ _NO_PERMISSION: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WRONG_PATH: Final = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the model flags and without abbreviations of flags."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser(description: str | None) -> Parser:
+    """Return a parser with the model flags."""
+    parser = Parser(description=description)
     add_model_flags(parser)
     return parser
 

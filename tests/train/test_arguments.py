@@ -112,10 +112,10 @@ def test_flags_of_transformers_are_parsed_as_transformers_does() -> None:
                 expected = action.type(value) if callable(action.type) else action.const
             except (ValueError, argparse.ArgumentTypeError):
                 with pytest.raises(YiVLError):
-                    ours.parse([flag, value])
+                    ours.parse_args([flag, value])
             else:
                 words = [flag] if action.nargs == 0 else [flag, value]
-                parsed = vars(ours.parse(words))[action.dest]
+                parsed = vars(ours.parse_args(words))[action.dest]
                 assert (parsed, type(parsed)) == (expected, type(expected)), flag
             checked += 1
     assert checked > 200
@@ -142,7 +142,7 @@ def test_the_stage_table_is_the_model_cards() -> None:
     [
         ({"stage": 4}, "--stage 4: expected one of 1, 2, 3"),
         ({"bits": 4}, "--bits 4: quantized weights cannot be trained; add --lora_enable"),
-        ({"bits": 5}, "argument --bits: invalid choice"),
+        ({"bits": 5}, "--bits: invalid choice"),
         ({"lora_enable": True, "freeze_backbone": True}, "--lora_enable adds adapters"),
         ({"lora_vision_tower": True}, "--lora_vision_tower needs --lora_enable"),
         (
@@ -158,8 +158,8 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint is not supported: use --resume"),
         ({"train_sampling_strategy": "group_by_length"}, "use --group_by_length"),
         ({"eval_data_path": "rows.json"}, "--eval_data_path and --eval_strategy"),
-        ({"lr_scheduler_type": "wavy"}, "argument --lr_scheduler_type: invalid choice: 'wavy'"),
-        ({"bf16": "maybe"}, "argument --bf16: invalid value 'maybe': expected True or False"),
+        ({"lr_scheduler_type": "wavy"}, "--lr_scheduler_type: invalid choice: 'wavy'"),
+        ({"bf16": "maybe"}, "--bf16: invalid value 'maybe': expected True or False"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: cannot be read"),
         (
             {"lora_enable": True, "bits": 4, "deepspeed": ROOT / "scripts/zero3.json"},
@@ -177,7 +177,7 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor is not supported"),
         ({"save_strategy": "best", "eval_strategy": "steps"}, "--save_strategy best is not supported"),
         ({"report_to": "wandb"}, "--report_to wandb needs a package"),
-        ({"learn_rate": 3}, "unknown flag --learn_rate; did you mean --learning_rate?"),
+        ({"learn_rate": 3}, "unknown flag --learn_rate (did you mean --learning_rate?)"),
         ({"zzz": 3}, "unknown flag --zzz; --help lists the flags"),
     ],
 )

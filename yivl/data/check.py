@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 
 def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m yivl.data.check",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser(prog="python -m yivl.data.check", description=__doc__)
     command_line.add_checkpoint_flags(parser)
     parser.add_argument("data", help=".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)")
     parser.add_argument(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from yivl.command_line import Parser
 from yivl.errors import YiVLError
-from yivl.train.flags import Parser, add_flag, dataclass_flags, transformers_flags
+from yivl.train.flags import add_flag, dataclass_flags, transformers_flags
 from yivl.train.stages import STAGES
 
 
@@ -213,7 +214,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         YiVLError: If a flag is missing, unknown, out of range or contradicts another.
     """
-    given = vars(_make_parser().parse([_underscored(word) for word in argv]))
+    given = vars(_make_parser().parse_args(argv))
     defaults = dict(STAGES.get(given.get("stage", 0), {}))
     if "gradient_accumulation_steps" in given:
         defaults.pop("global_batch_size", None)
@@ -235,7 +236,6 @@ def _make_parser() -> Parser:
         prog="python -m yivl.train",
         usage="python -m yivl.train --model_name_or_path CHECKPOINT --data_path rows.json --output_dir OUT [flags]",
         description="Train Yi-VL: the published stages, full fine-tuning, LoRA and QLoRA (docs/training.md).",
-        allow_abbrev=False,
     )
     theirs = transformers_flags()
     for title, group in zip(("model", "data", "training"), Arguments.__annotations__.values(), strict=True):
@@ -248,9 +248,3 @@ def _make_parser() -> Parser:
         hidden = {"help": argparse.SUPPRESS} if name in _REFUSED else {}
         add_flag(titled, name, flag._replace(options=flag.options | hidden))
     return parser
-
-
-def _underscored(word: str) -> str:
-    """Return ``--learning-rate=1e-5`` as ``--learning_rate=1e-5``, and other words as they are."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word

@@ -6,39 +6,14 @@ Importing those libraries takes seconds, which ``--help`` and a misspelled flag 
 import argparse
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, get_args
 
-from yivl.errors import YiVLError
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line; argparse would print the usage of 150 flags first."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ``YiVLError``."""
-        raise YiVLError(f"{message}; --help lists the flags")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Return the parsed flags.
-
-        Raises:
-            YiVLError: If a flag is unknown (the error suggests the closest one) or has a wrong value.
-        """
-        namespace, unknown = self.parse_known_args(argv)
-        if not unknown:
-            return namespace
-        word = unknown[0]
-        if not word.startswith("-"):
-            raise YiVLError(f"{word}: no flag takes this value; quote patterns such as '{{00000..00099}}.tar'")
-        name = word.split("=")[0]
-        close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        raise YiVLError(f"unknown flag {name}; {f'did you mean {close[0]}?' if close else '--help lists the flags'}")
+from yivl.command_line import Parser
 
 
 class Flag(NamedTuple):

@@ -12,7 +12,7 @@ from yivl.train.flags import torchrun_parser
 
 def main() -> None:
     """Run torchrun with the flags of this process."""
-    torchrun_parser("python -m yivl.train.launch").parse(sys.argv[1:])
+    torchrun_parser("python -m yivl.train.launch").parse_args(sys.argv[1:])
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -16,12 +16,7 @@ logger = logging.getLogger(__name__)
 
 def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m yivl.train.merge",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser(prog="python -m yivl.train.merge", description=__doc__)
     parser.add_argument("--model-path", required=True, help="base checkpoint, folder or hub id")
     parser.add_argument("--lora-path", required=True, help="adapter folder, or one of its checkpoint-N folders")
     parser.add_argument("--save-model-path", required=True, help="checkpoint folder to write")
