@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             YiVLError: If flags are unknown or have a wrong value.
         """
-        words = [self._as_declared(word) for word in (sys.argv[1:] if args is None else args)]
+        words = [self.as_declared(word) for word in (sys.argv[1:] if args is None else args)]
         self._wrong, kept = self._without_unknown(words)
         try:
             result = super().parse_known_args(kept, namespace)
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
             self.error(self._wrong.pop())
         return result
 
-    def _as_declared(self, word: str) -> str:
+    def as_declared(self, word: str) -> str:
         """Return ``--top-p=1`` as ``--top_p=1`` if that is how the flag was declared."""
         name, equals, value = word.partition("=")
         if not word.startswith("--") or name in self._option_string_actions:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from yivl.checkpoint.format import read_json
+from yivl.checkpoint.format import check_weight_file, read_json
 from yivl.checkpoint.loading import check_support, empty_model, read_small_files, resolve_checkpoint, set_images
+from yivl.checkpoint.projector import load_projector
 from yivl.checkpoint.vit import is_open_clip, read_clip_weights, read_vit_config
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor, load_clip_processor
@@ -72,6 +73,12 @@ def read_start(arguments: ModelArguments) -> Start:
         config, tokenizer = _config_of_parts(folder, vit, arguments), load_tokenizer(folder)
         # open_clip keeps its preprocessing elsewhere; its ViTs use that of CLIP.
         clip_processor = CLIPImageProcessorPil() if is_open_clip(vit) else load_clip_processor(vit)
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        if arguments.lora_enable and arguments.freeze_mm_mlp_adapter:
+            raise YiVLError(
+                "--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; drop one of the flags"
+            )
+        check_weight_file(Path(arguments.pretrain_mm_mlp_adapter).expanduser())
     image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
@@ -100,6 +107,8 @@ def load_start(start: Start, arguments: ModelArguments, *, dtype: torch.dtype, p
         vit_weights=None if start.vit is None else read_clip_weights(start.vit),
         fresh_projector=start.is_language_model,
     )
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        load_projector(model, Path(arguments.pretrain_mm_mlp_adapter).expanduser())
     model.config.use_cache = False
     return model
 
