@@ -14,8 +14,10 @@ def parse_args() -> argparse.Namespace:
     """Return the flags; those of the reference keep their names and defaults."""
     parser = command_line.make_parser(__doc__)
     command_line.add_image_flags(parser, "path (or address, see --allow-remote); without it the question has no image")
-    parser.add_argument("--question", default="Describe the picture in detail.", help="(default: %(default)s)")
-    parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
+    parser.add_argument(
+        "--question", "--query", default="Describe the picture in detail.", help="(default: %(default)s)"
+    )
+    command_line.add_prompt_flags(parser)
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command_line.add_sampling_flags(parser, top_p=1.0, max_new_tokens=1024)

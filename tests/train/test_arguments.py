@@ -154,7 +154,10 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"data_path": ""}, "--data_path is missing"),
         ({"output_dir": ""}, "--output_dir is missing"),
         ({"model_max_length": 0}, "--model_max_length 0 is not positive"),
-        ({"global_batch_size": 5, "per_device_train_batch_size": 2}, "--global_batch_size 5 is no multiple of 2, --per_device_train_batch_size 2 x 1 process"),
+        (
+            {"global_batch_size": 5, "per_device_train_batch_size": 2},
+            "--global_batch_size 5 is no multiple of 2, --per_device_train_batch_size 2 x 1 process",
+        ),
         ({"warmup_ratio": 1.5}, "--warmup_ratio 1.5 is not between 0 and 1"),
         ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint: x is not supported: use --resume"),
         ({"train_sampling_strategy": "group_by_length"}, "use --group_by_length"),

@@ -85,14 +85,10 @@ class ModelArguments:
             raise YiVLError("--lora_enable adds adapters to the language model, --freeze_backbone freezes it; drop one")
         _check_positive(self, "lora_r")
         for name in ADAPTER_FLAGS:
-            if (
-                name != "lora_vision_tower"
-                and not self.lora_enable
-                and getattr(self, name) != getattr(type(self), name)
-            ):
+            if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
                 raise YiVLError(f"--{name} has no effect without adapters; add --lora_enable True, or drop it")
-        if self.lora_vision_tower and (not self.lora_enable or self.unfreeze_mm_vision_tower):
-            raise YiVLError("--lora_vision_tower needs --lora_enable, and excludes --unfreeze_mm_vision_tower")
+        if self.lora_vision_tower and self.unfreeze_mm_vision_tower:
+            raise YiVLError("--lora_vision_tower adds adapters, --unfreeze_mm_vision_tower trains the ViT; drop one")
 
     @property
     def trains_language_model(self) -> bool:

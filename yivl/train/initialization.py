@@ -75,9 +75,7 @@ def read_start(arguments: ModelArguments) -> Start:
         clip_processor = CLIPImageProcessorPil() if is_open_clip(vit) else load_clip_processor(vit)
     if arguments.pretrain_mm_mlp_adapter is not None:
         if arguments.lora_enable and arguments.freeze_mm_mlp_adapter:
-            raise YiVLError(
-                "--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; drop one of the flags"
-            )
+            raise YiVLError("--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; drop one")
         check_weight_file(Path(arguments.pretrain_mm_mlp_adapter).expanduser())
     image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
