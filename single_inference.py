@@ -18,6 +18,7 @@ def parse_args() -> argparse.Namespace:
         "--question", "--query", default="Describe the picture in detail.", help="(default: %(default)s)"
     )
     command_line.add_prompt_flags(parser)
+    parser.refuse("--sep", "a question has one image; /image in cli.py adds more")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command_line.add_sampling_flags(parser, top_p=1.0, max_new_tokens=1024)

@@ -1,8 +1,13 @@
 """The parser of all programs: spelling, suggestions, and one message for all wrong flags."""
 
+import importlib
 import re
+import runpy
+import sys
+from typing import Any
 
 import pytest
+from support.golden import ROOT
 
 from yivl.errors import YiVLError
 from yivl.parser import Parser
@@ -71,6 +76,15 @@ def test_all_wrong_flags_are_in_one_message() -> None:
     )
 
 
+def test_a_refused_flag_is_explained_and_not_shown() -> None:
+    parser = make_parser()
+    parser.refuse("--debug", "use /save")
+    for words in (["--debug"], ["--debug", "True"], ["--debug=1", "--top_p", "x"]):
+        with pytest.raises(YiVLError, match="--debug: not supported: use /save; --"):
+            parser.parse_args(words)
+    assert "debug" not in parser.format_help()
+
+
 def test_flags_of_a_subcommand_are_checked_too() -> None:
     parser = Parser(prog="program")
     command = parser.add_subparsers(dest="command", required=True).add_parser("convert")
@@ -88,3 +102,42 @@ def test_flags_of_a_subcommand_are_checked_too() -> None:
     ):
         with pytest.raises(YiVLError, match=message):
             parser.parse_args(words)
+
+
+# What is typed, and what the program reads.
+LINEAGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "single_inference.py": (
+        "--model_name_or_path m --image_file i --query q --conv_mode mm_default --max_new_tokens 3 --load_4bit",
+        {"model_path": "m", "image_file": "i", "question": "q", "max_new_tokens": 3, "load_4bit": True},
+    ),
+    "cli.py": (
+        "--model_path m --image-file i --conv-mode mm_default --load-4bit --top_p 0.5",
+        {"model_path": "m", "image_file": "i", "load_4bit": True, "top_p": 0.5},
+    ),
+    "web_demo.py": ("--model_path m --server_port 1 --load_8bit", {"model_path": "m", "server_port": 1}),
+    "scripts/convert.py": ("to-gguf m o --dtype float32", {"dtype": "float32"}),
+    "scripts/hub.py": ("upload m o --base_model b", {"base_model": "b"}),
+    "yivl.eval.__main__": (
+        "mmmu --model_name_or_path m --data_path d --output_dir o --batch_size 2",
+        {"model_path": "m", "data": "d", "output": "o", "batch_size": 2},
+    ),
+    "yivl.train.merge": (
+        "--model_path a --model_base m --output_dir o",
+        {"model_path": "m", "lora_path": "a", "save_model_path": "o"},
+    ),
+    "yivl.data.check": (
+        "--data_path d --model_name_or_path m --image_folder i --model_max_length 9",
+        {"data": "d", "model_path": "m", "image_folder": "i", "max_length": 9},
+    ),
+    "yivl.data.show": ("--data d 3 --model_path m", {"data": "d", "row": 3, "model_path": "m"}),
+}
+
+
+@pytest.mark.parametrize("program", LINEAGE)
+def test_programs_take_the_names_of_the_lineage(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, expected = LINEAGE[program]
+    monkeypatch.setattr(sys, "argv", [program, *words.split()])
+    is_script = program.endswith(".py")
+    names = runpy.run_path(str(ROOT / program)) if is_script else vars(importlib.import_module(program))
+    parsed = vars(names["parse_args"]())
+    assert {name: parsed[name] for name in expected} == expected

@@ -17,6 +17,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**(defaults | options | {"allow_abbrev": False, "exit_on_error": False}))
         self._wrong: list[str] = []
 
+    def refuse(self, flag: str, reason: str) -> None:
+        """Add a flag of the lineage that is an error, with what to do instead."""
+
+        def refuse(_: str) -> None:
+            raise argparse.ArgumentTypeError(f"not supported: {reason}")
+
+        options = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        self.add_argument(flag, type=refuse, nargs="?", const="", **options)
+
     def error(self, message: str) -> NoReturn:
         """Raise a ``YiVLError`` about the message and all wrong flags found before it."""
         # What is missing may be what an unknown flag was to be.
