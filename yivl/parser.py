@@ -23,8 +23,7 @@ class Parser(argparse.ArgumentParser):
         def refuse(_: str) -> None:
             raise argparse.ArgumentTypeError(f"not supported: {reason}")
 
-        options = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        self.add_argument(flag, type=refuse, nargs="?", const="", **options)
+        self.add_argument(flag, type=refuse, nargs="?", const="", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """Raise a ``YiVLError`` about the message and all wrong flags found before it."""

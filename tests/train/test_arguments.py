@@ -104,7 +104,13 @@ def test_flags_of_transformers_are_parsed_as_transformers_does() -> None:
     own = {field.name for field in dataclasses.fields(YiVLTrainingArguments)}
     checked = 0
     for action in theirs._actions:
-        if action.dest in own | HIDDEN | {"help", "debug", "parallelism_config", "liger_kernel_config"}:
+        if action.dest in own | HIDDEN | {
+            "train_sampling_strategy",
+            "help",
+            "debug",
+            "parallelism_config",
+            "liger_kernel_config",
+        }:
             continue  # refused, or taking other values
         flag = next(option for option in action.option_strings if "-" not in option[2:])
         values = [str(choice) for choice in action.choices or ("3", "0.5", "true")]
@@ -189,6 +195,11 @@ def test_wrong_flags_are_one_line(changes: dict[str, Any], message: str) -> None
     with pytest.raises(YiVLError, match=re.escape(message)) as error:
         parse(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_errors_of_all_groups_are_in_one_message() -> None:
+    with pytest.raises(YiVLError, match=r"^--model_name_or_path is .*; --data_path is .*; --output_dir is missing"):
+        parse_arguments([])
 
 
 def test_a_pattern_that_the_shell_expanded_is_reported() -> None:

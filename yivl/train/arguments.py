@@ -204,14 +204,18 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     for name in llava_checks().keys() & given.keys():
         del given[name]  # accepted with the only value it can have
 
-    def take(group: type) -> dict[str, Any]:
-        return {name: given.pop(name) for name in dataclass_flags(group) if name in given}
-
-    model, data, training = take(ModelArguments), take(DataArguments), take(YiVLTrainingArguments)
-    others, places = MappingProxyType(given), MappingProxyType(origins)
-    arguments = Arguments(
-        ModelArguments(**model), DataArguments(**data), YiVLTrainingArguments(**training, others=others, origins=places)
-    )
+    kinds: tuple[type, ...] = (ModelArguments, DataArguments, YiVLTrainingArguments)
+    fields = [{name: given.pop(name) for name in dataclass_flags(kind) if name in given} for kind in kinds]
+    fields[-1] |= {"others": MappingProxyType(given), "origins": MappingProxyType(origins)}
+    groups, wrong = [], []
+    for kind, values in zip(kinds, fields, strict=True):
+        try:
+            groups.append(kind(**values))
+        except YiVLError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise YiVLError("; ".join(wrong))
+    arguments = Arguments(*groups)
     if (arguments.data.eval_data_path is None) != (arguments.training.eval_strategy == "no"):
         raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) need each other")
     return arguments
