@@ -105,7 +105,7 @@ def test_flags_of_a_subcommand_are_checked_too() -> None:
 
 
 # What is typed, and what the program reads.
-LINEAGE: dict[str, tuple[str, dict[str, Any]]] = {
+SPELLINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "single_inference.py": (
         "--model_name_or_path m --image_file i --query q --conv_mode mm_default --max_new_tokens 3 --load_4bit",
         {"model_path": "m", "image_file": "i", "question": "q", "max_new_tokens": 3, "load_4bit": True},
@@ -133,9 +133,9 @@ LINEAGE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("program", LINEAGE)
-def test_programs_take_the_names_of_the_lineage(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words, expected = LINEAGE[program]
+@pytest.mark.parametrize("program", SPELLINGS)
+def test_programs_take_the_names_of_llava(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, expected = SPELLINGS[program]
     monkeypatch.setattr(sys, "argv", [program, *words.split()])
     is_script = program.endswith(".py")
     names = runpy.run_path(str(ROOT / program)) if is_script else vars(importlib.import_module(program))

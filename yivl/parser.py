@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         self._wrong: list[str] = []
 
     def refuse(self, flag: str, reason: str) -> None:
-        """Add a flag of the lineage that is an error, with what to do instead."""
+        """Add a flag of LLaVA or the reference implementation that is an error, and the reason."""
 
         def refuse(_: str) -> None:
             raise argparse.ArgumentTypeError(f"not supported: {reason}")

@@ -197,6 +197,26 @@ def test_wrong_flags_are_one_line(changes: dict[str, Any], message: str) -> None
     assert "\n" not in str(error.value)
 
 
+def test_flags_of_several_processes_are_checked_once() -> None:
+    words = "--nproc-per-node 2 --nnodes 3 -m yivl.train --global_batch_size 8 --model-path m --data d --output o"
+    code = f"import sys; sys.argv = {['launch', *words.split()]!r}; from yivl import command_line; "
+    code += "from yivl.train import launch; command_line.run(launch.main)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: --global_batch_size 8 is no multiple of 6, "
+        "--per_device_train_batch_size 1 (the default) x 6 processes\n"
+    )
+
+
+def test_the_help_has_our_flags_first() -> None:
+    text = _make_parser().format_help()
+    groups = [text.index(f"\n{title}:") for title in ("model", "data", "training", "transformers.TrainingArguments")]
+    assert groups == sorted(groups)
+    assert "--config YAML" in text[: groups[0]]
+    assert not re.search("--(version|lazy_preprocess|push_to_hub)", text)
+
+
 def test_errors_of_all_groups_are_in_one_message() -> None:
     with pytest.raises(YiVLError, match=r"^--model_name_or_path is .*; --data_path is .*; --output_dir is missing"):
         parse_arguments([])

@@ -51,8 +51,8 @@ def _rank(training: YiVLTrainingArguments, name: str) -> int:
 
 def _named(training: YiVLTrainingArguments, name: str) -> str:
     """Return a flag with its value, and where the value comes from unless it was typed."""
-    origin = training.origins[name].name if name in training.origins else "the default"
-    return f"--{name} {getattr(training, name)}" + ("" if origin == TYPED else f" (from {origin})")
+    origin = f"from {training.origins[name].name}" if name in training.origins else "the default"
+    return f"--{name} {getattr(training, name)}" + ("" if origin == f"from {TYPED}" else f" ({origin})")
 
 
 def _processes(world_size: int) -> str:

@@ -57,13 +57,15 @@ class RunPlan:
     zero: Zero
 
     @classmethod
-    def of(cls, arguments: Arguments) -> "RunPlan":
-        """Return the plan of a run; the launcher sets ``WORLD_SIZE``.
+    def of(cls, arguments: Arguments, *, world_size: int | None = None) -> "RunPlan":
+        """Return the plan of a run on ``world_size`` processes; by default ``WORLD_SIZE``, which launchers set.
 
         Raises:
             YiVLError: If the batch sizes contradict each other, or ZeRO-3 meets quantized weights.
         """
-        training, world_size = arguments.training, int(os.environ.get("WORLD_SIZE", "1"))
+        training = arguments.training
+        if world_size is None:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batch, accumulation = split_batch(training, world_size)
         zero = Zero.read(training.deepspeed)
         if arguments.model.bits != 16 and zero.stage == 3:
