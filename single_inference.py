@@ -22,8 +22,9 @@ def parse_args() -> argparse.Namespace:
     command_line.add_image_flags(
         parser, "path (or address, see --allow-remote); a --question without it has no image (default: images/cats.jpg)"
     )
-    parser.add_argument("--question", help=f"(default: {QUESTION})")
-    parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
+    parser.add_argument("--question", "--query", help=f"(default: {QUESTION})")
+    command_line.add_prompt_flags(parser)
+    parser.refuse("--sep", "a question has one image; /image in cli.py adds more")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command_line.add_sampling_flags(parser, top_p=1.0, max_new_tokens=1024)

@@ -18,13 +18,11 @@ from yivl import command_line
 
 def parse_args() -> argparse.Namespace:
     """Return the command and its paths."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, about: str, **arguments: str) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+    def add(name: str, about: str, **arguments: str) -> command_line.Parser:
+        command: command_line.Parser = commands.add_parser(name, help=about, description=about)
         for argument, meaning in arguments.items():
             command.add_argument(argument, type=Path, help=meaning)
         return command

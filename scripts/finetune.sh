@@ -5,14 +5,11 @@
 # Required:  MODEL  Yi-VL checkpoint, folder or hub id     DATA  conversations (docs/data.md)     OUT  folder to write
 # Optional:  IMAGES=.  folder of the images    MICRO_BATCH=1  samples per GPU
 #            GLOBAL_BATCH=2 x MICRO_BATCH x processes  samples per optimizer step
-#            devices and nodes: see scripts/launch.sh. Flags come last and win: --freeze_mm_mlp_adapter False trains the
+#            --config run.yaml  flags in a file; those of configs/finetune.yaml are the defaults, and typed flags win
+#            devices and nodes: see scripts/launch.sh. Flags such as --freeze_mm_mlp_adapter False train the
 #            projector too, --unfreeze_mm_vision_tower True the ViT. All flags: python -m yivl.train --help.
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-MICRO_BATCH=${MICRO_BATCH:-1}
-# Source: the LLaMA-Factory recipe for Yi-VL-6B, Deep-Spark/DeepSparkHub, models/nlp/llm/yi-vl-6b/pytorch.
-flags=(--freeze_mm_mlp_adapter True --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_ratio 0.1
-  --num_train_epochs 10 --gradient_checkpointing True)
-launch "$ROOT/scripts/zero3.json" "${GLOBAL_BATCH:-$((2 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"
+launch "$ROOT/scripts/zero3.json" "$ROOT/configs/finetune.yaml" "$@"

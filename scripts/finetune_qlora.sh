@@ -5,17 +5,14 @@
 # Required:  MODEL  Yi-VL checkpoint, folder or hub id     DATA  conversations (docs/data.md)     OUT  folder to write
 # Optional:  IMAGES=.  folder of the images    MICRO_BATCH=1  samples per GPU
 #            GLOBAL_BATCH=8 x MICRO_BATCH x processes  samples per optimizer step
-#            devices and nodes: see scripts/launch.sh. Flags come last and win: --bits 8 for int8.
+#            --config run.yaml  flags in a file; those of configs/finetune_qlora.yaml are the defaults, and typed flags win
+#            devices and nodes: see scripts/launch.sh. Flags such as --bits 8 for int8.
 #            All flags: python -m yivl.train --help.
 # Dry run:   DRY_RUN=1 prints the command; the flag --dry_run prints parameters, data, steps and memory.
 # Then:      scripts/merge_lora.sh --model-path M --lora-path O --save-model-path MERGED   (M unquantized, always)
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-MICRO_BATCH=${MICRO_BATCH:-1}
-# Source: ours; learning rate and rank are those of scripts/finetune_lora.sh.
-flags=(--bits 4 --lora_enable True --lora_r 8 --lora_alpha 16 --freeze_mm_mlp_adapter True --learning_rate 1e-4
-  --lr_scheduler_type cosine --warmup_ratio 0.1 --num_train_epochs 3 --gradient_checkpointing True)
 # Paged optimizer states move to the CPU when GPU memory is full; this needs a GPU.
-((GPUS > 0)) && flags+=(--optim paged_adamw_8bit)
-launch "" "${GLOBAL_BATCH:-$((8 * MICRO_BATCH * processes * NNODES))}" "$MICRO_BATCH" "${flags[@]}" -- "$@"
+((GPUS > 0)) && set -- --config "{optim: paged_adamw_8bit}" "$@"
+launch "" "$ROOT/configs/finetune_qlora.yaml" "$@"

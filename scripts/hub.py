@@ -13,16 +13,14 @@ from yivl import command_line
 
 def parse_args() -> argparse.Namespace:
     """Return the command and its flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    upload = commands.add_parser("upload", help="upload a checkpoint or adapter folder", allow_abbrev=False)
+    upload = commands.add_parser("upload", help="upload a checkpoint or adapter folder")
     upload.add_argument("folder", type=Path, help="Yi-VL checkpoint or LoRA adapter")
     upload.add_argument("repo_id", help="name on the hub; created if it does not exist")
     upload.add_argument("--private", action="store_true", help="create a private repository")
     upload.add_argument("--message", default="Upload a Yi-VL model", help="of the commit (default: %(default)s)")
-    card = commands.add_parser("card", help="print the model card of a folder", allow_abbrev=False)
+    card = commands.add_parser("card", help="print the model card of a folder")
     card.add_argument("folder", type=Path, help="Yi-VL checkpoint or LoRA adapter")
     for command in (upload, card):
         command.add_argument("--base-model", help="hub id of the base model, where the folder records a path")
@@ -32,7 +30,7 @@ def parse_args() -> argparse.Namespace:
         command.add_argument(
             "--scores", type=Path, nargs="*", default=[], help="scores.json files of python -m yivl.eval"
         )
-    download = commands.add_parser("download", help="download a checkpoint or adapter", allow_abbrev=False)
+    download = commands.add_parser("download", help="download a checkpoint or adapter")
     download.add_argument("repo_id", help="name on the hub")
     download.add_argument("folder", type=Path, help="empty or new")
     download.add_argument("--revision", help="branch, tag or commit (default: the newest)")

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Sourced by the training and evaluation scripts: finds the devices, checks the batch sizes, prints and runs the command.
+# Sourced by the training and evaluation scripts: finds the devices, prints and runs the command.
 # Optional:  GPUS=all visible  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
 #            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   for several nodes, each of which runs the script
 #            HOSTFILE=hosts  for several nodes, started from this one over ssh by DeepSpeed
 #            DEEPSPEED=scripts/zeroN.json  ("" for none; without a GPU the default is none)
-#            MODEL DATA IMAGES OUT  the flags --model_name_or_path --data_path --image_folder --output_dir
+#            MODEL VIT DATA IMAGES OUT  --model_name_or_path --vision_tower --data_path --image_folder --output_dir
+#            GLOBAL_BATCH MICRO_BATCH  --global_batch_size --per_device_train_batch_size
 #            PYTHON=.venv/bin/python   DRY_RUN=1  print the command and stop
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -63,31 +64,25 @@ evaluate() {
   run_command
 }
 
-# launch DEFAULT_ZERO GLOBAL_BATCH MICRO_BATCH [flags of the script...] -- [flags of the user...]
+# launch DEFAULT_ZERO CONFIG [flags of the user...]
+# CONFIG, a file or a mapping in braces, holds what a --config of the user and flags replace. Variables count as flags.
 launch() {
-  local zero=$1 global=$2 micro=$3
-  shift 3
-  local samples=$((micro * processes * NNODES))
-  if ((global % samples)); then
-    echo "error: GLOBAL_BATCH=$global is no multiple of $samples (MICRO_BATCH=$micro x $processes processes x $NNODES nodes)" >&2
-    exit 2
-  fi
+  local zero=$1 config=$2
+  shift 2
   processes_of yivl.train
-  command+=(--global_batch_size "$global" --per_device_train_batch_size "$micro")
+  command+=(--config "$config")
+  if ((GPUS > 0)); then
+    command+=(--config "{bf16: true, tf32: true}")
+    [[ -z ${DEEPSPEED+set} && -n $zero ]] && command+=(--config "{deepspeed: '$zero'}")
+  fi
+  [[ -n ${DEEPSPEED:-} ]] && command+=(--deepspeed "$DEEPSPEED")
   [[ -n ${MODEL:-} ]] && command+=(--model_name_or_path "$MODEL")
+  [[ -n ${VIT:-} ]] && command+=(--vision_tower "$VIT")
   [[ -n ${DATA:-} ]] && command+=(--data_path "$DATA")
   [[ -n ${IMAGES:-} ]] && command+=(--image_folder "$IMAGES")
   [[ -n ${OUT:-} ]] && command+=(--output_dir "$OUT")
-  if ((GPUS > 0)); then
-    DEEPSPEED=${DEEPSPEED-$zero}
-    command+=(--bf16 True --tf32 True)
-  fi
-  [[ -n ${DEEPSPEED:-} ]] && command+=(--deepspeed "$DEEPSPEED")
-  while [[ $1 != -- ]]; do
-    command+=("$1")
-    shift
-  done
-  shift
+  [[ -n ${GLOBAL_BATCH:-} ]] && command+=(--global_batch_size "$GLOBAL_BATCH")
+  [[ -n ${MICRO_BATCH:-} ]] && command+=(--per_device_train_batch_size "$MICRO_BATCH")
   command+=("$@")
   run_command
 }

@@ -11,7 +11,5 @@
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-flags=(--stage 1 --gradient_checkpointing True --vision_gradient_checkpointing True)
-[[ -n ${VIT:-} ]] && flags+=(--vision_tower "$VIT")
-# 4096: Yi-VL model card, "Training"; the other published settings are in yivl/train/stages.py.
-launch "$ROOT/scripts/zero2.json" "${GLOBAL_BATCH:-4096}" "${MICRO_BATCH:-32}" "${flags[@]}" -- "$@"
+# The published settings, the global batch size too, are in yivl/train/stages.py.
+launch "$ROOT/scripts/zero2.json" "{stage: 1, per_device_train_batch_size: 32, gradient_checkpointing: true, vision_gradient_checkpointing: true}" "$@"

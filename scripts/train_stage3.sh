@@ -9,6 +9,5 @@
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-flags=(--stage 3 --gradient_checkpointing True --vision_gradient_checkpointing True)
-# 256: Yi-VL model card, "Training"; the other published settings are in yivl/train/stages.py.
-launch "$ROOT/scripts/zero3.json" "${GLOBAL_BATCH:-256}" "${MICRO_BATCH:-2}" "${flags[@]}" -- "$@"
+# The published settings, the global batch size too, are in yivl/train/stages.py.
+launch "$ROOT/scripts/zero3.json" "{stage: 3, per_device_train_batch_size: 2, gradient_checkpointing: true, vision_gradient_checkpointing: true}" "$@"

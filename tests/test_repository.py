@@ -20,7 +20,9 @@ DOCUMENTS = [path for place in (".", "docs", "images", "compat") for path in ROO
 
 # A package imports only from its left; packages of one layer do not import each other.
 LAYERS = (
-    ("constants", "errors", "command_line"),
+    ("constants", "errors"),
+    ("parser",),
+    ("command_line",),
     ("conversation", "image_processing"),
     ("tokenization",),
     ("model",),

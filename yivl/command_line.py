@@ -1,6 +1,6 @@
 """Flags, model loading and error handling shared by all programs.
 
-Only the standard library is imported at module level: ``--help`` and wrong flags must not wait for PyTorch.
+No library is imported at module level: ``--help`` and wrong flags must not wait for PyTorch.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from yivl.parser import Parser as Parser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,11 +46,9 @@ _NO_PERMISSION: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WRONG_PATH: Final = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the model flags and without abbreviations of flags."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser(description: str | None, *, prog: str | None = None) -> Parser:
+    """Return a parser with the model flags."""
+    parser = Parser(prog=prog, description=description)
     add_model_flags(parser)
     return parser
 
@@ -59,6 +59,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, *, must_name_model: bo
     kinds = "checkpoint folder in the Yi-VL format, LoRA adapter folder, hub id, or modelscope:ID"
     group.add_argument(
         "--model-path",
+        "--model_name_or_path",
         type=os.path.expanduser,
         default=None if must_name_model else EMBEDDED_MODEL,
         required=must_name_model,
@@ -66,6 +67,13 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, *, must_name_model: bo
     )
     group.add_argument("--model-base", type=os.path.expanduser, help="base model of a LoRA adapter in --model-path")
     return group
+
+
+def add_data_argument(parser: argparse.ArgumentParser, about: str) -> None:
+    """Add the data of a command, as its first value or as the flag of training."""
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("data", nargs="?", default=argparse.SUPPRESS, help=about)
+    data.add_argument("--data", "--data_path", dest="data", help="the same")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> None:
@@ -95,15 +103,20 @@ def add_image_flags(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--allow-remote", action="store_true", help="accept http(s) addresses as images")
 
 
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of LLaVA that chooses a prompt."""
+    parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser, *, top_p: float, max_new_tokens: int) -> None:
     """Add the sampling flags, with the defaults that differ between the reference scripts."""
     group = parser.add_argument_group("answer")
     group.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
     group.add_argument(
-        "--top-p", "--top_p", type=float, default=top_p, help="probability mass sampled from (default: %(default)s)"
+        "--top-p", type=float, default=top_p, help="probability mass sampled from (default: %(default)s)"
     )
     group.add_argument("--top-k", type=int, default=50, help="tokens sampled from, 0 is all (default: %(default)s)")
-    group.add_argument("--num-beams", "--num_beams", type=int, default=1, help="beam search (default: %(default)s)")
+    group.add_argument("--num-beams", type=int, default=1, help="beam search (default: %(default)s)")
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: %(default)s)")
     group.add_argument(
         "--max-new-tokens", type=int, default=max_new_tokens, help="length in tokens (default: %(default)s)"

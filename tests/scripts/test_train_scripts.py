@@ -31,6 +31,7 @@ from support.training import (
 )
 
 from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.errors import YiVLError
 from yivl.inference.chat import Chat
 from yivl.train.arguments import Arguments, parse_arguments
 from yivl.train.plan import RunPlan, trainer_arguments
@@ -79,10 +80,7 @@ def test_the_printed_command_parses_and_flags_of_the_user_win(
     model, data, training = parse_arguments(arguments)
     RunPlan.of(Arguments(model, data, training))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    for name in ("--bf16", "--tf32", "--deepspeed"):  # without a GPU, transformers refuses them
-        if name in arguments:
-            del arguments[arguments.index(name) : arguments.index(name) + 2]
-    cpu_arguments = parse_arguments(arguments)
+    cpu_arguments = parse_arguments([*arguments, "--tf32", "False"])  # without a GPU, transformers refuses it
     trainer_arguments(cpu_arguments, RunPlan.of(cpu_arguments))
     assert (model.model_name_or_path, data.data_path, training.output_dir) == ("M", "D", "O")
     assert training.learning_rate == 7e-3
@@ -96,18 +94,45 @@ def test_environment_variables_set_the_inputs_and_flags_win() -> None:
     assert (data.data_path, data.image_folder, training.output_dir) == ("typed", "i", "o")
 
 
+def plan_of(monkeypatch: pytest.MonkeyPatch, script: str, *typed: str, **environment: Any) -> tuple[int, int]:
+    """Return the micro-batch size and the accumulation steps of the printed command."""
+    printed = run_script(script, *script_flags(Path("M"), "D", Path("O")), *typed, DRY_RUN=1, **environment)
+    command = shlex.split(printed)
+    monkeypatch.setenv("WORLD_SIZE", str(environment.get("PROCESSES", 1)))
+    plan = RunPlan.of(parse_arguments(command[command.index("yivl.train") + 1 :]))
+    return plan.per_device_train_batch_size, plan.gradient_accumulation_steps
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_indivisible_global_batch_size_is_refused_before_training(script: str) -> None:
-    result = subprocess.run(
-        [f"scripts/{script}"],
-        cwd=ROOT,
-        env=os.environ | {"GPUS": "7", "GLOBAL_BATCH": "256", "MICRO_BATCH": "2", "DRY_RUN": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+def test_batch_sizes_of_the_user_win(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    micro, steps, total = ("--per_device_train_batch_size", "--gradient-accumulation-steps", "--global_batch_size")
+    assert plan_of(monkeypatch, script, micro, "4", steps, "8", PROCESSES=2) == (4, 8)
+    assert plan_of(monkeypatch, script, micro, "4", total, "64", PROCESSES=2) == (4, 8)
+    assert plan_of(monkeypatch, script, steps, "8", total, "64", PROCESSES=2) == (4, 8)
+    assert plan_of(monkeypatch, script, total, "2", PROCESSES=2) == (1, 1)
+    assert plan_of(monkeypatch, script, GLOBAL_BATCH=16, MICRO_BATCH=4) == (4, 4)
+    assert plan_of(monkeypatch, script, total, "8", GLOBAL_BATCH=16, MICRO_BATCH=4) == (4, 2)
+    with pytest.raises(YiVLError, match="--global_batch_size 16 is not 32, --per_device_train_batch_size 4 x "):
+        plan_of(monkeypatch, script, micro, "4", steps, "8", GLOBAL_BATCH=16)
+    with pytest.raises(YiVLError, match="--global_batch_size 256 is no multiple of 14"):
+        plan_of(monkeypatch, script, GLOBAL_BATCH=256, MICRO_BATCH=2, PROCESSES=7)
+
+
+def test_a_configuration_wins_over_the_script_and_flags_over_both(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "deepspeed: mine.json\nbf16: false\noptim: adamw_torch\nlearning_rate: 1e-3\nnum_train_epochs: 7\n"
     )
-    assert result.returncode == 2
-    assert "GLOBAL_BATCH=256 is no multiple of 14" in result.stderr
+    typed = ["--config", str(config), "--num_train_epochs", "5"]
+    for script in SCRIPTS:
+        printed = shlex.split(run_script(script, *script_flags(Path("M"), "D", Path("O")), *typed, DRY_RUN=1, GPUS=2))
+        training = parse_arguments(printed[printed.index("yivl.train") + 1 :]).training
+        assert (training.deepspeed, training.bf16, training.learning_rate) == ("mine.json", False, 1e-3)
+        assert (training.others["optim"], training.others["tf32"], training.num_train_epochs) == (
+            "adamw_torch",
+            True,
+            5,
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -23,6 +23,7 @@ from yivl.train.arguments import (
     parse_arguments,
 )
 from yivl.train.plan import RunPlan, as_dict, trainer_arguments
+from yivl.train.refused import HIDDEN
 from yivl.train.stages import STAGES
 
 NEEDED = {"model_name_or_path": "model", "data_path": "rows.json", "output_dir": "out"}
@@ -103,8 +104,14 @@ def test_flags_of_transformers_are_parsed_as_transformers_does() -> None:
     own = {field.name for field in dataclasses.fields(YiVLTrainingArguments)}
     checked = 0
     for action in theirs._actions:
-        if action.dest in own | {"help", "debug", "parallelism_config", "liger_kernel_config"}:
-            continue  # the last three take other values
+        if action.dest in own | HIDDEN | {
+            "train_sampling_strategy",
+            "help",
+            "debug",
+            "parallelism_config",
+            "liger_kernel_config",
+        }:
+            continue  # refused, or taking other values
         flag = next(option for option in action.option_strings if "-" not in option[2:])
         values = [str(choice) for choice in action.choices or ("3", "0.5", "true")]
         for value in values:
@@ -112,10 +119,10 @@ def test_flags_of_transformers_are_parsed_as_transformers_does() -> None:
                 expected = action.type(value) if callable(action.type) else action.const
             except (ValueError, argparse.ArgumentTypeError):
                 with pytest.raises(YiVLError):
-                    ours.parse([flag, value])
+                    ours.parse_args([flag, value])
             else:
                 words = [flag] if action.nargs == 0 else [flag, value]
-                parsed = vars(ours.parse(words))[action.dest]
+                parsed = vars(ours.parse_args(words))[action.dest]
                 assert (parsed, type(parsed)) == (expected, type(expected)), flag
             checked += 1
     assert checked > 200
@@ -142,9 +149,9 @@ def test_the_stage_table_is_the_model_cards() -> None:
     [
         ({"stage": 4}, "--stage 4: expected one of 1, 2, 3"),
         ({"bits": 4}, "--bits 4: quantized weights cannot be trained; add --lora_enable"),
-        ({"bits": 5}, "argument --bits: invalid choice"),
+        ({"bits": 5}, "--bits: invalid choice"),
         ({"lora_enable": True, "freeze_backbone": True}, "--lora_enable adds adapters"),
-        ({"lora_vision_tower": True}, "--lora_vision_tower needs --lora_enable"),
+        ({"lora_vision_tower": True}, "--lora_vision_tower has no effect without adapters; add --lora_enable True"),
         (
             {"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True},
             "--tune_mm_mlp_adapter trains the projector only",
@@ -153,13 +160,16 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"data_path": ""}, "--data_path is missing"),
         ({"output_dir": ""}, "--output_dir is missing"),
         ({"model_max_length": 0}, "--model_max_length 0 is not positive"),
-        ({"global_batch_size": 5, "per_device_train_batch_size": 2}, "--global_batch_size 5 is no multiple of 2"),
+        (
+            {"global_batch_size": 5, "per_device_train_batch_size": 2},
+            "--global_batch_size 5 is no multiple of 2, --per_device_train_batch_size 2 x 1 process",
+        ),
         ({"warmup_ratio": 1.5}, "--warmup_ratio 1.5 is not between 0 and 1"),
-        ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint is not supported: use --resume"),
+        ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint: x is not supported: use --resume"),
         ({"train_sampling_strategy": "group_by_length"}, "use --group_by_length"),
         ({"eval_data_path": "rows.json"}, "--eval_data_path and --eval_strategy"),
-        ({"lr_scheduler_type": "wavy"}, "argument --lr_scheduler_type: invalid choice: 'wavy'"),
-        ({"bf16": "maybe"}, "argument --bf16: invalid value 'maybe': expected True or False"),
+        ({"lr_scheduler_type": "wavy"}, "--lr_scheduler_type: invalid choice: 'wavy'"),
+        ({"bf16": "maybe"}, "--bf16: invalid value 'maybe': expected True or False"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: cannot be read"),
         (
             {"lora_enable": True, "bits": 4, "deepspeed": ROOT / "scripts/zero3.json"},
@@ -170,14 +180,14 @@ def test_the_stage_table_is_the_model_cards() -> None:
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0 is not positive"),
         ({"global_batch_size": 0}, "--global_batch_size 0 is not positive"),
         (
-            {"global_batch_size": 8, "gradient_accumulation_steps": 4},
-            "--global_batch_size sets --gradient_accumulation",
+            {"global_batch_size": 8, "gradient_accumulation_steps": 3},
+            "--global_batch_size 8 is no multiple of 3, --gradient_accumulation_steps 3 x 1 process",
         ),
-        ({"save_only_model": True}, "--save_only_model is not supported"),
-        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor is not supported"),
-        ({"save_strategy": "best", "eval_strategy": "steps"}, "--save_strategy best is not supported"),
-        ({"report_to": "wandb"}, "--report_to wandb needs a package"),
-        ({"learn_rate": 3}, "unknown flag --learn_rate; did you mean --learning_rate?"),
+        ({"save_only_model": True}, "--save_only_model: True is not supported"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: 0.1 is not supported"),
+        ({"save_strategy": "best", "eval_strategy": "steps"}, "--save_strategy: best is not supported"),
+        ({"report_to": "wandb"}, "--report_to: wandb is not supported: it needs a package"),
+        ({"learn_rate": 3}, "unknown flag --learn_rate (did you mean --learning_rate?)"),
         ({"zzz": 3}, "unknown flag --zzz; --help lists the flags"),
     ],
 )
@@ -185,6 +195,31 @@ def test_wrong_flags_are_one_line(changes: dict[str, Any], message: str) -> None
     with pytest.raises(YiVLError, match=re.escape(message)) as error:
         parse(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_flags_of_several_processes_are_checked_once() -> None:
+    words = "--nproc-per-node 2 --nnodes 3 -m yivl.train --global_batch_size 8 --model-path m --data d --output o"
+    code = f"import sys; sys.argv = {['launch', *words.split()]!r}; from yivl import command_line; "
+    code += "from yivl.train import launch; command_line.run(launch.main)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: --global_batch_size 8 is no multiple of 6, "
+        "--per_device_train_batch_size 1 (the default) x 6 processes\n"
+    )
+
+
+def test_the_help_has_our_flags_first() -> None:
+    text = _make_parser().format_help()
+    groups = [text.index(f"\n{title}:") for title in ("model", "data", "training", "transformers.TrainingArguments")]
+    assert groups == sorted(groups)
+    assert "--config YAML" in text[: groups[0]]
+    assert not re.search("--(version|lazy_preprocess|push_to_hub)", text)
+
+
+def test_errors_of_all_groups_are_in_one_message() -> None:
+    with pytest.raises(YiVLError, match=r"^--model_name_or_path is .*; --data_path is .*; --output_dir is missing"):
+        parse_arguments([])
 
 
 def test_a_pattern_that_the_shell_expanded_is_reported() -> None:

@@ -97,8 +97,12 @@ def load_adapter(model: YiVLForCausalLM, folder: Path, *, merge: bool = False) -
 
 
 def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:
-    # The files of peft leave out the name of the adapter.
-    expected = {name.replace(".default.", "."): value for name, value in model.named_parameters() if ADAPTER in name}
+    # The files of peft leave out the name of the adapter, and the end of the name of DoRA's magnitudes.
+    expected = {
+        name.replace("_magnitude_vector.default.weight", "_magnitude_vector").replace(".default.", "."): value
+        for name, value in model.named_parameters()
+        if ADAPTER in name
+    }
     check_keys(folder, expected, weights, fit="this base model")
 
 

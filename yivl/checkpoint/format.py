@@ -46,6 +46,8 @@ ADAPTER: Final = ".lora_"
 
 ARGUMENTS: Final = "training_arguments.json"
 """Resolved flags of a run, in its output folder and its checkpoints."""
+RUN_CONFIG: Final = "training_config.yaml"
+"""The flags of a run for ``--config``, beside ``ARGUMENTS``, which also holds what transformers derives from them."""
 RECORD: Final = "training_run.json"
 """Origin of a run: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
 LOG: Final = "log.jsonl"

@@ -26,19 +26,18 @@ if TYPE_CHECKING:
 
 def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m yivl.data.check",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser(prog="python -m yivl.data.check", description=__doc__)
     command_line.add_checkpoint_flags(parser)
-    parser.add_argument("data", help=".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)")
+    command_line.add_data_argument(parser, ".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)")
     parser.add_argument(
         "--image-folder", default=".", help="base folder of relative image paths (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-length", type=int, default=2048, help="sequence length, image patches included (default: %(default)s)"
+        "--max-length",
+        "--model_max_length",
+        type=int,
+        default=2048,
+        help="sequence length, image patches included (default: %(default)s)",
     )
     parser.add_argument("--max-rows-per-source", type=int, help="as in training")
     parser.add_argument(

@@ -18,14 +18,9 @@ if TYPE_CHECKING:
 
 def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m yivl.data.show",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser(prog="python -m yivl.data.show", description=__doc__)
     command_line.add_checkpoint_flags(parser)
-    parser.add_argument("data", help=".json or .jsonl file")
+    command_line.add_data_argument(parser, ".json or .jsonl file")
     parser.add_argument("row", type=int, help="index of the row, from 0")
     return parser.parse_args()
 

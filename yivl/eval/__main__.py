@@ -33,15 +33,13 @@ _FREE: Final = ("output", "batch_size", "device", "attn_implementation", "group_
 
 def parse_args() -> argparse.Namespace:
     """Return the benchmark and its flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(prog="python -m yivl.eval", description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar=f"{{{','.join(BENCHMARKS)}}}")
     for name, benchmark in BENCHMARKS.items():
         about = (benchmark.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command = commands.add_parser(name, help=about, description=about)
         benchmark.add_flags(command)
-        command.add_argument("--output", required=True, help="folder to write to")
+        command.add_argument("--output", "--output_dir", required=True, help="folder to write to")
         command.add_argument("--batch-size", type=int, default=16, help="questions per batch (default: %(default)s)")
     return parser.parse_args()
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Load a model and serve it."""
-    parser = command_line.make_parser(__doc__)
+    parser = command_line.make_parser(__doc__, prog="python -m yivl.serve.api")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument(

@@ -4,15 +4,18 @@ Only the standard library is imported, so that ``--help`` and wrong flags answer
 """
 
 import argparse
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
+from yivl.command_line import Parser
 from yivl.errors import YiVLError
-from yivl.train.flags import Parser, add_flag, dataclass_flags, transformers_flags
+from yivl.train.flags import add_flag, checked, dataclass_flags, transformers_flags
+from yivl.train.layers import ADAPTER_FLAGS, TYPED, Layer, Origin, merge_layers
+from yivl.train.refused import HIDDEN, llava_checks, transformers_checks
+from yivl.train.run_config import read_run_config
 from yivl.train.stages import STAGES
 
 
@@ -35,7 +38,9 @@ class ModelArguments:
     """
 
     model_name_or_path: str = _flag(
-        "", "Yi-VL checkpoint (folder or hub id), or the folder of a Yi language model to initialize stage 1 from"
+        "",
+        "Yi-VL checkpoint (folder or hub id), or the folder of a Yi language model to initialize stage 1 from",
+        aliases=("--model_path",),
     )
     stage: int | None = _flag(None, "published stage 1, 2 or 3; sets the defaults of other flags (docs/training.md)")
     vision_tower: str | None = _flag(
@@ -47,6 +52,9 @@ class ModelArguments:
     )
     image_aspect_ratio: str | None = _flag(None, "pad or square; default: the checkpoint's, or pad")
     mm_projector_type: str = _flag("mlp2x_gelu_Norm", "type of a new projector, for a language model and a ViT")
+    pretrain_mm_mlp_adapter: str | None = _flag(
+        None, "weights of the projector (mm_projector.bin of LLaVA, or safetensors), instead of the checkpoint's"
+    )
     mm_vision_select_layer: int = _flag(-2, "ViT layer whose output feeds a new projector")
     mm_vision_select_feature: str = _flag("patch", "patch or cls_patch: ViT tokens that feed a new projector")
     attn_implementation: str = _flag("sdpa", "attention kernels", choices=["sdpa", "eager", "flash_attention_2"])
@@ -59,6 +67,8 @@ class ModelArguments:
     lora_alpha: int = _flag(16, "the adapters are scaled by lora_alpha / lora_r")
     lora_dropout: float = _flag(0.0, "dropout before the adapters")
     lora_vision_tower: bool = _flag(False, "add adapters to the linear layers of the ViT too")
+    use_dora: bool = _flag(False, "DoRA: train the magnitude of the adapted weights apart from their direction")
+    use_rslora: bool = _flag(False, "rsLoRA: scale the adapters by lora_alpha / sqrt(lora_r)")
     bits: int = _flag(16, "16, or 8 or 4 for a quantized language model under LoRA (QLoRA)", choices=[16, 8, 4])
 
     def __post_init__(self) -> None:
@@ -75,11 +85,11 @@ class ModelArguments:
         if self.lora_enable and self.freeze_backbone:
             raise YiVLError("--lora_enable adds adapters to the language model, --freeze_backbone freezes it; drop one")
         _check_positive(self, "lora_r")
-        for name in ("lora_r", "lora_alpha", "lora_dropout"):
+        for name in ADAPTER_FLAGS:
             if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
                 raise YiVLError(f"--{name} has no effect without adapters; add --lora_enable True, or drop it")
-        if self.lora_vision_tower and (not self.lora_enable or self.unfreeze_mm_vision_tower):
-            raise YiVLError("--lora_vision_tower needs --lora_enable, and excludes --unfreeze_mm_vision_tower")
+        if self.lora_vision_tower and self.unfreeze_mm_vision_tower:
+            raise YiVLError("--lora_vision_tower adds adapters, --unfreeze_mm_vision_tower trains the ViT; drop one")
 
     @property
     def trains_language_model(self) -> bool:
@@ -95,7 +105,9 @@ class DataArguments:
         YiVLError: If a flag is missing or out of range.
     """
 
-    data_path: str = _flag("", "rows (.json, .jsonl), tar shards ({00000..00099}.tar) or a mixture of them (.yaml)")
+    data_path: str = _flag(
+        "", "rows (.json, .jsonl), tar shards ({00000..00099}.tar) or a mixture of them (.yaml)", aliases=("--data",)
+    )
     image_folder: str = _flag(".", "folder that relative image paths start from")
     eval_data_path: str | None = _flag(None, "rows to compute the evaluation loss on; needs --eval_strategy")
     model_max_length: int = _flag(2048, "sequence length, image patches included; longer samples are truncated")
@@ -114,24 +126,6 @@ class DataArguments:
         _check_positive(self, "model_max_length", "shuffle_buffer")
 
 
-# Flags of transformers that would have no effect or a wrong one here, and what to use instead.
-_REFUSED: Final = {
-    "activation_checkpointing": "use --gradient_checkpointing and --vision_gradient_checkpointing",
-    "resume_from_checkpoint": "use --resume",
-    "dataloader_drop_last": "all samples are used",
-    "auto_find_batch_size": "use --dry_run to see what fits",
-    "load_best_model_at_end": "checkpoints stay in --output_dir",
-    "metric_for_best_model": "compare the evaluation losses in log.jsonl",
-    "save_only_model": "a checkpoint without its optimizer cannot be resumed",
-    "ignore_data_skip": "a resumed run continues with the next batch",
-    "label_smoothing_factor": "it needs the logits of the whole sequence",
-    "label_names": "the labels are those of the conversations",
-    "data_seed": "use --seed",
-    "push_to_hub": "upload the finished folder with scripts/hub.py",
-    "fsdp": "use --deepspeed scripts/zero3.json",
-}
-
-
 @dataclass(frozen=True)
 class YiVLTrainingArguments:
     """Flags of training that yivl adds, that have other defaults than in transformers, or that yivl reads.
@@ -140,7 +134,7 @@ class YiVLTrainingArguments:
         YiVLError: If flags contradict each other, or one would have no effect.
     """
 
-    output_dir: str = _flag("", "folder of the trained model, its checkpoints and logs")
+    output_dir: str = _flag("", "folder of the trained model, its checkpoints and logs", aliases=("--output",))
     learning_rate: float = _flag(2e-5, "peak learning rate of the language model, and of parts without their own")
     mm_projector_lr: float | None = _flag(None, "peak learning rate of the projector")
     mm_vision_tower_lr: float | None = _flag(None, "peak learning rate of the ViT")
@@ -148,7 +142,8 @@ class YiVLTrainingArguments:
     max_steps: int = _flag(-1, "number of optimizer steps; positive values override --num_train_epochs")
     per_device_train_batch_size: int = _flag(1, "micro-batch size of a process, in samples")
     global_batch_size: int | None = _flag(
-        None, "samples per optimizer step over all processes; sets --gradient_accumulation_steps"
+        None,
+        "samples per optimizer step over all processes; sets what the other two leave open",
     )
     gradient_accumulation_steps: int = _flag(1, "micro-batches per optimizer step")
     weight_decay: float = _flag(0.0, "weight decay; biases and norms have none")
@@ -166,7 +161,7 @@ class YiVLTrainingArguments:
     dataloader_persistent_workers: bool = _flag(True, "keep data loading workers between epochs")
     logging_steps: float = _flag(1, "steps between log lines")
     logging_nan_inf_filter: bool = _flag(False, "log the last finite loss instead of NaN or infinity")
-    eval_strategy: str = _flag("no", "when to evaluate; needs --eval_data_path")
+    eval_strategy: str = _flag("no", "when to evaluate; needs --eval_data_path", aliases=("--evaluation_strategy",))
     save_strategy: str = _flag("steps", "when to save checkpoints")
     save_steps: float = _flag(200, "steps between checkpoints")
     save_total_limit: int | None = _flag(3, "number of checkpoints to keep")
@@ -176,26 +171,13 @@ class YiVLTrainingArguments:
     dry_run: bool = _flag(False, "print the run's parameters, data, steps and estimated memory, and stop")
     others: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Flags of transformers that were given and are not listed above."""
+    origins: Mapping[str, Origin] = field(default_factory=lambda: MappingProxyType({}))
+    """Of every flag that was given."""
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise YiVLError("--output_dir is missing; give a folder for the trained model")
-        for name, instead in _REFUSED.items():
-            if self.others.get(name):
-                raise YiVLError(f"--{name} is not supported: {instead}")
         _check_positive(self, "per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps")
-        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise YiVLError("--global_batch_size sets --gradient_accumulation_steps; drop one of them")
-        if not self.others.get("average_tokens_across_devices", True):
-            raise YiVLError(
-                "--average_tokens_across_devices False is not supported: the loss is the mean over the tokens of a step"
-            )
-        if self.save_strategy == "best":
-            raise YiVLError("--save_strategy best is not supported: compare the evaluation losses in log.jsonl")
-        if self.others.get("train_sampling_strategy", "random") != "random":
-            raise YiVLError("--train_sampling_strategy is not supported: use --group_by_length")
-        if "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
-            raise YiVLError(f"--report_to wandb needs a package: {sys.executable} -m pip install wandb")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
             raise YiVLError(f"--warmup_ratio {self.warmup_ratio} is not between 0 and 1")
 
@@ -209,25 +191,35 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Return the checked flags of a command line; ``--stage`` sets defaults, and flags that are given win.
+    """Return the checked flags: those typed win over those of ``--config``, and both over the defaults of ``--stage``.
 
     Raises:
         YiVLError: If a flag is missing, unknown, out of range or contradicts another.
     """
-    given = vars(_make_parser().parse([_underscored(word) for word in argv]))
-    defaults = dict(STAGES.get(given.get("stage", 0), {}))
-    if "gradient_accumulation_steps" in given:
-        defaults.pop("global_batch_size", None)
-    given = defaults | given
+    parser = _make_parser()
+    typed = vars(parser.parse_args(argv))
+    layers = [read_run_config(source, parser) for source in typed.pop("config", ())] + [Layer(TYPED, typed)]
+    stage = next((layer.flags["stage"] for layer in reversed(layers) if "stage" in layer.flags), 0)
+    layers.insert(0, Layer(f"--stage {stage}", STAGES.get(stage, {})))
+    given, origins = merge_layers(layers)
+    for name in llava_checks().keys() & given.keys():
+        del given[name]  # accepted with the only value it can have
 
-    def take(group: type) -> dict[str, Any]:
-        return {name: given.pop(name) for name in dataclass_flags(group) if name in given}
-
-    model, data = ModelArguments(**take(ModelArguments)), DataArguments(**take(DataArguments))
-    training = YiVLTrainingArguments(**take(YiVLTrainingArguments), others=MappingProxyType(given))
-    if (data.eval_data_path is None) != (training.eval_strategy == "no"):
+    kinds: tuple[type, ...] = (ModelArguments, DataArguments, YiVLTrainingArguments)
+    fields = [{name: given.pop(name) for name in dataclass_flags(kind) if name in given} for kind in kinds]
+    fields[-1] |= {"others": MappingProxyType(given), "origins": MappingProxyType(origins)}
+    groups, wrong = [], []
+    for kind, values in zip(kinds, fields, strict=True):
+        try:
+            groups.append(kind(**values))
+        except YiVLError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise YiVLError("; ".join(wrong))
+    arguments = Arguments(*groups)
+    if (arguments.data.eval_data_path is None) != (arguments.training.eval_strategy == "no"):
         raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) need each other")
-    return Arguments(model, data, training)
+    return arguments
 
 
 def _make_parser() -> Parser:
@@ -236,22 +228,33 @@ def _make_parser() -> Parser:
         prog="python -m yivl.train",
         usage="python -m yivl.train --model_name_or_path CHECKPOINT --data_path rows.json --output_dir OUT [flags]",
         description="Train Yi-VL: the published stages, full fine-tuning, LoRA and QLoRA (docs/training.md).",
-        allow_abbrev=False,
     )
-    theirs = transformers_flags()
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="YAML",
+        help="file with flags and their values, such as learning_rate: 1e-5; flags that are typed win, and of several "
+        "files the last one",
+    )
+    theirs, checks = transformers_flags(), transformers_checks()
     for title, group in zip(("model", "data", "training"), Arguments.__annotations__.values(), strict=True):
         titled = parser.add_argument_group(title)
         for name, flag in dataclass_flags(group).items():
             choices = theirs.pop(name, flag).options
-            add_flag(titled, name, flag._replace(options=choices | flag.options))
+            add_flag(titled, name, flag._replace(options=choices | flag.options), checks.get(name))
     titled = parser.add_argument_group("transformers.TrainingArguments")
     for name, flag in theirs.items():
-        hidden = {"help": argparse.SUPPRESS} if name in _REFUSED else {}
-        add_flag(titled, name, flag._replace(options=flag.options | hidden))
+        hidden = {"help": argparse.SUPPRESS} if name in HIDDEN else {}
+        aliases = {"aliases": ("--no_cuda",)} if name == "use_cpu" else {}
+        add_flag(titled, name, flag._replace(options=flag.options | hidden | aliases), checks.get(name))
+    for name, check in llava_checks().items():
+        parser.add_argument(
+            f"--{name}",
+            type=partial(checked, str, check),
+            nargs="?",
+            const="True",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
     return parser
-
-
-def _underscored(word: str) -> str:
-    """Return ``--learning-rate=1e-5`` as ``--learning_rate=1e-5``, and other words as they are."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word

@@ -1,7 +1,7 @@
 """The dry run: steps, batch size and estimated memory of a run, before weights load."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from yivl.data.rows import RowError
 from yivl.model.configuration import YiVLConfig
@@ -84,6 +84,8 @@ def _activations(sizes: Sequence[PartSize], config: YiVLConfig, arguments: Argum
         vit_layer = 12 * vision.hidden_size + 2 * vision.intermediate_size
         saved = vision.hidden_size if training.vision_gradient_checkpointing else vit_layer
         total += samples * config.num_patches * width * (config.num_vision_layers * saved + vit_layer)
+    if arguments.model.use_dora:  # the adapted weight of a layer, whose norm DoRA computes, in two copies
+        total += 2 * width * config.hidden_size * config.intermediate_size
     # Logits of a chunk, in the computing precision and in float32, and their gradient.
     return float(total + min(tokens, CHUNK_SIZE) * config.vocab_size * (width + 8))
 
@@ -94,7 +96,10 @@ def describe_run(run: Run, config: YiVLConfig, sizes: Sequence[PartSize]) -> str
     Raises:
         RowError: If a sample of the first batch cannot be used.
     """
-    plan, micro_batch = run.plan, run.arguments.training.per_device_train_batch_size
+    plan, micro_batch = run.plan, run.plan.per_device_train_batch_size
+    arguments = run.arguments._replace(
+        training=replace(run.arguments.training, per_device_train_batch_size=micro_batch)
+    )
     accumulation, sequence_length = plan.gradient_accumulation_steps, run.arguments.data.model_max_length
     batches_per_step = accumulation * plan.world_size
     try:
@@ -109,5 +114,5 @@ def describe_run(run: Run, config: YiVLConfig, sizes: Sequence[PartSize]) -> str
         f"estimated memory per GPU, sequence length {sequence_length:,}, ZeRO stage {plan.zero.stage}:",
     ]
     for num_gpus in sorted({plan.world_size, 1, 8, 64} if plan.zero.stage else {plan.world_size}):
-        lines.append(f"{num_gpus:>5} GPUs  {estimate_memory(sizes, config, run.arguments, plan.zero, num_gpus)}")
+        lines.append(f"{num_gpus:>5} GPUs  {estimate_memory(sizes, config, arguments, plan.zero, num_gpus)}")
     return "\n".join(lines)

@@ -6,39 +6,19 @@ Importing those libraries takes seconds, which ``--help`` and a misspelled flag 
 import argparse
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, Final, NamedTuple, get_args
 
-from yivl.errors import YiVLError
+from yivl.command_line import Parser
+from yivl.train.refused import Check
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line; argparse would print the usage of 150 flags first."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ``YiVLError``."""
-        raise YiVLError(f"{message}; --help lists the flags")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Return the parsed flags.
-
-        Raises:
-            YiVLError: If a flag is unknown (the error suggests the closest one) or has a wrong value.
-        """
-        namespace, unknown = self.parse_known_args(argv)
-        if not unknown:
-            return namespace
-        word = unknown[0]
-        if not word.startswith("-"):
-            raise YiVLError(f"{word}: no flag takes this value; quote patterns such as '{{00000..00099}}.tar'")
-        name = word.split("=")[0]
-        close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        raise YiVLError(f"unknown flag {name}; {f'did you mean {close[0]}?' if close else '--help lists the flags'}")
+JSON: Final = "JSON"
+"""Metavariable of flags whose value is a JSON object."""
 
 
 class Flag(NamedTuple):
@@ -80,24 +60,46 @@ def transformers_flags() -> dict[str, Flag]:
     return flags
 
 
-def add_flag(group: argparse._ArgumentGroup, name: str, flag: Flag) -> None:
-    """Add a flag to a parser; one that is not given is left out of the namespace."""
-    options = dict(flag.options)
-    if "dict" in flag.types:
-        options["type"] = json.loads if "bool" in flag.types else str  # transformers reads those that may name a file
+def add_flag(group: argparse._ArgumentGroup, name: str, flag: Flag, check: Check | None = None) -> None:
+    """Add a flag to a parser; one that is not given is left out of the namespace.
+
+    Besides those of ``add_argument``, ``flag`` may have the option ``aliases``, other names of the flag. ``check`` is
+    applied to its value.
+    """
+    options: dict[str, Any] = {"metavar": "BOOL" if "bool" in flag.types else None} | flag.options
+    aliases = options.pop("aliases", ())
+    if "dict" in flag.types:  # transformers reads those that may name a file
+        options |= {"type": json.loads if "bool" in flag.types else str, "metavar": JSON}
     elif "bool" in flag.types:
-        options |= {"type": _to_bool, "nargs": "?", "const": True}
+        options |= {"type": _to_bool, "nargs": "?", "const": "True"}
     else:
         options["type"] = next((kind for kind in (int, float) if kind.__name__ in flag.types), str)
     if "choices" not in options:
-        options["metavar"] = "BOOL" if "bool" in flag.types else options["type"].__name__.upper()
+        options["metavar"] = options["metavar"] or options["type"].__name__.upper()
+    if check is not None:
+        options["type"] = partial(checked, options["type"], check)
     if flag.default not in (None, "") and options.get("help") != argparse.SUPPRESS:
         options["help"] = f"{options.get('help', '')} (default: {flag.default})"
-    group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
+    group.add_argument(f"--{name}", *aliases, dest=name, default=argparse.SUPPRESS, **options)
     if flag.default is True:
         group.add_argument(
             f"--no_{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+
+
+def checked(convert: Callable[[str], Any], check: Check, text: str) -> Any:
+    """Return the value of a flag.
+
+    Raises:
+        argparse.ArgumentTypeError: If ``text`` is no such value, or ``check`` refuses it.
+    """
+    try:
+        value = convert(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid value: {text!r}") from error
+    if reason := check(value):
+        raise argparse.ArgumentTypeError(f"{text} is not supported: {reason}")
+    return value
 
 
 def torchrun_parser(prog: str) -> Parser:

@@ -8,9 +8,10 @@ import torch
 
 from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.folder import read_vit_weights
-from yivl.checkpoint.format import StateDict, read_json
+from yivl.checkpoint.format import StateDict, check_weight_file, read_json
 from yivl.checkpoint.hf_format import is_hf
 from yivl.checkpoint.loading import check_support, empty_model, read_small_files, set_images
+from yivl.checkpoint.projector import load_projector
 from yivl.checkpoint.vit_source import ViTSource, resolve_vit
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
@@ -76,6 +77,10 @@ def read_start(arguments: ModelArguments) -> Start:
     else:
         config, tokenizer = _config_of_parts(folder, vit, arguments), load_tokenizer(folder)
         clip_processor = vit.clip_processor
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        if arguments.lora_enable and arguments.freeze_mm_mlp_adapter:
+            raise YiVLError("--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; drop one")
+        check_weight_file(Path(arguments.pretrain_mm_mlp_adapter).expanduser())
     image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
@@ -104,6 +109,8 @@ def load_start(start: Start, arguments: ModelArguments, *, dtype: torch.dtype, p
         vit_weights=None if start.vit is None else start.vit.read_weights(),
         fresh_projector=start.is_language_model,
     )
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        load_projector(model, Path(arguments.pretrain_mm_mlp_adapter).expanduser())
     model.config.use_cache = False
     return model
 

@@ -3,17 +3,21 @@
 python -m yivl.train.launch --nproc-per-node 8 -m yivl.train FLAGS
 """
 
+import argparse
 import logging
 import sys
 
 from yivl import command_line
+from yivl.train.arguments import parse_arguments
 from yivl.train.cpu_threads import share_cores
 from yivl.train.flags import torchrun_parser
+from yivl.train.plan import RunPlan
 
 
 def main() -> None:
     """Run torchrun with the flags of this process."""
-    flags = torchrun_parser("python -m yivl.train.launch").parse(sys.argv[1:])
+    flags = torchrun_parser("python -m yivl.train.launch").parse_args(sys.argv[1:])
+    _check_flags(flags)
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -30,6 +34,17 @@ def main() -> None:
         sys.exit(first.exitcode if first.exitcode > 0 else f"error: rank {rank} was ended by signal {-first.exitcode}")
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Check the flags of training before every rank reports the same error.
+
+    Raises:
+        YiVLError: If they are wrong.
+    """
+    nodes, processes = flags.nnodes or "1", flags.nproc_per_node or "1"
+    if flags.module and flags.training_script == "yivl.train" and nodes.isdigit() and processes.isdigit():
+        RunPlan.of(parse_arguments(flags.training_script_args), world_size=int(nodes) * int(processes))
 
 
 if __name__ == "__main__":

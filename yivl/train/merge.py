@@ -1,6 +1,7 @@
 """Merge a LoRA adapter, and the projector or ViT trained with it, into its unquantized base.
 
 python -m yivl.train.merge --model-path BASE --lora-path ADAPTER --save-model-path OUT
+python -m yivl.train.merge --model-path ADAPTER --model-base BASE --save-model-path OUT    the same, as in LLaVA
 """
 
 import argparse
@@ -16,15 +17,14 @@ logger = logging.getLogger(__name__)
 
 def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m yivl.train.merge",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.Parser(prog="python -m yivl.train.merge", description=__doc__)
+    parser.add_argument("--model-path", "--model_name_or_path", required=True, help="base checkpoint, folder or hub id")
+    adapter = parser.add_mutually_exclusive_group(required=True)
+    adapter.add_argument("--lora-path", help="adapter folder, or one of its checkpoint-N folders")
+    adapter.add_argument("--model-base", help="base checkpoint; --model-path is the adapter folder then")
+    parser.add_argument(
+        "--save-model-path", "--output", "--output_dir", required=True, help="checkpoint folder to write"
     )
-    parser.add_argument("--model-path", required=True, help="base checkpoint, folder or hub id")
-    parser.add_argument("--lora-path", required=True, help="adapter folder, or one of its checkpoint-N folders")
-    parser.add_argument("--save-model-path", required=True, help="checkpoint folder to write")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -32,7 +32,10 @@ def parse_args() -> argparse.Namespace:
         help="precision of the merged weights (default: that of the base)",
     )
     parser.add_argument("--device", default="cpu", help="device to merge on (default: %(default)s)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.model_base is not None:
+        arguments.model_path, arguments.lora_path = arguments.model_base, arguments.model_path
+    return arguments
 
 
 def main() -> None:

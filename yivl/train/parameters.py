@@ -42,6 +42,8 @@ def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
+        use_dora=arguments.use_dora,
+        use_rslora=arguments.use_rslora,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments, YiVLTrainingArguments
+from yivl.train.batch_size import split_batch
 from yivl.train.cpu_threads import local_world_size, share_cores
 
 if TYPE_CHECKING:
@@ -52,33 +53,28 @@ class RunPlan:
     """What is derived from the flags and the number of processes."""
 
     world_size: int
+    per_device_train_batch_size: int
     gradient_accumulation_steps: int
     zero: Zero
 
     @classmethod
-    def of(cls, arguments: Arguments) -> "RunPlan":
-        """Return the plan of a run; the launcher sets ``WORLD_SIZE``.
+    def of(cls, arguments: Arguments, *, world_size: int | None = None) -> "RunPlan":
+        """Return the plan of a run on ``world_size`` processes; by default ``WORLD_SIZE``, which launchers set.
 
         Raises:
-            YiVLError: If the global batch size cannot be split over the processes, or ZeRO-3 meets quantized weights.
+            YiVLError: If the batch sizes contradict each other, or ZeRO-3 meets quantized weights.
         """
-        training, world_size = arguments.training, int(os.environ.get("WORLD_SIZE", "1"))
-        accumulation = training.gradient_accumulation_steps
-        if training.global_batch_size is not None:
-            samples = training.per_device_train_batch_size * world_size
-            accumulation, rest = divmod(training.global_batch_size, samples)
-            if rest:
-                raise YiVLError(
-                    f"--global_batch_size {training.global_batch_size} is no multiple of {samples} "
-                    f"(--per_device_train_batch_size {training.per_device_train_batch_size} x {world_size} processes)"
-                )
+        training = arguments.training
+        if world_size is None:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        micro_batch, accumulation = split_batch(training, world_size)
         zero = Zero.read(training.deepspeed)
         if arguments.model.bits != 16 and zero.stage == 3:
             raise YiVLError(
                 f"--bits {arguments.model.bits}: ZeRO-3 cannot partition quantized weights; use scripts/zero2.json or "
                 "no --deepspeed"
             )
-        return cls(world_size, accumulation, zero)
+        return cls(world_size, micro_batch, accumulation, zero)
 
     def total_steps(self, training: YiVLTrainingArguments, num_batches: int) -> int:
         """Return the optimizer steps of a run with ``num_batches`` batches per epoch and rank, as the Trainer does."""
@@ -100,6 +96,7 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     given = {name: value for name, value in vars(training).items() if name in names}
     derived: dict[str, Any] = {
+        "per_device_train_batch_size": plan.per_device_train_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "warmup_steps": training.warmup_steps if training.warmup_ratio is None else training.warmup_ratio,
         "gradient_checkpointing": False,  # enabled per part in parameters.py; transformers knows all or none
@@ -127,8 +124,24 @@ def as_dict(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]:
     """Return what is saved with the model: the flags as given, those of transformers completed, and the world size."""
     model, data, training = (vars(group) for group in arguments)
     flags: dict[str, Any] = model | data | training | args.to_dict()
-    del flags["others"]
-    return flags | {"gradient_checkpointing": training["gradient_checkpointing"], "world_size": args.world_size}
+    for name in ("others", "origins"):
+        del flags[name]
+    total = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return flags | {
+        "gradient_checkpointing": training["gradient_checkpointing"],
+        "global_batch_size": total,
+        "world_size": args.world_size,
+    }
+
+
+def as_config(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]:
+    """Return the flags that repeat a run when they are given to ``--config``, on any number of processes."""
+    model, data, training = (dict(vars(group)) for group in arguments)
+    flags = model | data | training | training.pop("others")
+    flags |= {name: as_dict(arguments, args)[name] for name in ("per_device_train_batch_size", "global_batch_size")}
+    left_out = {"others", "origins", "gradient_accumulation_steps", "resume", "dry_run"}
+    left_out.add("warmup_ratio" if training["warmup_ratio"] is None else "warmup_steps")
+    return {name: value for name, value in flags.items() if name not in left_out}
 
 
 def prepare_environment(training: YiVLTrainingArguments) -> None:

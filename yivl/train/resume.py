@@ -31,7 +31,7 @@ _STATE: Final = "trainer_state.json"
 GLOBAL_BATCH_FLAGS: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 """Flags whose product is the global batch size."""
 # Paths may have changed, and kernels differ between machines.
-_PATHS: Final = ("model_name_or_path", "vision_tower", "attn_implementation")
+_PATHS: Final = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "attn_implementation")
 # Flags that decide which parameters are trainable, how, and on which samples of a step.
 _MUST_AGREE: Final = (
     *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _PATHS),

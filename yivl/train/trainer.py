@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.adapters import save_adapter
-from yivl.checkpoint.atomic import replace_dir, write_json
-from yivl.checkpoint.format import ARGUMENTS, RECORD
+from yivl.checkpoint.atomic import replace_dir, write_json, write_text
+from yivl.checkpoint.format import ARGUMENTS, RECORD, RUN_CONFIG
 from yivl.checkpoint.saving import write_checkpoint
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.encoding import Encoder
@@ -27,8 +27,9 @@ from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments
 from yivl.train.dataloaders import Batches, BatchLoader
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
-from yivl.train.plan import as_dict
+from yivl.train.plan import as_config, as_dict
 from yivl.train.resume import UNFINISHED, describe_origin, finished_checkpoints, load_trained, publish
+from yivl.train.run_config import run_config_text
 from yivl.train.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -260,6 +261,7 @@ class YiVLTrainer(Trainer):
                 self.model, folder, tokenizer=tokenizer, image_processor=clip_processor, state_dict=state_dict
             )
         write_json(folder / ARGUMENTS, as_dict(self.arguments, self.args))
+        write_text(folder / RUN_CONFIG, run_config_text(as_config(self.arguments, self.args)))
         write_json(folder / RECORD, describe_origin(self.arguments.model.model_name_or_path, self.sources))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

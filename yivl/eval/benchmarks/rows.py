@@ -22,7 +22,7 @@ _Image = Path | bytes | None
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     command_line.add_model_flags(parser)
-    parser.add_argument("--data", required=True, help="rows, .json or .jsonl (docs/data.md)")
+    parser.add_argument("--data", "--data_path", required=True, help="rows, .json or .jsonl (docs/data.md)")
     parser.add_argument(
         "--image-folder", default=".", help="base folder of relative image paths (default: %(default)s)"
     )

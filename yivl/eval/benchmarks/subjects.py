@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser, data: str, splits: Sequence[str])
     """Add the shared flags; the first of the splits is the default."""
     command_line.add_model_flags(parser, must_name_model=True)
     where = "folder of parquet files or of save_to_disk, or hub id (default: %(default)s)"
-    parser.add_argument("--data", default=data, help=where)
+    parser.add_argument("--data", "--data_path", default=data, help=where)
     parser.add_argument("--split", choices=splits, default=splits[0], help="(default: %(default)s)")
 
 

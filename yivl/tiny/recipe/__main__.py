@@ -27,12 +27,10 @@ PHASES = {
 
 def main() -> None:
     """Run one phase and print its held-out scores with their targets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(description=__doc__)
     subparsers = parser.add_subparsers(dest="phase", required=True)
     for phase, (steps, names) in PHASES.items():
-        flags = subparsers.add_parser(phase, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        flags = subparsers.add_parser(phase, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for name in names:
             flags.add_argument(f"--{name}", type=Path, required=True, help="output folder of an earlier phase")
         flags.add_argument("--output_dir", type=Path, required=True, help="folder to write")

@@ -4,7 +4,6 @@ python -m yivl.tiny.recipe.report gate   --scores out/tiny/scores/stage1
 python -m yivl.tiny.recipe.report report --output_dir out/tiny
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -98,9 +97,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def main() -> None:
     """Print a table of scores, or write ``report.md`` and ``losses.png`` and print the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("gate").add_argument("--scores", type=Path, required=True, help="folder of scores.json")
     commands.add_parser("report").add_argument("--output_dir", type=Path, required=True, help="output of train_tiny.sh")

@@ -8,7 +8,6 @@ python -m yivl.tiny.world examples    --output_dir images
 The output is deterministic: the same command generates the same scenes and texts on every machine.
 """
 
-import argparse
 from pathlib import Path
 
 from yivl import command_line
@@ -20,9 +19,7 @@ from yivl.tiny.world.scenes import SPLITS
 
 def main() -> None:
     """Generate what the flags select."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(description=__doc__)
     parser.add_argument("what", choices=("captions", "dialogues", "examination", "examples"))
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--number", type=int, default=1000, help="scenes; for examination, questions of each kind")
