@@ -24,12 +24,10 @@ def parse_args() -> argparse.Namespace:
     from yivl.data.prepare.catalog import SOURCES
 
     table = [("NAME", "stage", "rows", "license"), *((n, s.stages, s.size, s.license) for n, s in SOURCES.items())]
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="python -m yivl.data.prepare",
         description=__doc__,
         epilog="\n".join("{:14} {:6} {:14} {}".format(*line) for line in table),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", choices=SOURCES, help="source, see below")
     parser.add_argument("--source", type=Path, required=True, help="folder with the official files")
