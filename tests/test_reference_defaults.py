@@ -51,6 +51,7 @@ FLAGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "model_path": ("01-ai/Yi-VL-6B", EMBEDDED_MODEL),
         "cpu_only": (False,),
         "share": (False,),
+        "inbrowser": (True, False),  # fixed there
         "server_port": (8111,),
         "server_name": ("127.0.0.1",),
     },
@@ -59,6 +60,7 @@ FLAGS: dict[str, dict[str, tuple[Any, ...]]] = {
 ROWS = {
     "model_path": "| model without `--model-path` |",
     "image_file": "| `cli.py`: debug flag, required `--image-file` |",
+    "inbrowser": "| `--inbrowser` |",
     "debug": "| `cli.py`: debug flag, required `--image-file` |",
 }
 
