@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import runpy
+import select
 import signal
 import struct
 import subprocess
@@ -449,6 +450,8 @@ class PseudoTerminal:
             self._read()
 
     def _read(self) -> None:
+        readable, _, _ = select.select([self.master], [], [], 120)
+        assert readable, f"nothing was printed for two minutes after {self.screen!r}"
         try:
             raw = os.read(self.master, 65536).decode(errors="replace")
         except OSError as error:  # Linux reports the end of a terminal as an input error
@@ -508,6 +511,7 @@ def test_cli_in_a_terminal_completes_paths_and_takes_blocks(tmp_path: Path) -> N
         terminal.wait_for("saved 1 turns")
         (turn,) = json.loads((folder / "chat.json").read_text())["turns"]
         assert (turn["question"], turn["num_images"]) == ("first\nsecond", 1)
+        terminal.wait_for("Human:")  # before it, Ctrl-D is lost as the terminal changes its mode
         terminal.type("\x04")
         terminal.wait_for("exit...")
         assert terminal.process.wait() == 0

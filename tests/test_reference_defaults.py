@@ -14,7 +14,7 @@ import pytest
 from support.golden import CHECKPOINT, ROOT
 
 from yivl import mm_utils
-from yivl.checkpoint.format import read_config
+from yivl.checkpoint.folder import read_config
 from yivl.command_line import EMBEDDED_MODEL
 from yivl.conversation import Conversation
 from yivl.errors import CheckpointError

@@ -132,7 +132,7 @@ def test_every_stage_has_a_slurm_job(stage: int, tmp_path: Path) -> None:
     environment = slurm(tmp_path / "bin") | {"MODEL": "m", "VIT": "v", "DATA": "d", "OUT": "o", "DRY_RUN": 1, "GPUS": 8}
     printed = run_script(f"slurm/train_stage{stage}.sbatch", "--max_steps", 7, **environment, GLOBAL_BATCH=4096)
     assert "--nproc-per-node 8 --nnodes 2 --node-rank 0" in printed
-    assert f" --stage {stage} " in printed
+    assert f"stage:\\ {stage}\\," in printed  # quoted for the shell
     assert printed.endswith(" --resume auto --dataloader_num_workers 8 --max_steps 7 \n")
 
 

@@ -282,9 +282,11 @@ def test_position_embeddings_are_interpolated_as_transformers_does(loaded: Loade
         ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer is for initialization from a language model"),
         ({"lora_enable": True, "bits": 4}, "4 bits on a CPU need layer widths"),
         ({"optim": "apollo_adamw"}, "--optim"),
-        ({"eval_data_path": "EMPTY", "eval_strategy": "steps"}, "no row to evaluate on"),
+        ({"eval_data_path": "EMPTY", "eval_strategy": "steps"}, r"empty\.json: no rows"),
+        ({"eval_data_path": "BAD", "eval_strategy": "steps", "on_bad_row": "skip"}, "no row to evaluate on"),
         ({"data_path": "nowhere.json"}, r"nowhere\.json: cannot be read"),
-        ({"data_path": "EMPTY"}, "no row to train on"),
+        ({"data_path": "EMPTY"}, r"empty\.json: no rows"),
+        ({"data_path": "BAD", "on_bad_row": "skip"}, "no row to train on"),
         ({"data_path": "*.tar"}, "--max_steps is missing"),
         ({"resume": "nowhere"}, "nowhere: no checkpoint of a run"),
     ],
@@ -296,8 +298,11 @@ def test_errors_before_training_name_the_reason(
 
     if changes.get("model_name_or_path") == "LLM":
         changes = changes | {"model_name_or_path": write_language_model(tmp_path / "llm", loaded.model)}
-    empty = write_rows(tmp_path / "empty.json", [])
-    changes = {name: empty if value == "EMPTY" else value for name, value in changes.items()}
+    files = {
+        "EMPTY": write_rows(tmp_path / "empty.json", []),
+        "BAD": write_rows(tmp_path / "bad.json", [{"conversations": []}]),
+    }
+    changes = {name: files.get(value, value) for name, value in changes.items()}
     data = changes.pop("data_path", None) or write_rows(tmp_path / "rows.json")
     with pytest.raises(YiVLError, match=message):
         train(tmp_path / "out", data, **{"image_folder": IMAGES} | changes)
