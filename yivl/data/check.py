@@ -132,10 +132,10 @@ def natural_order(text: str) -> list[tuple[int, str]]:
 
 
 def split_outliers(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, twice the others or more."""
+    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, four times the others or more."""
     ordered = sorted(lengths)
     longest = ordered[: -max(1, len(ordered) // 100)][-1:] or ordered
-    drawn = [length for length in ordered if length < 2 * longest[0]]
+    drawn = [length for length in ordered if length < 4 * longest[0]]
     return drawn, len(ordered) - len(drawn)
 
 
