@@ -43,8 +43,7 @@ PACKAGES: Final = {
     "transformers-4.57": ("transformers==4.57.6", "torch", "torchvision", "accelerate", "sentencepiece", "protobuf"),
     # It imports torchaudio, which must fit torch; neither says so to pip.
     "llamafactory": ("llamafactory==0.9.5", "torch==2.11.*", "torchaudio==2.11.*", "torchvision==0.26.*"),
-    # 1.107.0 was published by an intruder and withdrawn.
-    "clients": ("openai", "litellm<1.107", "langchain-openai"),
+    "clients": ("openai==2.54.0", "litellm==1.106.2", "langchain-openai==1.7.3"),
 }
 """Requirements by environment."""
 VLMEVALKIT: Final = "ms-vlmeval==0.0.20"

@@ -28,7 +28,7 @@ def test_the_documented_table_is_of_the_versions_that_run() -> None:
     text = (ROOT / "docs/interop.md").read_text(encoding="utf-8")
     table = [line for line in text.splitlines() if re.search(r"\d+ of \d+ answers equal", line)]
     pinned = " ".join([*(word for words in NAMES["PACKAGES"].values() for word in words), NAMES["VLMEVALKIT"]])
-    for version in re.findall(r"(?:transformers|llamafactory|vlmeval)==([\d.]+)", pinned):
+    for version in re.findall(r"(?:transformers|llamafactory|vlmeval|openai|litellm)==([\d.]+)", pinned):
         assert any(f"{version} |" in line or f"{version}," in line for line in table), version
     for line in table:
         equal, asked = re.findall(r"(\d+) of (\d+) answers", line)[0]

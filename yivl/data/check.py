@@ -132,7 +132,7 @@ def natural_order(text: str) -> list[tuple[int, str]]:
 
 
 def split_outliers(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, four times the others or more."""
+    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, four times the others."""
     ordered = sorted(lengths)
     longest = ordered[: -max(1, len(ordered) // 100)][-1:] or ordered
     drawn = [length for length in ordered if length < 4 * longest[0]]
