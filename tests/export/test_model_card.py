@@ -35,3 +35,19 @@ def test_the_citation_is_valid_and_of_this_version() -> None:
     assert citation["version"] == yivl.__version__
     assert citation["license"] == "Apache-2.0"
     assert citation["references"][0]["url"] == "https://arxiv.org/abs/2403.04652"
+
+
+def test_the_readme_says_the_same_as_a_card() -> None:
+    readme, card = (ROOT / "README.md").read_text(encoding="utf-8"), make_card(CHECKPOINT, base_model="01-ai/Yi-VL-34B")
+    for said in (
+        "Yi Series Models Community License Agreement 2.1](https://huggingface.co/01-ai/Yi-VL-34B/blob/main/LICENSE)",
+        "github.com/haotian-liu/LLaVA",
+        "github.com/mlfoundations/open_clip",
+        "one image per conversation",
+        "not in the image",
+        card.split("```bibtex")[1].split("```")[0],
+    ):
+        assert said in card
+        assert said in readme
+    for said in ("RTX 3090", "4 x RTX 4090", "A800", "CITATION.cff", "modelscope:01ai/Yi-VL-6B"):
+        assert said in readme
