@@ -1,5 +1,6 @@
 """CPU threads of training: idle ones sleep, and the processes of a node share the cores."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_a_run_says_its_threads_and_keeps_what_the_user_set(
 def test_the_launcher_divides_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launch", "--standalone", "--nproc-per-node", "2", "-m", "yivl.eval"])
     monkeypatch.setattr("torch.distributed.run.main", lambda _: None)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # restored: the launcher disables logging
     launch.main()
     assert os.environ["OMP_NUM_THREADS"] == str(max(torch.get_num_threads() // 2, 1))
 
