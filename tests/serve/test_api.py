@@ -225,6 +225,9 @@ def test_a_model_is_retrieved_by_its_id(api: Server, api_model: LoadedModel) -> 
 
 def test_the_model_list_health_and_metrics(api: Server) -> None:
     assert [model.id for model in api.client.models.list()] == ["checkpoint"]
+    headers = {"Authorization": f"Bearer {api.key}"}
+    for path in ("/v1/models", "/v1/models/"):  # no id is no model's id
+        assert httpx.get(f"{api.url}{path}", headers=headers).json()["data"][0]["id"] == "checkpoint"
     assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
     for name in (
         "yivl_responses_total",

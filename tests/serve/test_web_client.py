@@ -1,9 +1,12 @@
 """The endpoint of the page, through gradio's own client over real HTTP."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
+import httpx
 import pytest
+import safehttpx
+from gradio.components import chatbot
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
@@ -19,6 +22,8 @@ from yivl.serve.web_layout import build_page, launch
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 LIMITS = Limits(max_tokens=4000, max_queue=2, max_batch=2, max_image_bytes=100_000)
+URL: Final = "https://example.com/image.jpg"
+FILE: Final = {"path": URL, "meta": {"_type": "gradio.FileData"}}
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "api_name": "/ask"}
 
 
@@ -30,8 +35,22 @@ class Server:
         self.blocks = build_page(self.scheduler, LIMITS, [(PHOTO, "What is this?")])
         launch(self.blocks, LIMITS, server_name="127.0.0.1", server_port=port)
         self.client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/gradio_api", timeout=60)
+
+    def join(self, event: int, session: str, data: list[Any]) -> None:
+        """Make an event of the page without gradio's client, and wait for its end."""
+        body = {"fn_index": event, "session_hash": session, "data": data}
+        assert self.http.post("/queue/join", json=body).is_success
+        with self.http.stream("GET", "/queue/data", params={"session_hash": session}) as response:
+            assert any('"process_completed"' in line for line in response.iter_lines())
+
+    def call(self, path: str, body: dict[str, Any]) -> None:
+        """Ask at a path, and wait for the answer."""
+        event = self.http.post(path, json=body).json()["event_id"]
+        assert self.http.get(f"{path}/{event}").is_success
 
     def close(self) -> None:
+        self.http.close()
         self.blocks.close(verbose=False)
         self.scheduler.close()
 
@@ -65,7 +84,7 @@ def test_an_answer_streams_and_ends_when_it_is_cancelled(server: Server) -> None
     wait_until(lambda: not server.scheduler.num_running)
 
 
-def test_no_other_event_can_be_called(server: Server) -> None:
+def test_the_client_offers_no_other_event(server: Server) -> None:
     described: Any = server.client.view_api(all_endpoints=True, return_format="dict", print_info=False)
     assert list(described["named_endpoints"]) == ["/ask"]
     assert described["unnamed_endpoints"] == {}
@@ -89,7 +108,12 @@ def test_no_other_event_can_be_called(server: Server) -> None:
         ({"temperature": "hot"}, "wrong type"),
         ({"top_p": 7}, "top_p=7; expected above 0"),
         ({"max_tokens": 4001}, "max_tokens=4001; this server allows 4000"),
+        ({"seed": 1.5}, "seed=1.5; expected an integer"),
+        ({"seed": True}, "seed=True; expected an integer"),
         ({"image": str(PHOTO)}, "wrong type"),
+        ({"image": {}}, "wrong type"),
+        ({"image": {"url": URL}}, "wrong type"),
+        ({"image": handle_file(URL)}, "URLs are not fetched"),
         ({"image": {"path": str(PHOTO)}}, "this is no upload"),
         ({"image": handle_file(GOLDEN / "../../setup.py")}, "setup.py: not a readable image"),
         ({"image": handle_file(CHECKPOINT / "pytorch_model-00001-of-00002.bin")}, "exceeds the maximum file size"),
@@ -112,3 +136,58 @@ def test_requests_beyond_the_queue_are_refused(server: Server) -> None:
             assert isinstance(job.exception(), QueueError)
         job.cancel()
     wait_until(lambda: not server.scheduler.num_running + server.scheduler.num_waiting)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What gradio tries to reach, and what components it builds of a client's messages."""
+    fetched: list[str] = []
+
+    async def refuse(name: str, *_: object, **__: object) -> None:
+        fetched.append(name)
+        raise OSError("there is no network")
+
+    monkeypatch.setattr(safehttpx, "get", refuse)
+    monkeypatch.setattr(safehttpx, "async_validate_url", refuse)
+    monkeypatch.setattr(chatbot, "import_component_and_data", fetched.append)
+    return fetched
+
+
+def chat_message(**content: Any) -> Any:
+    return [{"role": "user", "content": [content]}]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        FILE,
+        FILE | {"path": URL.replace("https", "http")},
+        FILE | {"path": URL.replace("https", "HTTPS")},
+        FILE | {"path": str(PHOTO), "url": URL},
+        {"url": URL, "meta": FILE["meta"]},
+        [[FILE], {"of": {"the": [FILE]}}],
+        chat_message(type="file", file=FILE),
+        # Without the mark of a file: gradio would build this component, which fetches its value.
+        chat_message(type="component", component="file", value={"path": URL}, constructor_args={}, props={}),
+        chat_message(type="component", component="file", value=None, constructor_args={"label": URL}, props={}),
+    ],
+)
+def test_no_event_fetches_a_url(server: Server, fetched: list[str], value: Any) -> None:
+    """Also none that gradio's client does not offer: a request written by hand reaches every event."""
+    events = [one for one in server.blocks.config["dependencies"] if one["backend_fn"]]
+    assert len(events) > 10
+    for event in events:
+        server.join(event["id"], f"forged {event['id']}", [value] * len(event["inputs"]))
+    server.call("/call/ask", {"data": ["hello", value, 0, 1, 1, None]})
+    server.call("/call/v2/ask", {"question": "hello", "image": value, "max_tokens": 1})
+    for path in ("/run/ask", "/api/ask"):  # without the queue
+        assert server.http.post(path, json={"data": ["hello", value, 0, 1, 1, None]}).status_code in (404, 500)
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    "path", [f"/file={URL}", f"/file={URL.replace('://', '%3A%2F%2F')}", f"/file/{URL}", f"/proxy={URL}"]
+)
+def test_no_route_fetches_a_url(server: Server, fetched: list[str], path: str) -> None:
+    assert server.http.get(path).is_client_error
+    assert fetched == []

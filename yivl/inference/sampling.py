@@ -41,6 +41,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         is_temperature = self.temperature == 0 or 1e-3 <= self.temperature < math.inf
+        is_seed = self.seed is None or (type(self.seed) is int and 0 <= self.seed < 2**63)
         is_length = isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1
         for name, is_valid, expected in (
             ("temperature", is_temperature, "0 (greedy) or at least 0.001"),
@@ -48,7 +49,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
+            ("seed", is_seed, "an integer, 0 to 2**63 - 1"),
             ("max_new_tokens", is_length, "an integer of at least 1"),
         ):
             if not is_valid:

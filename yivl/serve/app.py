@@ -75,6 +75,7 @@ def build_app(
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models", responses=_UNAUTHORIZED)
+    @app.get("/v1/models/", include_in_schema=False)  # otherwise the model with an empty id
     async def models() -> ModelList:
         """List the one model."""
         return ModelList(data=[card])

@@ -163,7 +163,7 @@ class Page:
                 session.image = self._read(image["path"])
         except YiVLError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        except (AttributeError, TypeError, ValueError) as error:  # the client's JSON is unchecked
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # the client's JSON is unchecked
             raise gr.Error("an argument has the wrong type; view_api() lists them", print_exception=False) from error
         for text in self._stream(session, Pending(0, question.strip(), session.stop_event), sampling):
             if isinstance(text, Exception):

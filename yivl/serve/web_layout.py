@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
+from fastapi import Depends, HTTPException, Request
 from gradio.events import api
 
 from yivl.errors import YiVLError
@@ -120,7 +121,9 @@ class _Layout:
         page = self.page
         # Without a place in the queue there would be no way for warnings to reach the page.
         quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        raw = {**quick, "preprocess": False}  # uploads are opened by us, with error messages of our own
+        # Uploads are opened by us, with error messages of our own. Of messages that a client sends gradio would build
+        # components, with arguments of the client's choice.
+        raw = {**quick, "preprocess": False}
         blocks.load(None, None, self.parameters, js=_CLOSE)
         blocks.load(None, None, self.language, js=_LANGUAGE)  # if this changes it, the server sends the texts
         blocks.unload(page.leave)
@@ -129,7 +132,7 @@ class _Layout:
         gr.on([self.clear.click, self.chatbot.clear], page.clear, None, [self.chatbot, self.status], **quick)
         self.stop.click(page.stop, **quick)
         shown = [self.chatbot, self.language]
-        self.undo.click(page.undo, shown, [self.question, self.chatbot, self.status], **quick)
+        self.undo.click(page.undo, shown, [self.question, self.chatbot, self.status], **raw)
         self._connect_questions(quick, raw)
         api(page.ask, api_name="ask", concurrency_limit=page.limits.max_batch, concurrency_id="answers")
         exported, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
@@ -149,8 +152,8 @@ class _Layout:
         sending = [self.send.click, self.question.submit]
         for queued in (
             gr.on(sending, page.send, asked, [self.question, pending, self.chatbot], **raw),
-            self.regenerate.click(page.regenerate, shown, [pending, self.chatbot], **quick),
-            self.chatbot.edit(page.edit, shown, [pending, self.chatbot], **quick),
+            self.regenerate.click(page.regenerate, shown, [pending, self.chatbot], **raw),
+            self.chatbot.edit(page.edit, shown, [pending, self.chatbot], **raw),
         ):
             queued.success(lambda: busy(True), None, controls, **quick).success(
                 page.answer,
@@ -171,9 +174,36 @@ class _Layout:
         return updates
 
 
+class _LocalBlocks(gr.Blocks):
+    """Blocks whose events take uploads only: gradio would download a URL in place of a file, of any size."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **options: Any) -> Any:
+        """Return the arguments of a callback; the inputs of every event and route pass here before any is read.
+
+        Raises:
+            gr.Error: If a file is a URL.
+        """
+        if _has_url(inputs):
+            raise gr.Error("an image must be a file; URLs are not fetched", print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *rest, **options)
+
+
+def _has_url(value: Any) -> bool:
+    """Return whether a file in the JSON of a request is a URL; what looks like a file is taken for one."""
+    if isinstance(value, dict):
+        return "://" in str(value.get("path")) or any(map(_has_url, value.values()))
+    return isinstance(value, list) and any(map(_has_url, value))
+
+
+def _refuse_url(request: Request) -> None:
+    """Close gradio's routes that return what is at a URL, such as ``/gradio_api/file=https://host/name``."""
+    if any("://" in str(value) for value in request.path_params.values()):
+        raise HTTPException(403)
+
+
 def build_page(scheduler: Scheduler, limits: Limits, examples: Sequence[tuple[Path, str]]) -> gr.Blocks:
     """Return the page of a running scheduler; ``examples`` are images and questions to start with."""
-    with gr.Blocks(title=scheduler.loaded.name, analytics_enabled=False, delete_cache=_UPLOAD_CLEANUP) as blocks:
+    with _LocalBlocks(title=scheduler.loaded.name, analytics_enabled=False, delete_cache=_UPLOAD_CLEANUP) as blocks:
         _Layout(Page(scheduler, limits), examples).connect(blocks)
     blocks.queue(max_size=limits.max_queue, default_concurrency_limit=1)
     return blocks  # type: ignore[no-any-return]
@@ -189,6 +219,7 @@ def launch(blocks: gr.Blocks, limits: Limits, **where: Any) -> None:
         blocks.launch(
             theme=gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONO_FONTS),
             css=_CSS,
+            app_kwargs={"dependencies": [Depends(_refuse_url)]},
             footer_links=[],
             run_history=False,
             max_file_size=limits.max_image_bytes,
