@@ -191,8 +191,8 @@ def known_base(folder: Path, given: str | None = None) -> str | None:
             raise CheckpointError(f"base_model={given!r}: not a hub id; give one such as 01-ai/Yi-VL-6B")
         return given
     files = {RECORD: "base_model", ADAPTER_CONFIG: "base_model_name_or_path"}
-    names = [read_json(folder / name).get(key) for name, key in files.items() if (folder / name).is_file()]
-    names = [name.replace(f"{MODELSCOPE}01ai/", "01-ai/") for name in names if name]
+    recorded = [read_json(folder / name).get(key) for name, key in files.items() if (folder / name).is_file()]
+    names = [name.replace(f"{MODELSCOPE}01ai/", "01-ai/") for name in recorded if name]
     # A relative path may look like a hub id.
     return next((name for name in names if is_hub_id(name) and not Path(name).exists()), None)
 
