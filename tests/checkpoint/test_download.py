@@ -73,6 +73,8 @@ TOKENIZER = {"config.json": b"{}", "tokenizer.model": b"tokens", "LICENSE": b"te
     [
         pytest.param({**TOKENIZER, **SHARDS, "model-1.safetensors": b"a"}, OTHER_FORMAT, id="shards"),
         pytest.param({**TOKENIZER, "model.safetensors": b"a"}, {"pytorch_model.bin": b"a"}, id="one file"),
+        pytest.param({**TOKENIZER, "model.safetensors": b"a"}, OTHER_FORMAT, id="one file and .bin shards"),
+        pytest.param({**TOKENIZER, **SHARDS, "model.safetensors": b"a"}, {"model-1.safetensors": b"a"}, id="both"),
         pytest.param({**TOKENIZER, "pytorch_model.bin": b"a"}, {"optimizer.pt": b""}, id="one .bin file"),
         pytest.param(
             {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a", "non_lora_trainables.bin": b"b"},
@@ -104,6 +106,13 @@ def test_only_files_that_a_load_reads_are_downloaded_and_only_once(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_checkpoint(REPO) == folder
     assert not hub.got
+
+
+@pytest.mark.parametrize("index", [b'{"weight_map": {', b"[]", b'{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_one_line(index: bytes, hub: Hub) -> None:
+    serve(hub, REPO, {**TOKENIZER, "model.safetensors.index.json": index})
+    with pytest.raises(CheckpointError, match=r"/model.safetensors.index.json: not the index of a sharded checkpoint"):
+        resolve_checkpoint(REPO)
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

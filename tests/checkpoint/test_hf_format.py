@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model
@@ -16,6 +17,7 @@ from support.golden import CHECKPOINT, ROOT
 from support.hf import SINCE_4_52, WITHOUT_VISION_MODEL, export_as_llamafactory, load_llava, rename_weights
 from support.models import wide_checkpoint
 from support.training import flags, losses, train, weights, write_rows
+from transformers import AutoTokenizer
 
 from yivl.checkpoint import download
 from yivl.checkpoint.folder import read_config
@@ -185,11 +187,56 @@ def test_the_projector_tells_a_yi_vl_without_its_mark(hf: Path, tmp_path: Path) 
         ({"text_config": {}}, "the weights do not fit config.json"),
         ({"vision_config": 3}, "config.json: not the -hf format of a Yi-VL model"),
         ({"vision_feature_select_strategy": "all"}, "config.json: not the -hf format of a Yi-VL model"),
+        ({"vision_feature_layer": [-2, -3]}, "config.json: not the -hf format of a Yi-VL model .*select_layer"),
     ],
 )
 def test_a_bad_configuration_is_one_line(hf: Path, change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=said):
         load_model(edited(hf, tmp_path / "bad", **change), device="cpu")
+
+
+def test_an_image_token_of_no_number_is_one_line(hf: Path, tmp_path: Path) -> None:
+    folder = edited(hf, tmp_path / "bad")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_index": None}))
+    with pytest.raises(CheckpointError, match=r"config.json: not the -hf format of a Yi-VL model .*vocab_size"):
+        load_processors(folder)
+
+
+def test_a_tokenizer_json_without_a_bpe_vocabulary_is_one_line(hf: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(hf, tmp_path / "hf")) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"] = [["<unk>", 0.0]]  # of a Unigram model
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: no vocabulary of a BPE model; download it again$"):
+        load_processors(path.parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"control_symbols": ["###"], "eos_id": 3}, id="end of text"),
+        pytest.param({}, id="stop string"),
+    ],
+)
+def test_a_tokenizer_of_another_family_is_refused_without_a_tokenizer_json(
+    change: dict[str, Any], hf: Path, tmp_path: Path
+) -> None:
+    """As Llama 2, whose vocabulary is smaller than that of Yi."""
+    folder = Path(shutil.copytree(hf, tmp_path / "hf"))
+    (folder / "tokenizer.json").unlink()
+    assert len(load_processors(folder)[1]) == 1024
+    (tmp_path / "other").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a small text about other words"] * 9),
+        model_prefix=str(tmp_path / "other/tokenizer"),
+        model_type="bpe",
+        vocab_size=40,
+        minloglevel=2,
+        **change,
+    )
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: not the tokenizer of .*hf; take that of the Yi model"):
+        from_hf(folder, tmp_path / "back", like=tmp_path / "other")
 
 
 def test_training_on_it_is_training_on_the_checkpoint_and_saves_the_published_format(hf: Path, tmp_path: Path) -> None:
@@ -252,6 +299,17 @@ def test_it_is_exported_as_the_checkpoint_is(hf: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
         assert json_or_bytes(tmp_path / "one" / name) == json_or_bytes(tmp_path / "other" / name)
+
+
+def test_an_export_for_sglang_is_converted(tmp_path: Path, loaded: LoadedModel) -> None:
+    to_sglang(CHECKPOINT, tmp_path / "sglang")
+    to_hf(tmp_path / "sglang", tmp_path / "hf")
+    found, text = load_model(tmp_path / "hf", device="cpu"), "\n### Human: <image> 图中有什么？"
+    assert all(torch.equal(found.model.state_dict()[key], value) for key, value in loaded.model.state_dict().items())
+    assert found.tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").convert_tokens_to_ids("<image>") == 1024
+    from_hf(tmp_path / "hf", tmp_path / "back")
+    assert load_processors(tmp_path / "back")[0].vocab_size == 1024
 
 
 def test_a_download_of_it_is_whole_and_an_upload_is_refused(hf: Path, tmp_path: Path) -> None:

@@ -43,12 +43,20 @@ def test_a_recipe_has_the_published_values_and_only_known_keys(
     assert (tmp_path / "zero3.json").read_bytes() == ZERO3.read_bytes()
 
 
-def test_paths_are_absolute_and_an_edited_recipe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_absolute_and_an_edited_recipe_is_kept_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("data", "model-hf", "images"):
         Path(folder).mkdir()
     Path("data/mine_full.yaml").write_text("learning_rate: 3.0e-6\n")
-    write_recipes(Path("data"), name="mine", model="model-hf", deepspeed=ZERO3, image_folder=Path("images"))
+    for _ in range(2):  # again with the same settings
+        written = write_recipes(
+            Path("data"), name="mine", model="model-hf", deepspeed=ZERO3, image_folder=Path("images")
+        )
+        assert written == (Path("data/mine_lora.yaml"),)
+        assert caplog.messages == ["data/mine_full.yaml: kept; delete it for new settings"]
+        caplog.clear()
     assert Path("data/mine_full.yaml").read_text() == "learning_rate: 3.0e-6\n"
     recipe = yaml.safe_load(Path("data/mine_lora.yaml").read_text(encoding="utf-8"))
     assert recipe["model_name_or_path"] == str(tmp_path / "model-hf")

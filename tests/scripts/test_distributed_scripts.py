@@ -18,7 +18,9 @@ from support.training import (
     write_rows,
 )
 
+from yivl.checkpoint.folder import read_all_weights, read_config
 from yivl.checkpoint.loading import load_model
+from yivl.export.hf import to_hf
 from yivl.train.run_log import read_log
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operators with g++")
@@ -28,10 +30,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpe
 COMPARED: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2, "save_steps": 3, "adam_epsilon": 1e-2}
 
 
-def run_zero(settings: str, out: Path, rows: Path, **changes: Any) -> list[float]:
+def run_zero(settings: str, out: Path, rows: Path, model: Path = CHECKPOINT, **changes: Any) -> list[float]:
     run_script(
         "finetune.sh",
-        *script_flags(CHECKPOINT, rows, out, **COMPARED, **changes),
+        *script_flags(model, rows, out, **COMPARED, **changes),
         PROCESSES=2,
         GLOBAL_BATCH=2,
         MASTER_PORT=free_port(),
@@ -77,6 +79,21 @@ def test_two_ranks_match_one_and_resume_bit_exactly(
     assert log == whole[3:]
     after = weights(resumed)
     assert all(torch.equal(value, after[name]) for name, value in found.items())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_ranks_under_zero3_start_from_the_hf_format(single_process: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its weights are renamed in memory, on every rank, before they are partitioned."""
+    rows, single = single_process
+    to_hf(CHECKPOINT, tmp_path / "hf")
+    flags: dict[str, Any] = {"freeze_mm_mlp_adapter": False, "max_steps": 1}
+    log = run_zero("scripts/zero3.json", tmp_path / "out", rows, tmp_path / "hf", **flags)
+    assert log == pytest.approx(losses(read_log(single / "log.jsonl"))[:1], rel=2e-4)
+    expected, found = read_all_weights(CHECKPOINT, read_config(CHECKPOINT)), weights(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():  # one step moves each by at most the learning rate
+        torch.testing.assert_close(value, expected[name], atol=2e-3, rtol=0)
 
 
 @pytest.mark.slow

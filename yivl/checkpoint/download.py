@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from yivl.checkpoint.format import (
     NON_LORA_TRAINABLES,
     UNUSED_FILES,
     WEIGHTS,
+    read_index,
     read_json,
 )
 from yivl.errors import CheckpointError, YiVLError
@@ -103,7 +103,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def _from_modelscope(model_id: str, small_files: list[str], fetch_rest: Callable[[Path, Fetch], None]) -> Path:
-    """Download from ModelScope with its own package; the errors of its versions have no common type."""
+    """Download from ModelScope with its own package; the errors of its versions have no common type.
+
+    Each part is of the default revision at its time: the package does not report which commit it downloaded.
+    """
     if importlib.util.find_spec("modelscope") is None:
         raise YiVLError(f"{MODELSCOPE}{model_id}: the modelscope package is not installed; pip install modelscope")
     download = importlib.import_module("modelscope").snapshot_download
@@ -135,11 +138,12 @@ def _fetch_weights(folder: Path, fetch: Fetch) -> None:
 
 
 def fetch_main_weights(folder: Path, fetch: Fetch) -> None:
-    """Download the shards that an index lists, or the single weight file, in the order of ``WEIGHTS``."""
+    """Download what ``weight_files`` takes: in the order of ``WEIGHTS`` the whole file, or the shards of its index."""
     for name in WEIGHTS:
+        fetch([name])
+        if (folder / name).is_file():
+            return
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
-            fetch(sorted(set(shards)))
+            fetch(read_index(index))
             return
-    fetch_first(folder, fetch, WEIGHTS)

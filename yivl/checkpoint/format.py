@@ -185,6 +185,18 @@ def check_weight_file(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged, truncated or a git-lfs pointer; download it again")
 
 
+def read_index(path: Path) -> list[str]:
+    """Return the names of the shards that the index of a sharded checkpoint lists.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    try:
+        return sorted(map(os.fspath, set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not the index of a sharded checkpoint; download it again") from error
+
+
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the main weight files that transformers would read from a checkpoint folder, each checked.
 
@@ -196,11 +208,7 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
         if whole.is_file():
             paths = [whole]
         elif index.is_file():
-            try:
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index}: not the index of a sharded checkpoint; download it again") from error
-            paths = [Path(folder) / shard for shard in sorted(shards)]
+            paths = [Path(folder) / shard for shard in read_index(index)]
         else:
             continue
         for path in paths:

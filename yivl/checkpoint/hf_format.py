@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -147,10 +148,11 @@ def read_hf_config(folder: str | os.PathLike[str], published: Mapping[str, Any] 
             "vision_config": vision,
             "vocab_size": fields["image_token_index"],
         }
-        for name in ("model_type", "rope_theta", "rope_scaling"):  # the last two are in rope_parameters
+        # rope_parameters holds the next two; an export for SGLang has the last.
+        for name in ("model_type", "rope_theta", "rope_scaling", "text_config"):
             config.pop(name, None)
         result = YiVLConfig(**config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (StrictDataclassError, CheckpointError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}/config.json: not the -hf format of a Yi-VL model ({reason})") from error
     if not fields.get("is_yi_vl_derived_model") and not any(_LAST_LAYER in key for key in read_main_shapes(folder)):
@@ -282,9 +284,13 @@ def _check_vocabulary(folder: Path, path: Path, config: YiVLConfig) -> None:
     tokenizer = read_sentencepiece(path)
     pieces = {tokenizer.id_to_piece(index): index for index in range(tokenizer.get_piece_size())}
     if (folder / "tokenizer.json").is_file():
-        vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
-        fits = {piece: index for piece, index in vocabulary.items() if index < config.vocab_size} == pieces
-    else:
-        fits = len(pieces) <= config.vocab_size
+        match read_json(folder / "tokenizer.json"):
+            case {"model": {"vocab": dict(vocabulary)}}:
+                fits = {piece: index for piece, index in vocabulary.items() if index < config.vocab_size} == pieces
+            case _:
+                raise CheckpointError(f"{folder}/tokenizer.json: no vocabulary of a BPE model; download it again")
+    else:  # Llama 2 has the same ids of both ends, but no token for the stop string
+        ends = (tokenizer.bos_id(), tokenizer.eos_id()) == (config.bos_token_id, config.eos_token_id)
+        fits = ends and STOP_STRING in pieces and len(pieces) <= config.vocab_size
     if not fits:
         raise CheckpointError(f"{path}: not the tokenizer of {folder}; take that of the Yi model it was trained from")

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 
 from yivl.checkpoint.atomic import replace_dir, write_text
-from yivl.checkpoint.download import reason_of
+from yivl.checkpoint.download import MODELSCOPE, reason_of
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     ADAPTER_SETTINGS,
@@ -181,6 +181,8 @@ def check_whole(folder: Path) -> None:
 def known_base(folder: Path, given: str | None = None) -> str | None:
     """Return the hub id of the base model of a folder: the given one, or the recorded one.
 
+    A model of 01.AI on ModelScope counts as that on the hub.
+
     Raises:
         CheckpointError: If ``given`` is not a hub id.
     """
@@ -189,9 +191,10 @@ def known_base(folder: Path, given: str | None = None) -> str | None:
             raise CheckpointError(f"base_model={given!r}: not a hub id; give one such as 01-ai/Yi-VL-6B")
         return given
     files = {RECORD: "base_model", ADAPTER_CONFIG: "base_model_name_or_path"}
-    names = [read_json(folder / name).get(key) for name, key in files.items() if (folder / name).is_file()]
+    recorded = [read_json(folder / name).get(key) for name, key in files.items() if (folder / name).is_file()]
+    names = [name.replace(f"{MODELSCOPE}01ai/", "01-ai/") for name in recorded if name]
     # A relative path may look like a hub id.
-    return next((name for name in names if name and is_hub_id(name) and not Path(name).exists()), None)
+    return next((name for name in names if is_hub_id(name) and not Path(name).exists()), None)
 
 
 def is_hub_id(text: str) -> bool:

@@ -5,6 +5,7 @@ Different here: all samples are used; ``train_mm_proj_only``, which LLaMA-Factor
 the ``yi_vl`` template too, not that of LLaVA; no code of the model folder runs; an earlier run is not overwritten.
 """
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,8 @@ from typing import Any, Final
 import yaml
 
 from yivl.checkpoint.atomic import write_text
+
+logger = logging.getLogger(__name__)
 
 _DEEPSPEED: Final = "zero3.json"
 _SHARED: Final[dict[str, Any]] = {
@@ -64,7 +67,7 @@ def write_recipes(
         image_folder: Start of relative image paths; by default ``folder``.
 
     Returns:
-        The two files. A file that exists is left as it is.
+        The files that have these values. One with others is kept and reported.
     """
     place = folder.resolve()
     if not (folder / _DEEPSPEED).exists():
@@ -82,8 +85,10 @@ def write_recipes(
         }
         if kind == "full":
             fields["deepspeed"] = str(place / _DEEPSPEED)
-        path = folder / f"{name}_{kind}.yaml"
-        if not path.exists():
-            write_text(path, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
+        path, text = folder / f"{name}_{kind}.yaml", yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            logger.warning("%s: kept; delete it for new settings", path)
+            continue
+        write_text(path, text)
         paths.append(path)
     return tuple(paths)

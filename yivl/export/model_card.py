@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yivl.checkpoint import hub
 from yivl.checkpoint.folder import read_config
 from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, LOG, RECORD, read_json
+from yivl.checkpoint.hf_format import is_hf
 from yivl.checkpoint.hub import CARD, MARKER, known_base, last_part
 from yivl.errors import CheckpointError
 from yivl.train.run_log import read_log
@@ -21,6 +22,9 @@ _HARDWARE: Final = {
     "01-ai/Yi-VL-34B": "four RTX 4090 (24 GB each), or one A800 (80 GB)",
 }
 """Source: the model card of Yi-VL, "Hardware requirements"."""
+
+_CONVERTED: Final = {f"BUAADreamer/Yi-VL-{size}-hf": f"01-ai/Yi-VL-{size}" for size in ("6B", "34B")}
+"""Released checkpoints in the ``-hf`` format, and their originals."""
 
 _SOURCE_COLUMNS: Final = ("rows", "rows_per_epoch", "images", "shards", "weight")
 
@@ -76,6 +80,7 @@ def make_card(
     """
     adapter, flags, record = (_read_if_exists(folder / name) for name in (ADAPTER_CONFIG, ARGUMENTS, RECORD))
     base = known_base(folder, base_model)
+    released = _CONVERTED.get(base or "", base or "")
     name = (repo_id or folder.resolve().name).split("/")[-1]
     license_file = next((path.name for path in sorted(folder.glob("LICENSE*")) if path.is_file()), None)
     license_id = _license(folder, license_file, license_id)
@@ -105,8 +110,10 @@ def make_card(
         model=repo_id or name,
         adapter=adapter,
         config=None if adapter else read_config(folder),
+        in_hf_format=not adapter and is_hf(folder),
         base=base,
-        hardware=_HARDWARE.get(base or ""),
+        released=released,
+        hardware=_HARDWARE.get(released),
         flags=flags,
         # A checkpoint-N folder has no log; its trainer_state.json holds the same lines.
         log=read_log(folder / LOG) or _read_if_exists(folder / "trainer_state.json").get("log_history", []),
