@@ -53,7 +53,7 @@ def read_start(arguments: ModelArguments) -> Start:
         CheckpointError: If something is missing, damaged or does not fit.
         YiVLError: If flags do not fit the checkpoint, or an adapter could not be used after training.
     """
-    folder = resolve_checkpoint(os.path.expanduser(arguments.model_name_or_path))
+    folder = resolve_checkpoint(arguments.model_name_or_path)
     is_language_model = not is_hf(folder) and "mm_vision_tower" not in read_json(folder / "config.json")
     vit = None if arguments.vision_tower is None else resolve_vit(arguments.vision_tower)
     if not is_language_model:
@@ -80,7 +80,7 @@ def read_start(arguments: ModelArguments) -> Start:
     if arguments.pretrain_mm_mlp_adapter is not None:
         if arguments.lora_enable and arguments.freeze_mm_mlp_adapter:
             raise YiVLError("--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; drop one")
-        check_weight_file(Path(arguments.pretrain_mm_mlp_adapter).expanduser())
+        check_weight_file(Path(arguments.pretrain_mm_mlp_adapter))
     image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
@@ -110,7 +110,7 @@ def load_start(start: Start, arguments: ModelArguments, *, dtype: torch.dtype, p
         fresh_projector=start.is_language_model,
     )
     if arguments.pretrain_mm_mlp_adapter is not None:
-        load_projector(model, Path(arguments.pretrain_mm_mlp_adapter).expanduser())
+        load_projector(model, Path(arguments.pretrain_mm_mlp_adapter))
     model.config.use_cache = False
     return model
 
