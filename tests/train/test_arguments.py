@@ -185,6 +185,7 @@ def test_the_stage_table_is_the_model_cards() -> None:
             "--global_batch_size 8 is no multiple of 3, --gradient_accumulation_steps 3 x 1 process",
         ),
         ({"save_only_model": True}, "--save_only_model: True is not supported"),
+        ({"remove_unused_columns": True}, "--remove_unused_columns: True is not supported"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: 0.1 is not supported"),
         ({"save_strategy": "best", "eval_strategy": "steps"}, "--save_strategy: best is not supported"),
         ({"report_to": "wandb"}, "--report_to: wandb is not supported: it needs a package"),
