@@ -19,7 +19,6 @@ from yivl.train.refused import HIDDEN, llava_checks, transformers_checks
 from yivl.train.run_config import read_run_config
 from yivl.train.stages import STAGES
 
-
 # Flags that may name a file or folder. A shell expands "~" neither in a configuration nor after an equals sign.
 _PATHS: Final = (
     *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "eval_data_path"),
@@ -92,6 +91,11 @@ class ModelArguments:
             raise YiVLError(f"--bits {self.bits}: quantized weights cannot be trained; add --lora_enable")
         if self.lora_enable and self.freeze_backbone:
             raise YiVLError("--lora_enable adds adapters to the language model, --freeze_backbone freezes it; drop one")
+        if self.pretrain_mm_mlp_adapter is not None and self.lora_enable and self.freeze_mm_mlp_adapter:
+            raise YiVLError(
+                "--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; add "
+                "--freeze_mm_mlp_adapter False to train it"
+            )
         _check_positive(self, "lora_r")
         for name in ADAPTER_FLAGS:
             if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
