@@ -15,13 +15,15 @@ from safetensors.torch import save_file
 from support.golden import CHECKPOINT, ROOT
 from support.hub import Hub, Repository, sha_of
 from support.models import OPEN_CLIP_VISION, VIT
-from support.training import train, write_language_model, write_shards
+from support.training import flags, train, write_language_model, write_rows, write_shards
 from transformers import CLIPConfig, CLIPModel
 
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.checkpoint.loading import LoadedModel, load_model, load_processors
 from yivl.checkpoint.vit_source import resolve_vit
 from yivl.errors import CheckpointError
+from yivl.export.hf import to_hf
+from yivl.train.__main__ import main
 
 REPO = "someone/model"
 LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -321,3 +323,64 @@ def test_stage_1_starts_from_hub_ids(form: str, hub: Hub, tmp_path: Path, loaded
     weights = trained.model.get_vision_tower().vit.state_dict()
     before = initial.read_weights()["embeddings.patch_embedding.weight"]
     torch.testing.assert_close(weights["embeddings.patch_embedding.weight"], before, atol=1e-3, rtol=0)
+
+
+# Weights that are not read are not downloaded.
+
+
+def got_weights(hub: Hub) -> set[str]:
+    return {name for name in hub.got if name.endswith((".safetensors", ".bin"))}
+
+
+@pytest.mark.parametrize("form", ["Yi-VL", "-hf", "-hf without its mark", "adapter"])
+def test_processors_are_loaded_without_downloading_weights(form: str, hub: Hub, tmp_path: Path) -> None:
+    folder = CHECKPOINT
+    if form.startswith("-hf"):
+        folder = tmp_path / "hf"
+        to_hf(CHECKPOINT, folder)
+        if form != "-hf":
+            fields = json.loads((folder / "config.json").read_text())
+            del fields["is_yi_vl_derived_model"]
+            (folder / "config.json").write_bytes(as_json(fields))
+    serve(hub, "01-ai/Yi-VL-6B", contents(folder))
+    name = "01-ai/Yi-VL-6B"
+    if form == "adapter":
+        name = REPO
+        config = {"base_model_name_or_path": "01-ai/Yi-VL-6B"}
+        serve(hub, REPO, {"adapter_config.json": as_json(config), "adapter_model.safetensors": b"a"})
+    config, _, processor = load_processors(name)
+    assert (config.mm_projector_type, processor.image_size) == ("mlp2x_gelu_Norm", 56)
+    # Only the keys of its weights tell that a LLaVA without the mark is a Yi-VL.
+    assert bool(got_weights(hub)) == (form == "-hf without its mark")
+
+
+def test_a_dry_run_downloads_no_weights(hub: Hub, tmp_path: Path, loaded: LoadedModel) -> None:
+    serve(hub, "01-ai/Yi-VL-6B", contents(CHECKPOINT))
+    serve(hub, "01-ai/Yi-6B-Chat", contents(write_language_model(tmp_path / "llm", loaded.model)))
+    serve(hub, LAION, clip_files(tmp_path / "clip")[1])
+    rows = write_rows(tmp_path / "rows.json")
+    main(flags(tmp_path / "out", rows, model_name_or_path="01-ai/Yi-VL-6B", dry_run=True))
+    main(flags(tmp_path / "out", rows, model_name_or_path="01-ai/Yi-6B-Chat", vision_tower=LAION, dry_run=True))
+    assert hub.got["config.json"] >= 3
+    assert not got_weights(hub)
+
+
+def test_flags_that_do_not_fit_the_checkpoint_are_named_together_before_weights_are_downloaded(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """``scripts/v1_5/finetune.sh`` of LLaVA has both."""
+    other = "openai/clip-vit-large-patch14-336"
+    serve(hub, "01-ai/Yi-VL-6B", contents(CHECKPOINT))
+    serve(hub, other, clip_files(tmp_path / "clip")[1])
+    rows, changes = write_rows(tmp_path / "rows.json"), {"mm_projector_type": "mlp2x_gelu", "vision_tower": other}
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^--mm_projector_type mlp2x_gelu, --vision_tower {other}: \S+ has another projector or ViT; drop them",
+    ):
+        main(flags(tmp_path / "out", rows, model_name_or_path="01-ai/Yi-VL-6B", **changes))
+    changes["vision_tower"] = "someone/nothing"
+    with pytest.raises(
+        CheckpointError, match=r"^--mm_projector_type .*; --vision_tower someone/nothing: no such folder"
+    ):
+        main(flags(tmp_path / "out", rows, model_name_or_path="01-ai/Yi-VL-6B", **changes))
+    assert not got_weights(hub)

@@ -84,6 +84,7 @@ def test_the_printed_command_parses_and_flags_of_the_user_win(
     trainer_arguments(cpu_arguments, RunPlan.of(cpu_arguments))
     assert (model.model_name_or_path, data.data_path, training.output_dir) == ("M", "D", "O")
     assert training.learning_rate == 7e-3
+    assert model.bits == (4 if "qlora" in script else 16)
 
 
 def test_environment_variables_set_the_inputs_and_flags_win() -> None:

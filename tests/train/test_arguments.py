@@ -50,7 +50,8 @@ def test_a_stage_sets_the_published_defaults_and_flags_that_are_given_win(number
     changed = parse(stage=number, learning_rate=3e-4, image_size=56, global_batch_size=6, max_rows_per_source=7)
     assert (changed.training.learning_rate, changed.model.image_size) == (3e-4, 56)
     assert (RunPlan.of(changed).gradient_accumulation_steps, changed.data.max_rows_per_source) == (6, 7)
-    assert RunPlan.of(parse(stage=number, gradient_accumulation_steps=3)).gradient_accumulation_steps == 3
+    plan = RunPlan.of(parse(stage=number, gradient_accumulation_steps=4))
+    assert plan.per_device_train_batch_size * 4 == stage["global_batch_size"]
 
 
 def test_parsed_flags_cannot_be_changed() -> None:
@@ -184,6 +185,7 @@ def test_the_stage_table_is_the_model_cards() -> None:
             "--global_batch_size 8 is no multiple of 3, --gradient_accumulation_steps 3 x 1 process",
         ),
         ({"save_only_model": True}, "--save_only_model: True is not supported"),
+        ({"remove_unused_columns": True}, "--remove_unused_columns: True is not supported"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: 0.1 is not supported"),
         ({"save_strategy": "best", "eval_strategy": "steps"}, "--save_strategy: best is not supported"),
         ({"report_to": "wandb"}, "--report_to: wandb is not supported: it needs a package"),

@@ -42,6 +42,13 @@ def split(monkeypatch: pytest.MonkeyPatch, world_size: int, *words: str) -> tupl
         (1, ("--config", "{global_batch_size: 8, per_device_train_batch_size: 4}", STEPS, "3"), (4, 3)),
         (1, ("--config", "{global_batch_size: 8, gradient_accumulation_steps: 4}", MICRO, "2"), (2, 4)),
         (1, (*LORA, "--config", "{global_batch_size: 16}"), (1, 16)),
+        # The micro-batch gives way if it ranks below the other two.
+        (1, ("--stage", "3", STEPS, "8"), (32, 8)),
+        (4, ("--config", "{global_batch_size: 64}", STEPS, "8"), (2, 8)),
+        (1, ("--config", "{gradient_accumulation_steps: 8}", TOTAL, "64"), (8, 8)),
+        (2, (*LORA, "--config", "{global_batch_size: 64}", STEPS, "8"), (4, 8)),
+        (2, (*LORA, "--config", "{gradient_accumulation_steps: 4}", TOTAL, "64"), (8, 4)),
+        (1, ("--config", "{global_batch_size: 64}", STEPS, "8", MICRO, "2"), (2, 8)),
     ],
 )
 def test_any_two_give_the_third(
@@ -65,6 +72,7 @@ def test_any_two_give_the_third(
         ),
         (2, (*LORA, TOTAL, "3"), f"{TOTAL} 3 is no multiple of 2, {MICRO} 1 (from {LORA[1]}) x 2 processes"),
         (1, (*STAGE, MICRO, "3"), f"{TOTAL} 4096 (from --stage 1) is no multiple of 3, {MICRO} 3 x 1 process"),
+        (1, ("--stage", "3", STEPS, "3"), f"{TOTAL} 256 (from --stage 3) is no multiple of 3, {STEPS} 3 x 1 process"),
         (1, (*STAGE, TOTAL, "4", STEPS, "8"), f"{TOTAL} 4 is no multiple of 8, {STEPS} 8 x 1 process"),
     ],
 )

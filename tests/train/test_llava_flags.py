@@ -103,7 +103,7 @@ def test_a_projector_that_does_not_fit_is_refused(loaded: LoadedModel, tmp_path:
     with pytest.raises(CheckpointError, match=r"nothing\.bin: no such file"):
         train(tmp_path / "out", rows, **start | {"pretrain_mm_mlp_adapter": "nothing.bin"})
     adapters: dict[str, Any] = {"pretrain_mm_mlp_adapter": path, "lora_enable": True, "freeze_mm_mlp_adapter": True}
-    with pytest.raises(YiVLError, match="an adapter does not store a frozen projector"):
+    with pytest.raises(YiVLError, match="not store a frozen projector; add --freeze_mm_mlp_adapter False to train it"):
         train(tmp_path / "out", rows, **adapters)
     assert not (tmp_path / "out/config.json").exists()
 

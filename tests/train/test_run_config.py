@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support.training import CHECKPOINT, IMAGES, ROOT, losses, train, weights, write_rows
+from support.training import CHECKPOINT, IMAGES, ROOT, flags, losses, train, weights, write_rows
 
-from yivl.errors import YiVLError
+from yivl.errors import CheckpointError, YiVLError
 from yivl.train.__main__ import main
 from yivl.train.arguments import parse_arguments
 from yivl.train.run_log import read_log
@@ -69,6 +69,25 @@ def test_wrong_keys_and_values_name_file_line_and_key(text: str, message: str, t
     with pytest.raises(YiVLError, match=re.escape(f"{tmp_path}/run.yaml: {message}")) as error:
         parse(text, tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_home_folder_in_a_file_is_that_of_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "deepspeed")
+    keys += ("eval_data_path", "output_dir", "resume")
+    groups = parse("".join(f"{key}: ~/{key}\n" for key in keys), tmp_path, "--eval_strategy", "steps")
+    given = {name: value for group in groups for name, value in vars(group).items()}
+    assert [given[key] for key in keys] == [f"{tmp_path}/{key}" for key in keys]
+
+
+def test_a_run_in_a_home_folder_is_resumed_and_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows, home = write_rows(tmp_path / "rows.json"), Path("~/out")
+    main(flags(home, rows, max_steps=2, save_steps=1))
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}/out: holds checkpoint-2 of a run")):
+        main(flags(home, rows, max_steps=3))
+    main(flags(home, rows, max_steps=3, resume="auto"))
+    assert len(losses(read_log(tmp_path / "out/log.jsonl"))) == 3
 
 
 def test_a_missing_file_is_one_line() -> None:

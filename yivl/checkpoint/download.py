@@ -19,6 +19,7 @@ from yivl.checkpoint.format import (
     read_index,
     read_json,
 )
+from yivl.checkpoint.hf_format import is_hf
 from yivl.errors import CheckpointError, YiVLError
 
 MODELSCOPE: Final = "modelscope:"
@@ -33,13 +34,14 @@ Fetch = Callable[[list[str]], Any]
 """Downloads the files of a repository that match the patterns."""
 
 
-def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
+def resolve_checkpoint(model_path: str | os.PathLike[str], *, weights: bool = True) -> Path:
     """Return the local folder of a checkpoint, a language model or an adapter, after downloading an id.
 
     Of weights in several formats, only the preferred one is downloaded.
 
     Args:
         model_path: Folder, id on the Hugging Face hub, or ``modelscope:`` and an id there.
+        weights: Whether to download weights, too; without them the folder has what ``read_small_files`` reads.
 
     Raises:
         CheckpointError: If there is no such folder and no such repository can be reached.
@@ -48,7 +50,8 @@ def resolve_checkpoint(model_path: str | os.PathLike[str]) -> Path:
     name = os.fspath(model_path)
     if not name:
         raise CheckpointError("the model path is empty; give a checkpoint folder or a hub id")
-    return Path(name) if Path(name).is_dir() else download_model(name, [*_SMALL_FILES], _fetch_weights)
+    fetch_rest = _fetch_weights if weights else _fetch_weights_of_another_llava
+    return Path(name) if Path(name).is_dir() else download_model(name, [*_SMALL_FILES], fetch_rest)
 
 
 def download_model(
@@ -135,6 +138,13 @@ def _fetch_weights(folder: Path, fetch: Fetch) -> None:
         if isinstance(tower, str) and not os.path.isabs(tower):
             place = os.path.normpath(tower).replace(os.sep, "/")
             fetch_first(folder, fetch, (f"{place}/{WEIGHTS[0]}", f"{place}/{WEIGHTS[1]}"))
+
+
+def _fetch_weights_of_another_llava(folder: Path, fetch: Fetch) -> None:
+    """Download the weights of a LLaVA without the mark of Yi-VL: their keys tell whether it is one."""
+    path = folder / "config.json"
+    if path.is_file() and is_hf(folder) and not read_json(path).get("is_yi_vl_derived_model"):
+        fetch_main_weights(folder, fetch)
 
 
 def fetch_main_weights(folder: Path, fetch: Fetch) -> None:

@@ -110,25 +110,25 @@ def load_model(
 def load_processors(
     model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None
 ) -> tuple[YiVLConfig, YiTokenizer, ImageProcessor]:
-    """Return configuration, tokenizer and image processor as ``load_model`` does, without loading weights.
+    """Return configuration, tokenizer and image processor as ``load_model`` does, without weights, nor their download.
 
     Raises:
         CheckpointError: If a folder or file is missing, or no hub id matches.
     """
-    folder, _, image_settings = _resolve_model(model_path, model_base)
+    folder, _, image_settings = _resolve_model(model_path, model_base, weights=False)
     return read_small_files(folder, **image_settings)
 
 
 def _resolve_model(
-    model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None
+    model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None, *, weights: bool = True
 ) -> tuple[Path, Path | None, dict[str, Any]]:
     """Return the folder of the checkpoint, and of a LoRA adapter its folder and image settings."""
-    folder = resolve_checkpoint(model_path)
+    folder = resolve_checkpoint(model_path, weights=weights)
     if (folder / ADAPTER_CONFIG).is_file():
         base = model_base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not base:
             raise CheckpointError(f"{folder}: the adapter does not name its base model; give it with --model-base")
-        return resolve_checkpoint(base), folder, read_image_settings(folder)
+        return resolve_checkpoint(base, weights=weights), folder, read_image_settings(folder)
     if model_base is not None:
         raise CheckpointError(f"{model_path}: no {ADAPTER_CONFIG}; --model-base goes with a LoRA adapter folder")
     return folder, None, {}

@@ -29,7 +29,7 @@ _SMALL_FILES: Final = ("config.json", "preprocessor_config.json", OPEN_CLIP_CONF
 
 @dataclass(frozen=True)
 class ViTSource:
-    """A ViT whose small files were read and whose weights are on this machine."""
+    """A ViT whose small files were read."""
 
     name: str
     """Of its folder in ``vit/`` of the checkpoints that are trained from it."""
@@ -48,29 +48,35 @@ class ViTSource:
         return read_clip_weights(self.path)
 
 
-def resolve_vit(name: str) -> ViTSource:
+def resolve_vit(name: str, *, weights: bool = True) -> ViTSource:
     """Return the ViT of ``--vision_tower``, after downloading what of it is not on this machine.
 
     Args:
         name: Folder, hub id or ``modelscope:`` id of a CLIP in the format of transformers or open_clip; or
             ``open_clip:MODEL/TAG`` with a pretrained tag or the path of a checkpoint.
+        weights: Whether to download weights, too; ``read_weights`` needs them.
 
     Raises:
         CheckpointError: If there is no such ViT, or it cannot be reached or read.
     """
     if name.startswith(OPEN_CLIP):
-        return _from_open_clip(name)
+        return _from_open_clip(name, weights=weights)
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         folder, last = path, path.resolve().name
     else:
         expected = "a ViT folder, a hub id such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K, or open_clip:MODEL/TAG"
-        folder, last = download_model(name, [*_SMALL_FILES], _fetch_weights, expected), name.split("/")[-1]
+        fetch_rest = _fetch_weights if weights else _fetch_nothing
+        folder, last = download_model(name, [*_SMALL_FILES], fetch_rest, expected), name.split("/")[-1]
     return ViTSource(last, folder, read_vit_config(folder), _clip_processor(folder))
 
 
 def _fetch_weights(folder: Path, fetch: Fetch) -> None:
     fetch_first(folder, fetch, OPEN_CLIP_WEIGHTS if is_open_clip(folder) else WEIGHTS)
+
+
+def _fetch_nothing(folder: Path, fetch: Fetch) -> None:
+    pass
 
 
 def _clip_processor(folder: Path) -> CLIPImageProcessorPil:
@@ -86,7 +92,7 @@ def _open_clip_processor(fields: dict[str, Any]) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(**given)
 
 
-def _from_open_clip(name: str) -> ViTSource:
+def _from_open_clip(name: str, *, weights: bool) -> ViTSource:
     """Return a model of open_clip's registry, with weights it downloads or those of a local checkpoint."""
     import open_clip  # slow
 
@@ -101,7 +107,7 @@ def _from_open_clip(name: str) -> ViTSource:
     # Some tags were trained with another activation than the model of their name.
     fields["quick_gelu"] = tag.get("quick_gelu", False) or fields.get("quick_gelu", False)
     config = read_open_clip_model(fields, name)
-    if tag:
+    if tag and weights:
         try:
             file = Path(open_clip.download_pretrained(tag))
         except (OSError, RuntimeError, ValueError) as error:

@@ -35,8 +35,6 @@ class Encoder:
     """Sequence length of one image in the decoder."""
     max_length: int
     """Maximum sequence length, image patches included."""
-    system: str = SYSTEM_PROMPT
-    """System message of rows without their own."""
 
     def __call__(self, row: Row) -> Sample:
         """Return the sample of a row, truncated to ``max_length``, never inside an image.
@@ -60,15 +58,12 @@ class Encoder:
 
     def encode_text(self, row: Row) -> EncodedTurns:
         """Return the ids of a row, not truncated, and the tokens the loss is computed on."""
-        return encode_turns(row.turns, self.tokenizer, self._system_of(row))
+        return encode_turns(row.turns, self.tokenizer, _system_of(row))
 
     def sequence_length(self, row: Row) -> int:
         """Return the sequence length of a row, truncated as in its sample, without reading an image."""
         messages = [message for turn in row.turns for message in turn.messages()]
-        return self._truncate(tokenize_chunks(render_chunks(messages, self._system_of(row)), self.tokenizer))[1]
-
-    def _system_of(self, row: Row) -> str:
-        return self.system if row.system is None else row.system
+        return self._truncate(tokenize_chunks(render_chunks(messages, _system_of(row)), self.tokenizer))[1]
 
     def _truncate(self, input_ids: Sequence[int]) -> tuple[int, int]:
         """Return how many ids fit in ``max_length``, never part of an image, and their sequence length."""
@@ -87,6 +82,10 @@ def load_encoder(model_path: str, model_base: str | None = None, *, max_length: 
     # From the image processor: an adapter may have been trained with another image size than its base.
     num_patches = config.num_patches_at(image_processor.image_size)
     return Encoder(tokenizer, image_processor, num_patches, max_length)
+
+
+def _system_of(row: Row) -> str:
+    return SYSTEM_PROMPT if row.system is None else row.system
 
 
 def encode_or_skip(row: Row | RowError, encoder: Encoder, on_bad_row: Callable[[RowError], None]) -> Sample | None:

@@ -4,11 +4,12 @@ Only the standard library is imported, so that ``--help`` and wrong flags answer
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from yivl.command_line import Parser
 from yivl.errors import YiVLError
@@ -17,6 +18,12 @@ from yivl.train.layers import ADAPTER_FLAGS, TYPED, Layer, Origin, merge_layers
 from yivl.train.refused import HIDDEN, llava_checks, transformers_checks
 from yivl.train.run_config import read_run_config
 from yivl.train.stages import STAGES
+
+# Flags that may name a file or folder. A shell expands "~" neither in a configuration nor after an equals sign.
+_PATHS: Final = (
+    *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "eval_data_path"),
+    *("output_dir", "deepspeed", "resume"),
+)
 
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -84,6 +91,11 @@ class ModelArguments:
             raise YiVLError(f"--bits {self.bits}: quantized weights cannot be trained; add --lora_enable")
         if self.lora_enable and self.freeze_backbone:
             raise YiVLError("--lora_enable adds adapters to the language model, --freeze_backbone freezes it; drop one")
+        if self.pretrain_mm_mlp_adapter is not None and self.lora_enable and self.freeze_mm_mlp_adapter:
+            raise YiVLError(
+                "--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; add "
+                "--freeze_mm_mlp_adapter False to train it"
+            )
         _check_positive(self, "lora_r")
         for name in ADAPTER_FLAGS:
             if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
@@ -204,6 +216,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     given, origins = merge_layers(layers)
     for name in llava_checks().keys() & given.keys():
         del given[name]  # accepted with the only value it can have
+    given |= {name: os.path.expanduser(given[name]) for name in _PATHS if name in given}
 
     kinds: tuple[type, ...] = (ModelArguments, DataArguments, YiVLTrainingArguments)
     fields = [{name: given.pop(name) for name in dataclass_flags(kind) if name in given} for kind in kinds]

@@ -19,17 +19,18 @@ def split_batch(training: YiVLTrainingArguments, world_size: int) -> tuple[int, 
     micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     total = training.global_batch_size
     micro_rank, accumulation_rank, total_rank = (_rank(training, name) for name in (_MICRO, _ACCUMULATION, _GLOBAL))
-    if total is None or accumulation_rank > total_rank:
+    if total is None:
         return micro, accumulation
-    if _ACCUMULATION in training.origins and accumulation_rank == total_rank:
-        if micro_rank == total_rank and total != micro * accumulation * world_size:
-            raise YiVLError(
-                f"{_named(training, _GLOBAL)} is not {micro * accumulation * world_size}, {_named(training, _MICRO)} x "
-                f"{_named(training, _ACCUMULATION)} x {_processes(world_size)}; drop one of the three"
-            )
-        if micro_rank <= total_rank:
-            return _divide(training, total, accumulation, world_size, _ACCUMULATION), accumulation
-    elif micro_rank < total_rank and total % world_size == 0:
+    if micro_rank == accumulation_rank == total_rank and total != micro * accumulation * world_size:
+        raise YiVLError(
+            f"{_named(training, _GLOBAL)} is not {micro * accumulation * world_size}, {_named(training, _MICRO)} x "
+            f"{_named(training, _ACCUMULATION)} x {_processes(world_size)}; drop one of the three"
+        )
+    if total_rank < accumulation_rank and total_rank <= micro_rank:
+        return micro, accumulation
+    if micro_rank < accumulation_rank:
+        return _divide(training, total, accumulation, world_size, _ACCUMULATION), accumulation
+    if micro_rank < total_rank and total % world_size == 0:
         samples = total // world_size
         micro = max(size for size in range(1, min(micro, samples) + 1) if samples % size == 0)
     return micro, _divide(training, total, micro, world_size, _MICRO)

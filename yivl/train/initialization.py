@@ -46,46 +46,44 @@ class Start:
     image_processor: ImageProcessor
 
 
-def read_start(arguments: ModelArguments) -> Start:
-    """Read the small files of ``--model_name_or_path`` and ``--vision_tower``.
+def read_start(arguments: ModelArguments, *, weights: bool = True) -> Start:
+    """Read the small files of ``--model_name_or_path`` and ``--vision_tower``, then download weights if all flags fit.
+
+    Args:
+        arguments: Of the run.
+        weights: Whether to download weights that are not on this machine; a dry run needs none.
 
     Raises:
         CheckpointError: If something is missing, damaged or does not fit.
         YiVLError: If flags do not fit the checkpoint, or an adapter could not be used after training.
     """
-    folder = resolve_checkpoint(os.path.expanduser(arguments.model_name_or_path))
+    folder = resolve_checkpoint(arguments.model_name_or_path, weights=False)
     is_language_model = not is_hf(folder) and "mm_vision_tower" not in read_json(folder / "config.json")
-    vit = None if arguments.vision_tower is None else resolve_vit(arguments.vision_tower)
     if not is_language_model:
-        for name in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
-            if getattr(arguments, name) != getattr(ModelArguments, name):
-                raise YiVLError(f"--{name} is for initialization from a language model; {folder} has its own")
         config, tokenizer, image_processor = read_small_files(folder)
         clip_processor = image_processor.clip_processor
-        vit_config = config.vision_config if vit is None else vit.config
-        if any(getattr(vit_config, name) != getattr(config.vision_config, name) for name in _SHAPE_OF_A_VIT):
-            raise CheckpointError(
-                f"--vision_tower {arguments.vision_tower}: another ViT than that of {folder}; "
-                "initialize from a language model instead"
-            )
-        if vit is not None and arguments.lora_enable and not arguments.unfreeze_mm_vision_tower:
-            _check_same_vit(vit, read_vit_weights(folder, config))
-    elif vit is None:
+        vit = _replacing_vit(folder, config, arguments)
+    elif arguments.vision_tower is None:
         raise CheckpointError(f"{folder}: a language model without a ViT; give one with --vision_tower")
     elif arguments.lora_enable:
         raise YiVLError(f"--lora_enable: {folder} is a language model without a projector; give a Yi-VL checkpoint")
     else:
+        vit = resolve_vit(arguments.vision_tower, weights=False)
         config, tokenizer = _config_of_parts(folder, vit, arguments), load_tokenizer(folder)
         clip_processor = vit.clip_processor
     if arguments.pretrain_mm_mlp_adapter is not None:
-        if arguments.lora_enable and arguments.freeze_mm_mlp_adapter:
-            raise YiVLError("--pretrain_mm_mlp_adapter: an adapter does not store a frozen projector; drop one")
-        check_weight_file(Path(arguments.pretrain_mm_mlp_adapter).expanduser())
+        check_weight_file(Path(arguments.pretrain_mm_mlp_adapter))
     image_size = config.vision_config.image_size if arguments.image_size is None else arguments.image_size
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
     )
     check_support(config, arguments.attn_implementation, bits=arguments.bits, on_cpu=not torch.cuda.is_available())
+    compares_vits = vit is not None and arguments.lora_enable and not arguments.unfreeze_mm_vision_tower
+    if weights or compares_vits:
+        folder = resolve_checkpoint(arguments.model_name_or_path)
+        vit = None if arguments.vision_tower is None else resolve_vit(arguments.vision_tower)
+    if vit is not None and compares_vits:
+        _check_same_vit(vit, read_vit_weights(folder, config))
     return Start(folder, config, image_size, is_language_model, vit, tokenizer, image_processor)
 
 
@@ -110,7 +108,7 @@ def load_start(start: Start, arguments: ModelArguments, *, dtype: torch.dtype, p
         fresh_projector=start.is_language_model,
     )
     if arguments.pretrain_mm_mlp_adapter is not None:
-        load_projector(model, Path(arguments.pretrain_mm_mlp_adapter).expanduser())
+        load_projector(model, Path(arguments.pretrain_mm_mlp_adapter))
     model.config.use_cache = False
     return model
 
@@ -120,6 +118,33 @@ def empty_start(start: Start) -> YiVLForCausalLM:
     model = empty_model(start.config)
     model.resize_images(start.image_size)
     return model
+
+
+def _replacing_vit(folder: Path, config: YiVLConfig, arguments: ModelArguments) -> ViTSource | None:
+    """Return the ViT of ``--vision_tower`` for a checkpoint, which has a projector and a ViT.
+
+    Raises:
+        CheckpointError: If flags are for another projector or ViT; names all of them.
+    """
+    names = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
+    wrong = [name for name in names if getattr(arguments, name) != getattr(ModelArguments, name)]
+    vit, problems = None, []
+    if arguments.vision_tower is not None:
+        try:
+            vit = resolve_vit(arguments.vision_tower, weights=False)
+        except CheckpointError as error:
+            problems.append(f"--vision_tower {error}")
+        else:
+            if any(getattr(vit.config, name) != getattr(config.vision_config, name) for name in _SHAPE_OF_A_VIT):
+                wrong.append("vision_tower")
+    if wrong:
+        flags = ", ".join(f"--{name} {getattr(arguments, name)}" for name in wrong)
+        problems.insert(
+            0, f"{flags}: {folder} has another projector or ViT; drop them, or initialize from a language model"
+        )
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return vit
 
 
 def _check_same_vit(vit: ViTSource, own: StateDict) -> None:

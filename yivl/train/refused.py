@@ -42,6 +42,7 @@ _TRANSFORMERS: Final[Mapping[str, str]] = {
     "save_only_model": "a checkpoint without its optimizer cannot be resumed",
     "ignore_data_skip": "a resumed run continues with the next batch",
     "label_smoothing_factor": "it needs the logits of the whole sequence",
+    "remove_unused_columns": "rows are encoded whole",
     "label_names": "the labels are those of the conversations",
     "data_seed": "use --seed",
     "push_to_hub": "upload the finished folder with scripts/hub.py",

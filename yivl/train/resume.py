@@ -61,7 +61,7 @@ def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the content of ``RECORD``; a local folder is not recorded, since it means nothing on other machines."""
-    is_folder = Path(model_name_or_path).expanduser().exists()
+    is_folder = Path(model_name_or_path).exists()
     versions = {"yivl": yivl.__version__}
     for name in ("accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers"):
         with suppress(PackageNotFoundError):  # some are optional

@@ -73,7 +73,7 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
 
     checkpoint = None if training.dry_run else find_checkpoint(training.output_dir, training.resume)
     with args.main_process_first(desc="reading the checkpoint folder"):
-        start = read_start(model)
+        start = read_start(model, weights=not training.dry_run)
     num_patches = start.config.num_patches_at(start.image_size)
     encoder = Encoder(start.tokenizer, start.image_processor, num_patches, data.model_max_length)
     # A dry run writes nothing to the output folder, and a new run does not count the bad rows of an earlier one.

@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     train = import_module(f"yivl.tiny.recipe.{arguments.phase}").train
     folder = arguments.output_dir.expanduser()
-    inputs = [getattr(arguments, name) for name in PHASES[arguments.phase][1]]
+    inputs = [getattr(arguments, name).expanduser() for name in PHASES[arguments.phase][1]]
     scores = train(*inputs, folder, arguments.steps, arguments.questions)
     write_json(training_folder(folder) / "gate.json", [score._asdict() for score in scores], sort_keys=False)
     for score in scores:
