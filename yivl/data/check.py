@@ -28,7 +28,10 @@ def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
     parser = command_line.Parser(prog="python -m yivl.data.check", description=__doc__)
     command_line.add_checkpoint_flags(parser)
-    command_line.add_data_argument(parser, ".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)")
+    about = ".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)"
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("data", nargs="?", default=argparse.SUPPRESS, help=about)
+    data.add_argument("--data", "--data_path", dest="data", help="the same")
     parser.add_argument(
         "--image-folder", default=".", help="base folder of relative image paths (default: %(default)s)"
     )
@@ -132,7 +135,7 @@ def natural_order(text: str) -> list[tuple[int, str]]:
 
 
 def split_outliers(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, four times the others or more."""
+    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, 4 times the others or more."""
     ordered = sorted(lengths)
     longest = ordered[: -max(1, len(ordered) // 100)][-1:] or ordered
     drawn = [length for length in ordered if length < 4 * longest[0]]
