@@ -69,13 +69,6 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, *, must_name_model: bo
     return group
 
 
-def add_data_argument(parser: argparse.ArgumentParser, about: str) -> None:
-    """Add the data of a command, as its first value or as the flag of training."""
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("data", nargs="?", default=argparse.SUPPRESS, help=about)
-    data.add_argument("--data", "--data_path", dest="data", help="the same")
-
-
 def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> None:
     """Add the flags that ``load`` reads."""
     group = add_checkpoint_flags(parser, must_name_model=must_name_model)

@@ -54,6 +54,25 @@ def test_a_valid_mixture_is_summarized_by_source_and_plotted(
         assert len(image.convert("RGB").getcolors(100_000)) > 10
 
 
+def test_a_limit_is_reported_with_the_number_of_all_rows(
+    report: Callable[..., tuple[int, str]], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "rows.json")
+    shards = write_shards(tmp_path / "shards", 2, 3)
+    (tmp_path / "mix.yaml").write_text(
+        f"- {{name: files, data_path: rows.json, max_rows: 5}}\n"
+        f"- {{name: shards, data_path: '{shards}', max_rows: 4}}\n"
+    )
+    caplog.set_level("INFO")
+    _, text = report(tmp_path / "mix.yaml")
+    assert "files: 5 valid rows" in text
+    assert "shards: 4 valid rows" in text
+    assert [line for line in caplog.messages if "keeps" in line] == [
+        "files: max_rows keeps 5 of 8 rows",
+        "shards: max_rows keeps 4 of 6 rows",
+    ]
+
+
 def test_every_invalid_row_is_reported_with_its_reason_and_the_exit_code_is_one(
     report: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

@@ -48,6 +48,10 @@ def text(value: str) -> dict[str, str]:
         said("Q?", images="a.jpg"),
         said(f"{LLAVA}\nQ?", image="a.jpg", image_url="http://x/a.jpg", image_id=7),
         said(f"{LLAVA}\nQ?", image=["a.jpg"], images=[], video=None, tools="[]", img=""),
+        said(f"{LLAVA}\nQ?", image="a.jpg", image_list=["a.jpg"], original_image="b.jpg", file_name="a.jpg"),
+        said(
+            f"{LLAVA}\nQ?", image="a.jpg", images="", model="", width=[4], width_list=[4], image_size=[4, 4], label=True
+        ),
         openai(f"{LLAVA}Q?", images=["a.jpg"]),
         openai(f"{LLAVA}Q?", image={"path": "a.jpg", "bytes": None}, conversations=None),
         openai([{"type": "image"}, text("Q?")], [text("A.")], images=["a.jpg"]),
@@ -61,6 +65,32 @@ def text(value: str) -> dict[str, str]:
 def test_every_dialect_is_the_same_row(fields: dict[str, Any]) -> None:
     row = parse_row(fields, "row", "folder")
     assert row == Row((Turn("Q?", "A.", num_images=1),), (Path("folder/a.jpg"),), "row")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        said("Q?", id="wgByO4Y_0", model=""),  # LLaVA, llava_v1_5_mix665k.json
+        said("Q?", id="000000033471.jpg", source="https://x.org/wiki/File:A.jpg", data_source="sharegpt"),
+        said("Q?", image="", images=None),  # a table that is written as JSON has a value in every column
+        said("Q?", image_id="33471", num_images=0, has_image=False, image_caption="A cat.", label="cat", weight=2),
+        openai("Q?", url="https://x.org/a.jpg", file="a.txt", topics=["cats", "dogs"], meta={"image": None}, text="T."),
+        {
+            "messages": [
+                {"role": "user", "content": "Q?", "images": None},
+                {"role": "assistant", "content": "A.", "loss": 1},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "Q?"},
+                {"role": "assistant", "content": "A.", "train": True, "id": "2"},
+            ]
+        },
+    ],
+)
+def test_metadata_of_a_row_without_images_is_no_image(fields: dict[str, Any]) -> None:
+    assert parse_row(fields, "row") == Row((Turn("Q?", "A."),), (), "row")
 
 
 def test_placeholders_of_both_spellings_count_together() -> None:
@@ -116,6 +146,38 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (said("Q?", image_url={"url": "a.jpg"}), "unknown key 'image_url'"),
     (said("Q?") | {"pictures": ["a.jpg"]}, "unknown key 'pic"),
     (said("Q?", image="a.jpg", image_2="b.jpg"), "unknown key 'image_2'"),
+    (said("Q?", image="a.jpg", image_b="b.jpg"), "unknown key 'image_b'"),
+    (said("Q?", image="a.jpg", imageB="b.jpg"), "unknown key 'imageB'"),
+    (said("Q?", image="a.jpg", image_list=["a.jpg", "b.jpg"]), "unknown key 'image_list'"),
+    (said("Q?", image_a="0001", image_b="0002"), "unknown key 'image_a'"),
+    (said("Q?", input_image="0001"), "unknown key 'input_image'"),
+    (said("Q?", file_name="cat.jpg"), "unknown key 'file_name'; name the key of images 'image' or 'images'"),
+    (said("Q?", files=["a cat.PNG"]), "unknown key 'files'"),
+    (said("Q?", data={"image": "0001"}), "unknown key 'data'"),
+    (said("Q?", image="", photo="a.jpg"), "unknown key 'photo'"),
+    ({"image": "", "text": "a"}, "neither 'conversations' nor"),
+    (said(f"{LLAVA}Q?", image=""), "1 image placeholders but 0 images"),
+    (
+        {"conversations": [{"from": "human", "value": "Q?", "image": "a.jpg"}]},
+        "a message with the key 'image'; list all",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "Q?", "images": ["0001"]}]},
+        "a message with the key 'images'; list all",
+    ),
+    ({"messages": [{"role": "user", "content": "Q?", "file": "a.jpg"}]}, "a message with the key 'file'"),
+    (said("Q?", label=False), "'label' is false; every row is trained"),
+    (said("Q?", kto_tag=False), "'kto_tag' is false"),
+    (said("Q?", train=False), "'train' is false"),
+    *(
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", key: value}]}, message)
+        for key, value, message in (
+            ("weight", 0, "an answer with 'weight' 0; the loss is computed on every answer with weight 1"),
+            ("loss", False, "an answer with 'loss' False"),
+            ("loss_weight", 0.5, "an answer with 'loss_weight' 0.5"),
+            ("train", False, "an answer with 'train' False"),
+        )
+    ),
     (said("Q?", video="a.mp4"), "'video' is not supported"),
     (said("Q?", tools='[{"name": "f"}]'), "'tools' is not supported"),
     (said("Q?", image="a.jpg", images=["b.jpg"]), "both 'image' and 'images'; keep one"),
@@ -125,10 +187,6 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (openai([{"type": "input_audio"}]), "a part of type 'input_audio'; expected text, image or image_url"),
     (openai(["Q?"]), "a part of type None"),
     (openai("Q?", None), "a message without 'from' and 'value', or 'role' and 'content'"),
-    (
-        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}]},
-        "without we",
-    ),
     (said("Q?", image="https://x.org/a.jpg"), "the image https://x.org/a.jpg is a URL; training reads local files"),
     (openai([{"type": "image_url", "image_url": {"url": "s3://a/b.jpg"}}]), "the image s3://a/b.jpg is a URL"),
     (said("Q?", image="data:image/png;base64,!"), "an image is not valid base64"),

@@ -48,6 +48,31 @@ def test_a_row_of_another_dialect_is_printed_as_it_is_trained(
     assert caplog.messages == [f"1 rows start with an answer, which is dropped: {path} row 0"]
 
 
+def test_flags_may_come_before_between_and_after_the_values(shown: Callable[..., str]) -> None:
+    model = ("--model-path", CHECKPOINT)
+    expected = shown(DATA, 1, *model)
+    for words in ((DATA, *model, 1), (*model, DATA, 1), ("--data_path", DATA, 1, *model), (1, *model, "--data", DATA)):
+        assert shown(*words) == expected
+    for words, message in (
+        ((DATA, *model), "expected a file and one row: DATA ROW; --help"),
+        ((DATA, 1, *model, 2), "expected a file and one row"),
+        ((1, DATA), "row: invalid int value: '.*data.json'"),
+        ((DATA, 1, "--modle-path", "x"), "unknown flag --modle-path"),
+    ):
+        with pytest.raises(YiVLError, match=f"^{message}"):
+            shown(*words)
+
+
+def test_no_image_is_outside_a_folder_that_is_not_named(
+    shown: Callable[..., str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    images = [f"{tmp_path}/a.jpg", "../b.jpg"]
+    said = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": said, "images": images}]))
+    shown(tmp_path / "rows.json", 0, "--model-path", CHECKPOINT)
+    assert caplog.messages == []
+
+
 def test_the_model_path_may_be_an_adapter_or_a_hub_id_and_is_the_embedded_model_by_default(
     shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -51,6 +51,9 @@ def test_entries_of_a_mixture_override_the_defaults(tmp_path: Path) -> None:
         ("- [", "not readable YAML"),
         ("- {data_path: a.json, weight: 0}", "weight 0 is not positive"),
         ("- {data_path: a.json, max_rows: 0}", "max_rows 0 is not positive"),
+        ("- {data_path: a.json, max_rows: 5.0}", "entry 0: .*a.json: max_rows 5.0 is not an integer"),
+        ("- {data_path: a.json, max_rows: 5e4}", "max_rows '5e4' is not an integer"),
+        ("- {data_path: a.json, max_rows: true}", "max_rows True is not an integer"),
         ("- {data_path: [a.tar, b.json]}", "both tar shards and files"),
         ("- {data_path: a.json, weight: heavy}", "entry 0: weight 'heavy' is not a number"),
     ],
@@ -122,6 +125,18 @@ def test_entries_of_one_name_are_one_source_whose_limit_counts_all_files(tmp_pat
 def test_the_same_file_twice_without_a_name_stays_two_sources(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text("- {data_path: a.json, weight: 2}\n- {data_path: a.json, max_rows: 3}\n")
     assert [source.max_rows for source in read_sources(str(tmp_path / "mix.yaml"))] == [None, 3]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    ["- {data_path: [a.json, '*.json']}", "- {name: x, data_path: a.json}\n- {name: x, data_path: ./a.json}"],
+)
+def test_a_file_that_one_source_names_twice_is_an_error(entries: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.json")
+    (tmp_path / "mix.yaml").write_text(entries)
+    (source,) = read_sources(str(tmp_path / "mix.yaml"))
+    with pytest.raises(RowError, match=r"names .*a\.json twice; to train on it more often, give it a weight"):
+        load_rows(source, 0, print)
 
 
 @pytest.mark.parametrize("field", ["max_rows", "weight"])

@@ -1,5 +1,6 @@
 """Streamed tar shards: every row once per epoch, and every batch the same for every reader."""
 
+import errno
 import io
 import json
 import tarfile
@@ -16,6 +17,7 @@ from yivl.checkpoint.loading import LoadedModel
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
+from yivl.data.shards import select_samples
 from yivl.data.sources import DataSource, read_sources
 from yivl.data.streaming import StreamDataset, open_shards, read_shards
 
@@ -106,6 +108,19 @@ def test_a_damaged_shard_under_a_limit_is_still_reported(encoder: Encoder, tmp_p
     (error,) = (str(row) for row in rows if isinstance(row, RowError))
     assert "00000.tar: damaged shard (" in error
     assert len(rows) == 4
+
+
+def test_a_read_error_while_samples_are_counted_is_an_error_and_not_a_damaged_shard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = DataSource(write_shards(tmp_path, 2, 6), max_rows=3)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tarfile, "open", fail)
+    with pytest.raises(RowError, match=r"00000\.tar: cannot be read \(Input/output error\)"):
+        select_samples(source, 0)
 
 
 def test_a_batch_is_the_same_for_every_reader_at_any_time(encoder: Encoder, tmp_path: Path) -> None:

@@ -169,6 +169,62 @@ def test_the_table_says_how_many_samples_of_tar_shards_a_limit_keeps(
     assert "laion: 10 of 21 rows are used" in caplog.text
 
 
+def test_files_beside_tar_shards_are_counted_and_their_notices_are_logged(
+    loaded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = write_shards(tmp_path, 1, 7)
+    opened = {"conversations": [{"from": "gpt", "value": "Hi."}, *conversation(None, "q", "a")["conversations"]]}
+    write_rows(tmp_path / "c.json", [opened] * 6)
+    entries = f"- {{data_path: '{shards}'}}\n- {{name: files, data_path: c.json, max_rows: 3}}\n"
+    batches = limited_batches(tmp_path, loaded, entries)
+    assert batches.mix.splitlines()[2].split() == ["50.0%", "-", "3", "of", "6", "files"]
+    assert "3 rows start with an answer, which is dropped" in caplog.text
+
+
+OLD_FILES = {"source": "a.json", "rows": 4, "rows_per_epoch": 4, "images": 0}
+OLD_SHARDS = {"source": "a.tar", "weight": 2, "shards": 3}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "message"),
+    [
+        (OLD_FILES, {"rows": 8, "rows_per_epoch": 8}, r"rows of new was 4 when it was written, and is 8 now; use"),
+        (OLD_FILES | {"rows_found": 9}, {"rows_found": 10}, "rows_found of new was 9 .* and is 10"),
+        (OLD_FILES, {"rows_per_epoch": 8}, "rows_per_epoch of new was 4 .* and is 8"),
+        (OLD_SHARDS, {"shards": 4}, "shards of new was 3 .* and is 4"),
+        (OLD_SHARDS, {"weight": 3}, "weight of new was 2 .* and is 3"),
+        (OLD_FILES, {"rows_found": 9}, None),
+        (OLD_SHARDS, {"rows": 70}, None),  # earlier versions did not count the rows of files beside shards
+    ],
+)
+def test_a_run_is_resumed_only_with_as_many_rows_at_the_same_weight(
+    recorded: dict[str, Any], now: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "training_run.json").write_text(json.dumps({"sources": [recorded]}))
+    batches = Batches(mock.Mock(), [recorded | now | {"source": "new"}])
+    if message is None:
+        batches.check_record(tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        batches.check_record(tmp_path)
+
+
+def test_a_run_whose_mixture_was_edited_is_not_resumed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(9)])
+    entry = "- {data_path: rows.json, max_rows: %d}\n"
+    (tmp_path / "mix.yaml").write_text(entry % 4)
+    train(tmp_path / "out", tmp_path / "mix.yaml", save_steps=1, max_steps=1)
+    for text, message in (
+        (entry % 8, r"rows of .*rows\.json was 4"),
+        (entry % 4 * 2, "had 1 sources .* and has 2 now"),
+    ):
+        (tmp_path / "mix.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
+    (tmp_path / "mix.yaml").write_text(entry % 4)
+    train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
+
+
 def test_a_run_with_a_weight_below_one_resumes_exactly(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.json", [conversation(None, f"question {index}", f"{index}") for index in range(16)])
     (tmp_path / "mix.yaml").write_text("- {data_path: rows.json, weight: 0.5}\n")
@@ -223,9 +279,8 @@ def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_pa
 def test_a_run_with_a_weight_below_one_may_resume_with_moved_data(tmp_path: Path) -> None:
     ours: list[dict[str, Any]] = [{"source": "new/a.json", "rows": 8, "rows_per_epoch": 4, "subsampled": "per epoch"}]
     batches = Batches(mock.Mock(), ours)
-    for theirs in (ours[0] | {"source": "old/a.json"}, {"source": "b.json", "rows": 8, "rows_per_epoch": 16}):
-        (tmp_path / "training_run.json").write_text(json.dumps({"sources": [theirs]}))
-        batches.check_record(tmp_path)
+    (tmp_path / "training_run.json").write_text(json.dumps({"sources": [ours[0] | {"source": "old/a.json"}]}))
+    batches.check_record(tmp_path)
 
 
 def test_a_run_whose_epochs_the_limit_did_not_hold_in_is_not_resumed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Exit code 1 if there are invalid rows.
 """
 
 import argparse
+import logging
 import os
 import re
 import statistics
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
     from yivl.data.rows import Row, RowError
     from yivl.data.sources import DataSource
 
+logger = logging.getLogger(__name__)
+
 
 def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
     parser = command_line.Parser(prog="python -m yivl.data.check", description=__doc__)
     command_line.add_checkpoint_flags(parser)
-    command_line.add_data_argument(parser, ".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)")
+    about = ".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)"
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("data", nargs="?", default=argparse.SUPPRESS, help=about)
+    data.add_argument("--data", "--data_path", dest="data", help="the same")
     parser.add_argument(
         "--image-folder", default=".", help="base folder of relative image paths (default: %(default)s)"
     )
@@ -88,20 +94,32 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
     from torch.utils.data import DataLoader
 
     from yivl.data.shards import select_samples
-    from yivl.data.sources import load_rows
+    from yivl.data.sources import load_all_rows
     from yivl.data.streaming import open_shards, read_shards
 
     if source.is_streamed:
-        kept = None if source.max_rows is None else select_samples(source, 42).kept  # 42: as below
+        kept = None
+        if source.max_rows is not None:
+            subset = select_samples(source, 42)  # the default seed of training
+            kept = subset.kept
+            _log_limit(source, sum(map(len, kept.values())), subset.num_samples)
         for row in read_shards(open_shards(source.shards() if kept is None else list(kept), kept)):
             yield from inspect_rows(encoder, [row])
         return
     invalid: list[RowError] = []
-    rows: Any = [*load_rows(source, 42, invalid.append), *invalid]  # 42 is the default seed of training
+    found = load_all_rows(source, invalid.append)
+    kept_rows = source.subset(found, 42)
+    _log_limit(source, len(kept_rows), len(found))
+    rows: Any = [*kept_rows, *invalid]
     if rows:  # the workers inspect rows where they usually collate samples
         inspect = partial(inspect_rows, encoder)
         for findings in DataLoader(rows, batch_size=32, num_workers=workers, collate_fn=inspect):
             yield from findings
+
+
+def _log_limit(source: "DataSource", kept: int, found: int) -> None:
+    if kept < found:
+        logger.info("%s: max_rows keeps %s of %s rows", source.name, f"{kept:,}", f"{found:,}")
 
 
 def describe(name: str, findings: Sequence[Finding], max_length: int) -> str:
@@ -132,7 +150,7 @@ def natural_order(text: str) -> list[tuple[int, str]]:
 
 
 def split_outliers(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, four times the others."""
+    """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, 4 times the others or more."""
     ordered = sorted(lengths)
     longest = ordered[: -max(1, len(ordered) // 100)][-1:] or ordered
     drawn = [length for length in ordered if length < 4 * longest[0]]

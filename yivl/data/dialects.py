@@ -21,9 +21,17 @@ _ROLES: Final = {
 _IMAGE_SLOT: Final = re.compile(f"{re.escape(DEFAULT_IMAGE_TOKEN)}|<image>")
 _IMAGE_KEYS: Final = ("image", "images")
 _LIKE_IMAGES: Final = re.compile(
-    r"(image|img|pic|picture|photo)s?[ _-]?((file|path|url|name|file_?name|file_?path|list|data|base64)s?|(\d+))?",
+    r"(?:.*[ _-])?(?:image|img|pic|picture|photo)s?"
+    r"(?:[ _-]?(?:file|path|url|name|file_?name|file_?path|list|data|base64|b64|bytes)s?"
+    r"|(?P<another>[ _-]?\d+|[ _-][a-z]))?",
     re.IGNORECASE,
 )
+_IMAGE_FILE: Final = re.compile(r"[^\n]{1,250}\.(jpe?g|png|webp|gif|bmp|tiff?|heic|avif)", re.IGNORECASE)
+_READ: Final = ("conversations", "messages", "system", "text", *_IMAGE_KEYS)
+_READ_OF_MESSAGES: Final = ("from", "value", "role", "content")
+# Which answers are trained: OpenAI (weight), ms-swift (loss), axolotl (train, training); by LLaMA-Factory, which rows.
+_ANSWER_WEIGHTS: Final = ("weight", "loss", "loss_weight", "loss_scale", "train", "training")
+_ROW_WEIGHTS: Final = ("label", "kto_tag", "loss", "train")
 _UNSUPPORTED: Final = ("tools", "video", "videos", "audio", "audios")
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -81,14 +89,14 @@ def read_dialogue(fields: Mapping[str, Any], images: Sequence[bytes] | None = No
         hint = "; for instructions see scripts/convert.py from-llamafactory" if "instruction" in fields else ""
         raise YiVLError(f"neither 'conversations' nor 'messages' nor 'image' with 'text'{hint}")
     if images is None:
-        _check_other_keys(fields, has_images=bool(listed))
+        _check_other_keys(fields, num_images=len(listed))
     return Dialogue(tuple(messages), tuple(listed), _system(fields, told), drops_answer)
 
 
 def _only_key(fields: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """Return which of two keys a row has; null is as good as none, and so is an empty list beside the other key."""
+    """Return which of two keys a row has; null and "" are as good as none, as is an empty list beside the other key."""
     first, second = keys
-    present = [key for key in keys if fields.get(key) is not None]
+    present = [key for key in keys if fields.get(key) not in (None, "")]
     if len(present) > 1 and fields[first] != fields[second]:
         present = [key for key in keys if fields[key] != []] or present
         if len(present) > 1:
@@ -132,9 +140,16 @@ def _read_messages(listed: Any, key: str) -> tuple[list[Message], list[str | byt
         name, content = _name_and_content(message)
         if name not in _ROLES:
             raise YiVLError(f"unknown role {name!r}; expected one of {', '.join(_ROLES)}")
-        # Of OpenAI's and ms-swift's fine-tuning formats.
-        if _ROLES[name] == "assistant" and (message.get("weight") == 0 or message.get("loss") is False):
-            raise YiVLError("an answer without weight; the loss is computed on every answer, remove the row")
+        if _ROLES[name] == "assistant":
+            for weight in _ANSWER_WEIGHTS:
+                if message.get(weight) not in (None, 1):  # True is 1
+                    raise YiVLError(
+                        f"an answer with {weight!r} {message[weight]!r}; the loss is computed on every answer with "
+                        "weight 1, remove the row"
+                    )
+        for other, value in message.items():
+            if other not in _READ_OF_MESSAGES and _is_like_image(other, value):
+                raise YiVLError(f"a message with the key {other!r}; list all images in 'images', beside the messages")
         pieces, own = _read_content(content)
         images += own
         if _ROLES[name] != "system":
@@ -192,14 +207,41 @@ def _system(fields: Mapping[str, Any], told: str | None) -> str | None:
     return told or beside or None
 
 
-def _check_other_keys(fields: Mapping[str, Any], *, has_images: bool) -> None:
-    """Raise an error for a key that may hold an image, or what this package does not train on.
-
-    Beside the images of a row, an address or a file name is where they come from; another number is another image.
-    """
+def _check_other_keys(fields: Mapping[str, Any], *, num_images: int) -> None:
+    """Raise an error for a key that may hold an image, or what this package does not train on."""
     for key, value in fields.items():
-        match = None if key in _IMAGE_KEYS else _LIKE_IMAGES.fullmatch(key)
-        if match and value and isinstance(value, str | list | Mapping) and (match[4] or not has_images):
+        if key not in _READ and value and _may_be_lost(key, value, num_images):
             raise YiVLError(f"unknown key {key!r}; name the key of images 'image' or 'images', or remove it")
         if key in _UNSUPPORTED and value not in (None, "", "[]", []):
             raise YiVLError(f"{key!r} is not supported; remove it")
+        if key in _ROW_WEIGHTS and value is False:
+            raise YiVLError(f"{key!r} is false; every row is trained, remove it")
+
+
+def _may_be_lost(key: str, value: Any, num_images: int) -> bool:
+    """Return whether a key may hold an image that the row does not have.
+
+    Beside the images of a row, an address or a file name is where they come from; another number or letter is another
+    image, and so are more of them.
+    """
+    if not num_images:
+        return _is_like_image(key, value)
+    match = _match_image_key(key, value)
+    return match is not None and (match["another"] is not None or (isinstance(value, list) and len(value) > num_images))
+
+
+def _is_like_image(key: str, value: Any) -> bool:
+    """Return whether a key is named like one of images, or its value, or a value in it, is the path of an image."""
+    if value and _match_image_key(key, value):
+        return True
+    if isinstance(value, Mapping):
+        return any(_is_like_image(name, item) for name, item in value.items())
+    if isinstance(value, list):
+        return any(_is_like_image("", item) for item in value)
+    # An address is where a text comes from.
+    return isinstance(value, str) and key != "id" and bool(_IMAGE_FILE.fullmatch(value)) and not _SCHEME.match(value)
+
+
+def _match_image_key(key: str, value: Any) -> re.Match[str] | None:
+    snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key)
+    return _LIKE_IMAGES.fullmatch(snake_case) if isinstance(value, str | list | Mapping) else None

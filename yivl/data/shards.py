@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
+from yivl.data.rows import RowError
 from yivl.data.sources import DataSource
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def select_samples(source: DataSource, seed: int) -> ShardSubset:
     """Return the random subset of ``max_rows`` samples, by shard and index, from the headers of all shards.
 
     Raises:
-        RowError: If a shard does not exist.
+        RowError: If a shard does not exist or cannot be read: ranks must not draw from different numbers of samples.
     """
     logger.info("counting the samples of %s, for its limit of %s", source.name, f"{source.max_rows:,}")
     counts: dict[str, int] = {}
@@ -57,8 +58,10 @@ def select_samples(source: DataSource, seed: int) -> ShardSubset:
             with tarfile.open(path) as tar:
                 for _ in iterate_samples(tar):
                     counts[path] += 1
-        except (OSError, tarfile.TarError):
+        except (tarfile.TarError, EOFError):
             damaged.add(path)  # reading it reports the damage, after the samples before it
+        except OSError as error:
+            raise RowError(f"{path}: cannot be read ({error.strerror or error})") from error
     chosen = source.subset(range(sum(counts.values())), seed)
     kept: dict[str, Sequence[int]] = {}
     start = 0

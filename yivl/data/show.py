@@ -20,9 +20,20 @@ def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
     parser = command_line.Parser(prog="python -m yivl.data.show", description=__doc__)
     command_line.add_checkpoint_flags(parser)
-    command_line.add_data_argument(parser, ".json or .jsonl file")
-    parser.add_argument("row", type=int, help="index of the row, from 0")
-    return parser.parse_args()
+    parser.add_argument(
+        "words", nargs="*", metavar="DATA ROW", help=".json or .jsonl file, and index of the row, from 0"
+    )
+    parser.add_argument("--data", "--data_path", help="the file, instead of DATA")
+    arguments, apart = parser.parse_known_args()  # of values with flags between them, argparse takes the first ones
+    words = [*arguments.words, *apart]
+    if arguments.data is None and words:
+        arguments.data = words.pop(0)
+    if arguments.data is None or len(words) != 1:
+        parser.error("expected a file and one row: DATA ROW")
+    if not re.fullmatch(r"-?\d+", words[0]):
+        parser.error(f"row: invalid int value: {words[0]!r}")
+    arguments.row = int(words[0])
+    return arguments
 
 
 def main() -> None:
@@ -37,7 +48,7 @@ def main() -> None:
     if found is None:
         raise RowError(f"{arguments.data}: no row {arguments.row}")
     origin, fields = found
-    row = parse_row(fields, origin)
+    row = parse_row(fields, origin, image_folder="/")  # no image is read, so none is outside the folder
     log_notices([row])
     encoder = load_encoder(arguments.model_path, arguments.model_base, max_length=sys.maxsize)
     encoded = encoder.encode_text(row)

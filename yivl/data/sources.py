@@ -22,7 +22,8 @@ class DataSource:
     """One named source of a mixture: files of rows, or tar shards.
 
     Raises:
-        RowError: If ``weight`` or ``max_rows`` is not positive, there is no path, or files and tar shards are mixed.
+        RowError: If ``weight`` is not positive or ``max_rows`` not a positive integer, there is no path, or files and
+            tar shards are mixed.
     """
 
     data_path: str | tuple[str, ...]
@@ -44,6 +45,8 @@ class DataSource:
             object.__setattr__(self, "name", f"{first} and {len(others)} more" if others else first)
         if not self.weight > 0:
             raise RowError(f"{self.name}: weight {self.weight} is not positive")
+        if self.max_rows is not None and type(self.max_rows) is not int:  # YAML reads 5e4 as text and yes as true
+            raise RowError(f"{self.name}: max_rows {self.max_rows!r} is not an integer")
         if self.max_rows is not None and self.max_rows < 1:
             raise RowError(f"{self.name}: max_rows {self.max_rows} is not positive")
         if not self.paths:
@@ -70,9 +73,9 @@ class DataSource:
         """Return the path and the image folder of every file or tar shard, in order.
 
         Raises:
-            RowError: If a path does not exist.
+            RowError: If a path does not exist, or a file is named twice.
         """
-        files: list[tuple[str, str]] = []
+        files: dict[str, tuple[str, str]] = {}
         for path, folder in zip(self.paths, self.folders, strict=True):
             if not path.endswith((".json", ".jsonl", ".tar")):
                 raise RowError(f"{path}: expected a .json, .jsonl, .tar or .yaml file")
@@ -81,8 +84,11 @@ class DataSource:
                 if not found:
                     problem = "no such tar shard" if self.is_streamed else "cannot be read (No such file or directory)"
                     raise RowError(f"{pattern}: {problem}")
-                files += [(file, folder) for file in found]
-        return files
+                for file in found:
+                    if (place := os.path.abspath(file)) in files:
+                        raise RowError(f"{self.name}: names {file} twice; to train on it more often, give it a weight")
+                    files[place] = (file, folder)
+        return list(files.values())
 
     def shards(self) -> list[str]:
         """Return the paths of the tar shards, in order.

@@ -43,8 +43,8 @@ class Batches:
     sources: Sequence[Mapping[str, Any]]
     """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``images`` (samples with images per
     epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``,
-    and ``rows`` of shards with a limit. ``rows_found`` if the limit leaves out some; ``limited`` if it did not limit
-    the epoch in earlier versions, which means all tar shards, and files with a weight above 1."""
+    and ``rows`` of files and of shards with a limit. ``rows_found`` if the limit leaves out some; ``limited`` if it did
+    not limit the epoch in earlier versions, which means all tar shards, and files with a weight above 1."""
 
     @property
     def mix(self) -> str:
@@ -66,13 +66,12 @@ class Batches:
         )
 
     def check_record(self, checkpoint: Path) -> None:
-        """Check that a checkpoint was trained on the same subsamples.
+        """Check that a checkpoint was trained on the same subsamples of as many rows; their paths may have changed.
 
         Raises:
-            CheckpointError: If the fraction of a weight was one subset for all epochs when it was written.
+            CheckpointError: If weights, limits or data differ, or the fraction of a weight was one subset for all
+                epochs when it was written.
         """
-        if not any("subsampled" in source or "limited" in source for source in self.sources):
-            return
         recorded = read_json(checkpoint / RECORD)["sources"]
         for ours, theirs in zip(self.sources, recorded, strict=False):
             if "limited" in ours and "limited" not in theirs:
@@ -86,6 +85,19 @@ class Batches:
                     f"{checkpoint}: the weight of {source['source']} selected the same rows in every epoch when it was "
                     "written, and now selects others in each; start a new run"
                 )
+        if len(recorded) != len(self.sources):
+            raise CheckpointError(
+                f"{checkpoint}: the data had {len(recorded)} sources when it was written, and has {len(self.sources)} "
+                "now; use the former data, or start a new run"
+            )
+        for ours, theirs in zip(self.sources, recorded, strict=True):
+            # What earlier versions did not record is not compared.
+            for name in ("weight", "shards", "rows", "rows_found", "rows_per_epoch"):
+                if ours.get(name, theirs.get(name)) != theirs.get(name, ours.get(name)):
+                    raise CheckpointError(
+                        f"{checkpoint}: {name} of {ours['source']} was {theirs[name]} when it was written, and is "
+                        f"{ours[name]} now; use the former data, max_rows and weight, or start a new run"
+                    )
 
 
 def make_batches(
@@ -102,11 +114,8 @@ def make_batches(
         logger.warning("--packing has no effect with --per_device_train_batch_size 1: it packs the samples of a batch")
     if any(source.is_streamed for source in sources):
         return _streamed_batches(sources, data, training, encoder, on_bad_row)
-    found_of = [load_all_rows(source, on_bad_row) for source in sources]
-    rows_of = [source.subset(found, training.seed) for source, found in zip(sources, found_of, strict=True)]
-    for source, loaded in zip(sources, rows_of, strict=True):
-        _check_image_folder(source, loaded)  # before weights are loaded
-        log_notices(loaded)
+    read = [_read_files(source, training.seed, on_bad_row) for source in sources]
+    rows_of = [rows for rows, _ in read]
     rows = [row for loaded in rows_of for row in loaded]
     if not rows:
         raise RowError(f"{data.data_path}: no row to train on")
@@ -127,18 +136,26 @@ def make_batches(
     facts = [
         {
             "source": source.name,
-            "rows": len(loaded),
+            **_row_facts(len(loaded), found),
             "rows_per_epoch": total,
             "images": round(sum(bool(row.images) for row in loaded) * total / max(len(loaded), 1)),
         }
         | ({"subsampled": "per epoch"} if loaded and total % len(loaded) else {})
-        | ({"rows_found": len(found)} if len(found) > len(loaded) else {})
         | ({"limited": "per epoch"} if total < round(len(loaded) * source.weight) else {})
-        for source, found, loaded, total in zip(sources, found_of, rows_of, sampler.samples_per_epoch, strict=True)
+        for source, (loaded, found), total in zip(sources, read, sampler.samples_per_epoch, strict=True)
     ]
     _warn_of_limit(facts)
     dataset = RowDataset(rows, encoder, on_bad_row)
     return Batches(_loader(dataset, sampler, encoder, data, training), facts)
+
+
+def _read_files(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> tuple[Sequence[Row], int]:
+    """Return the rows of a source of files within its limit, and the number of all its rows; log their notices."""
+    found = load_all_rows(source, on_bad_row)
+    rows = source.subset(found, seed)
+    _check_image_folder(source, rows)  # before weights are loaded
+    log_notices(rows)
+    return rows, len(found)
 
 
 def _streamed_batches(
@@ -167,8 +184,11 @@ def _streamed_batches(
     sampler = StreamSampler(batch_size, training.max_steps * training.gradient_accumulation_steps)
     facts = [
         {"source": source.name, "weight": source.weight}
-        | ({"shards": len(source.shards())} if source.is_streamed else {})
-        | _subset_facts(dataset.subsets.get(source))
+        | (
+            {"shards": len(source.shards())} | _subset_facts(dataset.subsets.get(source))
+            if source.is_streamed
+            else _file_facts(source, training.seed, on_bad_row)
+        )
         for source in sources
     ]
     _warn_of_limit(facts)
@@ -178,10 +198,17 @@ def _streamed_batches(
 def _subset_facts(subset: ShardSubset | None) -> dict[str, Any]:
     if subset is None:
         return {}
-    rows = sum(map(len, subset.kept.values()))
-    if rows == subset.num_samples:
-        return {"rows": rows}
-    return {"rows": rows, "rows_found": subset.num_samples, "limited": "per epoch"}
+    facts = _row_facts(sum(map(len, subset.kept.values())), subset.num_samples)
+    return facts | ({"limited": "per epoch"} if "rows_found" in facts else {})
+
+
+def _file_facts(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> dict[str, Any]:
+    rows, found = _read_files(source, seed, on_bad_row)
+    return _row_facts(len(rows), found)
+
+
+def _row_facts(rows: int, found: int) -> dict[str, Any]:
+    return {"rows": rows} | ({"rows_found": found} if found > rows else {})
 
 
 def _warn_of_limit(facts: Sequence[Mapping[str, Any]]) -> None:
