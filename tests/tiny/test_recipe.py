@@ -218,9 +218,12 @@ def test_the_whole_recipe_runs_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
     settings, *commands = code_blocks(ROOT / "docs/tutorial.md", "bash")
-    assert settings.startswith("TRAIN=")
-    few = f"set -euo pipefail\nTRAIN=8 TEST=2 EPOCHS=1 OUT={tmp_path} PORT=8019\nexport PYTHON={sys.executable}\n"
-    done = subprocess.run(["bash", "-c", few + "".join(commands)], cwd=ROOT, text=True, capture_output=True)
+    sizes = "TRAIN=600 TEST=100 EPOCHS=3 OUT=out/tutorial PORT=8000"
+    assert sizes in settings
+    few = settings.replace(sizes, f"TRAIN=8 TEST=2 EPOCHS=1 OUT={tmp_path} PORT=8019")
+    command = ["bash", "-euo", "pipefail", "-c", few + "".join(commands)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("before", "after"):
         scores = json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8"))["scores"]
