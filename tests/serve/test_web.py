@@ -464,6 +464,7 @@ def test_no_request_leaves_the_machine_and_the_page_fits_the_screen(
 ) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     visitor = Visitor(browser, address, **options)
+    assert visitor.page.evaluate("document.activeElement.tagName") == "BODY"  # a focus would scroll past the image
     visitor.show(PHOTO)
     visitor.ask("图片里有什么？")
     visitor.page.get_by_text(TEXTS[visitor.language]["parameters"]).click()

@@ -104,7 +104,7 @@ class _Layout:
         self.status = gr.Markdown(self.page.status(), elem_id="status")
         with gr.Row():
             texts = {"label": "question", "placeholder": "question_hint"}
-            self.question = self._add(gr.Textbox, texts, elem_id="question", max_lines=6, autofocus=True)
+            self.question = self._add(gr.Textbox, texts, elem_id="question", max_lines=6)
         with gr.Row():
             self.send = self._button("send", variant="primary")
             self.stop = self._button("stop", variant="stop", interactive=False)
