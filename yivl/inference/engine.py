@@ -67,6 +67,13 @@ class Engine:
         """Return every request with the text of its next token; after an error only ``clear`` is left."""
         if not self._states:
             return []
+        rows = zip(self._states, self._decode_logits(), strict=True)
+        pieces = [(state, state.take(state.sampler.choose(row[None]))) for state, row in rows]
+        self.remove([state for state in self._states if state.finish_reason])
+        return pieces
+
+    def _decode_logits(self) -> torch.Tensor:
+        """Append the last token of every request to the cache; return ``(rows, vocabulary)`` logits in float32."""
         model, num_rows = self.loaded.model, len(self._states)
         self._lengths = [length + 1 for length in self._lengths]
         lengths = torch.tensor(self._lengths, device=model.device).unsqueeze(1)
@@ -85,10 +92,7 @@ class Engine:
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits
-        rows = zip(self._states, logits[:, -1:].float(), strict=True)
-        pieces = [(state, state.take(state.sampler.choose(row))) for state, row in rows]
-        self.remove([state for state in self._states if state.finish_reason])
-        return pieces
+        return logits[:, -1].float()
 
     @torch.inference_mode()
     def remove(self, leaving: Sequence[GenerationState]) -> None:
