@@ -11,6 +11,7 @@ from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.errors import YiVLError
 from yivl.inference.chat import Chat, GenerationState, answer_batch
 from yivl.inference.engine import Engine, _pad_left, decode, finish_together, native_matrix_vector
+from yivl.inference.kv_cache import PrefixStore
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
@@ -150,40 +151,76 @@ def complete(engine: Engine, *states: GenerationState) -> None:
 
 
 @pytest.mark.parametrize("num_others", [0, 2])
-def test_a_chat_reuses_the_keys_and_values_of_an_answer_from_a_shared_engine(
-    num_others: int, loaded: LoadedModel
-) -> None:
-    """The cache must hold what its labels say: a stale one gave later turns the keys of other tokens."""
+def test_a_turn_reuses_the_keys_and_values_of_the_turns_before(num_others: int, loaded: LoadedModel) -> None:
+    """The store must hold what its keys say: a stale one gave later turns the keys of other tokens."""
     chat, reference = Chat(loaded), Chat(loaded, reuse_cache=False)
+    engine = Engine(loaded, PrefixStore(2**30))
     lengths: list[int] = []
     hook = loaded.model.model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     for index, question in enumerate(QUESTIONS):
         state = chat.begin(question, WIDE if index == 0 else None, **GREEDY)
         others = [Chat(loaded).begin("hi", PHOTO, temperature=0, max_new_tokens=5 + 20 * i) for i in range(num_others)]
         lengths.clear()
-        complete(Engine(loaded), state, *others)
+        complete(engine, state, *others)
         chat.finish(state)
         assert chat.last_answer is not None
         assert lengths[0] == chat.last_answer.prompt_tokens - chat.last_answer.cached_tokens
         assert chat.last_answer.cached_tokens > 20 or index == 0
         assert state.text == reference.ask(question, WIDE if index == 0 else None, **GREEDY)
+        assert reference.last_answer is not None
+        assert reference.last_answer.cached_tokens == 0
     hook.remove()
     assert chat.turns == reference.turns
 
 
-def test_a_chat_that_alternates_between_streams_and_a_shared_engine_answers_right(loaded: LoadedModel) -> None:
-    chat, reference = Chat(loaded), Chat(loaded, reuse_cache=False)
-    for index, question in enumerate(QUESTIONS * 2):
-        if index % 2:
-            state = chat.begin(question, **GREEDY)
-            finish_together(loaded, [state])
-            chat.finish(state)
-        else:
-            chat.ask(question, **GREEDY)
-        reference.ask(question, **GREEDY)
-        assert chat.last_answer is not None
-        assert chat.last_answer.cached_tokens > 20 or index == 0
-    assert chat.turns == reference.turns
+def test_requests_share_the_image_of_another_one_that_still_runs(loaded: LoadedModel) -> None:
+    image = Chat(loaded).encode(PHOTO)
+    engine = Engine(loaded, PrefixStore(2**30))
+    states = [Chat(loaded).begin(question, image, **GREEDY) for question in QUESTIONS]
+    equal_content = Chat(loaded).begin(QUESTIONS[0], PHOTO, **GREEDY)  # its own features: nothing says they are equal
+    complete(engine, *states, equal_content)
+    before_image = states[0].keys.index(-image.serial)
+    assert states[0].num_cached == 0
+    assert all(state.num_cached >= before_image + len(image.features) for state in states[1:])
+    assert equal_content.num_cached == before_image
+    for state in (*states, equal_content):
+        assert state.text == Chat(loaded).ask(state.turn.question, PHOTO, **GREEDY)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_prompt_computed_in_parts_between_the_steps_of_others_gets_its_answer(
+    chunk: int, loaded: LoadedModel
+) -> None:
+    running = Chat(loaded).begin("hello", temperature=0, max_new_tokens=30)
+    state = Chat(loaded).begin("What is this?", WIDE, **GREEDY)
+    engine = Engine(loaded, PrefixStore(2**30))
+    engine.add(running)
+    prefill = engine.start(state)
+    while engine.advance(prefill, chunk) is None:
+        assert 0 < prefill.num_remaining < len(state.keys)
+        engine.step()
+    while len(engine):
+        engine.step()
+    assert state.text == Chat(loaded).ask("What is this?", WIDE, **GREEDY)
+    assert running.text == Chat(loaded).ask("hello", temperature=0, max_new_tokens=30)
+
+
+def test_a_store_without_memory_is_emptied_and_the_requests_continue(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(loaded, PrefixStore(2**30))
+    complete(engine, Chat(loaded).begin("hello", **GREEDY))
+    assert engine.prefixes.num_bytes > 0
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("yivl.inference.kv_cache._copy", fail)
+    state = Chat(loaded).begin("What is this?", WIDE, **GREEDY)
+    complete(engine, state)
+    assert engine.prefixes.num_bytes == 0
+    monkeypatch.undo()
+    assert state.text == Chat(loaded).ask("What is this?", WIDE, **GREEDY)
 
 
 def test_begin_edit_replaces_the_turn_and_those_after_it(loaded: LoadedModel) -> None:
@@ -196,14 +233,15 @@ def test_begin_edit_replaces_the_turn_and_those_after_it(loaded: LoadedModel) ->
     chat.finish(state)
     assert state.text == reference.ask("What colors are there?", WIDE, **GREEDY)
     assert chat.turns == reference.turns
+    "".join(chat.edit(0, "And now?", **GREEDY))
     assert chat.last_answer is not None
     assert chat.last_answer.cached_tokens > 20  # the system message and the image
 
 
-def test_a_request_that_is_removed_keeps_its_answer_and_its_cache(loaded: LoadedModel) -> None:
+def test_a_request_that_is_removed_keeps_its_answer_and_its_prefix(loaded: LoadedModel) -> None:
     chat, other = Chat(loaded), Chat(loaded).begin("What is this?", WIDE, **GREEDY)
     state = chat.begin("hello", temperature=0, max_new_tokens=500)
-    engine = Engine(loaded)
+    engine = Engine(loaded, PrefixStore(2**30))
     for request in (state, other):
         engine.add(request)
     engine.step()
@@ -212,24 +250,26 @@ def test_a_request_that_is_removed_keeps_its_answer_and_its_cache(loaded: Loaded
     assert len(engine) == 1
     assert chat.last_answer is not None
     assert (chat.last_answer.finish_reason, chat.last_answer.new_tokens) == ("cancelled", 2)
-    chat.ask("And now?", **GREEDY)
-    assert chat.last_answer.cached_tokens >= len(state.keys)
+    following = chat.begin("And now?", **GREEDY)
+    engine.add(following)
+    assert following.num_cached >= len(state.keys)
     while len(engine):
         engine.step()
     assert other.text == Chat(loaded).ask("What is this?", WIDE, **GREEDY)
 
 
-def test_after_a_failed_step_every_chat_computes_its_cache_again(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_step_leaves_the_stored_prefixes_valid(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     chats, references = [[Chat(loaded, reuse_cache=reuse) for _ in range(2)] for reuse in (True, False)]
+    engine = Engine(loaded, PrefixStore(2**30))
     for chat, reference in zip(chats, references, strict=True):
-        assert chat.ask("What is this?", WIDE, **GREEDY) == reference.ask("What is this?", WIDE, **GREEDY)
+        state = chat.begin("What is this?", WIDE, **GREEDY)
+        complete(engine, state)
+        chat.finish(state)
+        assert state.text == reference.ask("What is this?", WIDE, **GREEDY)
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("boom")
 
-    engine = Engine(loaded)
     for chat in chats:
         engine.add(chat.begin("hello", **GREEDY))
     engine.step()
@@ -239,25 +279,10 @@ def test_after_a_failed_step_every_chat_computes_its_cache_again(
     monkeypatch.undo()
     engine.clear()
     for chat, reference in zip(chats, references, strict=True):
-        assert chat.ask("And now?", **GREEDY) == reference.ask("And now?", **GREEDY)
-        assert chat.turns == reference.turns
-        assert chat.last_answer is not None
-        assert chat.last_answer.cached_tokens == 0
-
-
-def test_the_cache_of_a_single_request_is_never_copied(loaded: LoadedModel) -> None:
-    chat = Chat(loaded)
-    engine = Engine(loaded)
-    places = set()
-    for question in ("hi", "And now?"):
-        state = chat.begin(question, temperature=0, max_new_tokens=4)
-        engine.add(state)
-        while len(engine):
-            assert engine._cache is not None
-            places.add(engine._cache.layers[0].keys.data_ptr())
-            engine.step()
-        chat.finish(state)
-    assert len(places) == 1
+        state = chat.begin("And now?", **GREEDY)
+        complete(engine, state)
+        assert state.num_cached > 20
+        assert state.text == reference.ask("And now?", **GREEDY)
 
 
 def test_kernels_come_back_when_the_last_user_leaves() -> None:

@@ -1,10 +1,15 @@
 """The growing cache equals a concatenating one after every operation of transformers."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from yivl.inference.kv_cache import ROOM, PrefixCache, copy_row, make_cache
+from yivl.inference.kv_cache import ROOM, PrefixStore, make_cache
 
 
 def states(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,29 +51,79 @@ def test_a_decoding_step_writes_in_place() -> None:
     assert grown.data_ptr() == keys.data_ptr()
 
 
+def layers_of(keys: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values in which each position holds a number that depends on all keys up to it."""
+    sums = torch.tensor([hash(tuple(keys[: index + 1])) % 10**6 for index in range(len(keys))], dtype=torch.float32)
+    states = sums.view(1, 1, -1, 1).expand(1, 3, -1, 4)
+    return [(states + layer, states + layer + 0.5) for layer in range(2)]
+
+
+BYTES_PER_POSITION = 2 * 2 * 3 * 4 * 4  # keys and values, layers, heads, head_dim, float32
+
+
+def assert_holds(cache: Cache, keys: Sequence[int]) -> None:
+    assert cache.get_seq_length() == len(keys)
+    for layer, (expected_keys, expected_values) in zip(cache.layers, layers_of(keys), strict=bool(keys)):
+        assert torch.equal(layer.keys, expected_keys)
+        assert torch.equal(layer.values, expected_values)
+
+
 @pytest.mark.parametrize(
     ("prompt", "shared"),
     [([1, 2, 3, 9, 5, 6], 3), ([1, 2, 3, 4, 5, 6, 7], 6), ([1, 2, 3, 4, 5, 6], 5), ([9, 2], 0), ([1], 0)],
 )
-def test_a_prefix_cache_gives_the_longest_common_prefix_and_leaves_the_last_position(
-    prompt: list[int], shared: int
+def test_a_store_returns_the_longest_common_prefix_and_leaves_the_last_position(prompt: list[int], shared: int) -> None:
+    store = PrefixStore(10**6)
+    store.put([1, 2, 3, 4, 5, 6], layers_of([1, 2, 3, 4, 5, 6]))
+    for _ in range(2):  # several requests share one prefix
+        cache, length = store.take(prompt)
+        assert length == shared
+        assert_holds(cache, prompt[:shared])
+    for layer in cache.layers:  # a copy: what a request does to its cache reaches nobody
+        layer.keys.zero_()
+    assert_holds(store.take(prompt)[0], prompt[:shared])
+
+
+SEQUENCES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=8), max_size=20)
+
+
+@given(sequences=SEQUENCES, prompt=st.lists(st.integers(1, 3), min_size=1, max_size=9))
+def test_a_store_equals_a_search_over_all_sequences_and_stores_a_shared_prefix_once(
+    sequences: list[list[int]], prompt: list[int]
 ) -> None:
-    cache, prefix = make_cache(), PrefixCache()
-    keys, _ = cache.update(*states(6, 1), 0)
-    prefix.put(cache, [1, 2, 3, 4, 5, 6])
-    assert prefix.num_bytes == 2 * 3 * (6 + ROOM) * 4 * 4
-    taken, length = prefix.take(prompt)
-    assert (length, taken.get_seq_length(), prefix.num_bytes) == (shared, shared, 0)
-    if shared:
-        assert torch.equal(taken.layers[0].keys, keys[:, :, :shared])
-    assert prefix.take(prompt)[1] == 0  # it belongs to the request that took it
+    store = PrefixStore(10**9)
+    for keys in sequences:
+        store.put(keys, layers_of(keys))
+    prefixes = {tuple(keys[:length]) for keys in sequences for length in range(1, len(keys) + 1)}
+    assert store.num_bytes == len(prefixes) * BYTES_PER_POSITION
+    expected = max((length for length in range(len(prompt)) if tuple(prompt[:length]) in prefixes), default=0)
+    cache, length = store.take(prompt)
+    assert length == expected
+    assert_holds(cache, prompt[:expected])
 
 
-def test_a_copied_row_is_independent_of_the_batch() -> None:
-    batch = make_cache()
-    keys, values = batch.update(*states(6, 3), 0)
-    row = copy_row(batch, 1, 4)
-    assert torch.equal(row.layers[0].keys, keys[1:2, :, 2:])
-    assert torch.equal(row.layers[0].values, values[1:2, :, 2:])
-    row.layers[0].keys.zero_()
-    assert keys.ne(0).all()
+@given(sequences=SEQUENCES, most=st.integers(0, 12))
+def test_a_full_store_keeps_the_most_recent_sequence_and_its_limit(sequences: list[list[int]], most: int) -> None:
+    store = PrefixStore(most * BYTES_PER_POSITION)
+    for keys in sequences:
+        before = store.num_bytes
+        store.put(keys, layers_of(keys))
+        assert store.num_bytes <= most * BYTES_PER_POSITION
+        cache, length = store.take([*keys, 0])
+        assert_holds(cache, keys[:length])
+        assert length == len(keys) or (len(keys) > most and store.num_bytes == before)
+
+
+def test_the_least_recently_used_sequence_is_dropped_first() -> None:
+    store = PrefixStore(9 * BYTES_PER_POSITION)
+    first, second, third, fourth = [1, 1, 1], [1, 2, 2], [3, 3, 3], [4, 4, 4]
+    for keys in (first, second, third):
+        store.put(keys, layers_of(keys))
+    store.take([*first, 0])
+    store.put(fourth, layers_of(fourth))
+    kept = {
+        name: store.take([*keys, 0])[1] for name, keys in (("1", first), ("2", second), ("3", third), ("4", fourth))
+    }
+    assert kept == {"1": 3, "2": 1, "3": 3, "4": 3}
+    store.clear()
+    assert (store.num_bytes, store.take([*first, 0])[1]) == (0, 0)

@@ -18,7 +18,7 @@ from yivl.conversation import Turn, render_chunks
 from yivl.errors import ContextLengthError, YiVLError
 from yivl.image_processing import load_image
 from yivl.inference.engine import decode, finish_together
-from yivl.inference.kv_cache import PrefixCache
+from yivl.inference.kv_cache import PrefixStore, context_bytes
 from yivl.inference.request import Answer, EncodedImage, FinishReason, GenerationState, ImageInput
 from yivl.inference.sampling import AnswerText, Sampler, Sampling
 from yivl.tokenization import Detokenizer, tokenize_chunks
@@ -37,7 +37,8 @@ class Chat:
     Args:
         loaded: The model; other chats may share it.
         system: The system message.
-        reuse_cache: Keep keys and values between turns.
+        reuse_cache: Keep the keys and values of the answers of ``ask`` and ``stream`` for later turns. An ``Engine``
+            that decodes requests of ``begin`` has its own.
         allow_remote: Accept http(s) URLs as images.
     """
 
@@ -53,8 +54,7 @@ class Chat:
         self.system = system
         self.allow_remote = allow_remote
         self.last_answer: Answer | None = None
-        self._reuse_cache = reuse_cache
-        self._prefix_cache = PrefixCache()
+        self._prefixes = PrefixStore(context_bytes(loaded.model.config) if reuse_cache else 0)
         self._turns: list[Turn] = []
         self._images: list[Sequence[EncodedImage]] = []  # of each turn
         self._stream: Generator[str, None, None] | None = None
@@ -86,13 +86,13 @@ class Chat:
 
     @property
     def num_cache_bytes(self) -> int:
-        """Memory of the keys and values that are kept for the next turn; 0 while an answer uses them."""
-        return self._prefix_cache.num_bytes
+        """Memory of the keys and values that are kept for the next turn."""
+        return self._prefixes.num_bytes
 
     def free_cache(self) -> None:
         """Free the keys and values; the next turn re-computes them."""
         self._close_stream()
-        self._prefix_cache = PrefixCache()
+        self._prefixes.clear()
 
     def reset(self) -> None:
         """Start a new conversation and free the cache."""
@@ -264,7 +264,6 @@ class Chat:
             detokenizer=Detokenizer(tokenizer),
             answer=AnswerText((STOP_STRING, *stops)),
             stop_event=stop_event or threading.Event(),
-            prefix_cache=self._prefix_cache if self._reuse_cache else None,
             start=start,
         )
 
@@ -275,7 +274,7 @@ class Chat:
     def _run(self, state: GenerationState) -> Generator[str, None, None]:
         """Yield the answer; the turn is kept however it ends, unless by an error."""
         try:
-            yield from decode(self.loaded, state)
+            yield from decode(self.loaded, state, self._prefixes)
         except (GeneratorExit, KeyboardInterrupt):
             self.finish(state)
             raise

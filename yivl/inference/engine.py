@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -11,21 +12,44 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from yivl.checkpoint.loading import LoadedModel
+from yivl.command_line import is_out_of_memory
 from yivl.constants import STOP_STRING
 from yivl.errors import YiVLError
-from yivl.inference.kv_cache import PrefixCache, copy_row
+from yivl.inference.kv_cache import Layers, PrefixStore
 from yivl.inference.request import GenerationState
+
+
+@dataclass(eq=False)
+class Prefill:
+    """A prompt that is computed part by part; ``Engine.start`` builds it."""
+
+    state: GenerationState
+    cache: Cache
+    """Keys and values of the positions that were computed or reused."""
+    inputs_embeds: torch.Tensor
+    """Of the whole prompt, ``(1, positions, hidden)``."""
+
+    @property
+    def num_remaining(self) -> int:
+        """Positions to be computed."""
+        past: int = self.cache.get_seq_length()
+        return self.inputs_embeds.shape[1] - past
 
 
 class Engine:
     """Decodes requests together: each step of the model gives every one of them its next token.
 
     Requests join and leave between two steps. Each prompt is computed alone, which needs no padding and lets every
-    chat reuse its own prefix; in the batch rows are padded on the left to the longest one.
+    request reuse another prefix; in the batch rows are padded on the left to the longest one.
+
+    Args:
+        loaded: The model.
+        prefixes: Keys and values of earlier requests; by default none are kept.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, prefixes: PrefixStore | None = None) -> None:
         self.loaded = loaded
+        self.prefixes = prefixes or PrefixStore(0)
         self._states: list[GenerationState] = []
         self._lengths: list[int] = []  # cached positions of each row, without padding
         self._cache: Cache | None = None
@@ -37,29 +61,52 @@ class Engine:
         """Drop all requests and their keys and values, after an error for example."""
         self._states, self._lengths, self._cache = [], [], None
 
-    @torch.inference_mode()
     def add(self, state: GenerationState) -> str:
         """Compute the prompt of a request and return the text of its first token, which may be empty.
 
         Raises:
             YiVLError: If the request asks for beam search. After any error the request has not joined.
         """
+        prefill = self.start(state)
+        text = self.advance(prefill, prefill.num_remaining)
+        assert text is not None
+        return text
+
+    @torch.inference_mode()
+    def start(self, state: GenerationState) -> Prefill:
+        """Return the prompt of a request, of which the longest stored prefix is computed already.
+
+        Raises:
+            YiVLError: If the request asks for beam search.
+        """
         if state.sampler.settings.num_beams > 1:
             raise YiVLError("beam search decodes one request at a time; use num_beams=1 in a batch")
         model = self.loaded.model
-        cache, state.num_cached = (state.prefix_cache or PrefixCache()).take(state.keys)
+        cache, state.num_cached = self.prefixes.take(state.keys)
         fused = model.fuse(torch.tensor([state.input_ids], device=model.device), image_features=state.features)
-        logits = model(
-            inputs_embeds=fused.inputs_embeds[:, state.num_cached :],
+        return Prefill(state, cache, fused.inputs_embeds)
+
+    @torch.inference_mode()
+    def advance(self, prefill: Prefill, max_positions: int) -> str | None:
+        """Compute the next positions of a prompt; with the last one the request joins the batch.
+
+        Returns:
+            ``None`` until the last position is computed, then the text of the first token, which may be empty. After
+            any error the request has not joined.
+        """
+        state, cache, past = prefill.state, prefill.cache, prefill.cache.get_seq_length()
+        logits = self.loaded.model(
+            inputs_embeds=prefill.inputs_embeds[:, past : past + max_positions],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits
+        if prefill.num_remaining:
+            return None
         text = state.take(state.sampler.choose(logits[:, -1].float()))
+        self._store(state.keys, [(layer.keys, layer.values) for layer in cache.layers])
         if state.finish_reason is None:
             self._join(state, cache)
-        elif state.prefix_cache is not None:
-            state.prefix_cache.put(cache, state.keys)
         return text
 
     @torch.inference_mode()
@@ -85,7 +132,7 @@ class Engine:
             mask, is_padded = mask[:, None, None, :], True
         is_matrix_vector = is_cpu and num_rows == 1 and model.dtype == torch.bfloat16
         with native_matrix_vector if is_matrix_vector else nullcontext():
-            logits = model(
+            logits: torch.Tensor = model(
                 input_ids=torch.tensor([state.new_ids[-1:] for state in self._states], device=model.device),
                 attention_mask=mask if is_padded else None,
                 position_ids=lengths - 1 if is_padded else None,
@@ -96,14 +143,26 @@ class Engine:
 
     @torch.inference_mode()
     def remove(self, leaving: Sequence[GenerationState]) -> None:
-        """Let requests leave, finished or not; their keys and values go to their prefix caches."""
+        """Let requests leave, finished or not; their keys and values are stored for later ones."""
         if not leaving or self._cache is None:
             return
         for row, (state, length) in enumerate(zip(self._states, self._lengths, strict=True)):
-            if state in leaving and state.prefix_cache is not None:
-                cache = self._cache if len(self) == 1 else copy_row(self._cache, row, length)
-                state.prefix_cache.put(cache, (state.keys + state.new_ids)[:length])
+            if state in leaving:
+                rows = (slice(row, row + 1), slice(None), slice(-length, None))
+                self._store(
+                    (state.keys + state.new_ids)[:length],
+                    [(layer.keys[rows], layer.values[rows]) for layer in self._cache.layers],
+                )
         self._keep([row for row, state in enumerate(self._states) if state not in leaving])
+
+    def _store(self, keys: Sequence[int], layers: Layers) -> None:
+        """Keep a prefix; if memory runs out, the stored prefixes are dropped and the requests continue."""
+        try:
+            self.prefixes.put(keys, layers)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.prefixes.clear()
 
     def _join(self, state: GenerationState, cache: Cache) -> None:
         """Add a row of keys and values to the batch; the first one is adopted without a copy."""
@@ -137,12 +196,12 @@ def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
     return functional.pad(states, (0, 0, length - states.shape[-2], 0))
 
 
-def decode(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
+def decode(loaded: LoadedModel, state: GenerationState, prefixes: PrefixStore | None = None) -> Iterator[str]:
     """Yield the answer to one request piece by piece; a token is computed when its piece is asked for."""
     if state.sampler.settings.num_beams > 1:
         yield from _beam_search(loaded, state)
         return
-    engine = Engine(loaded)
+    engine = Engine(loaded, prefixes)
     text = engine.add(state)
     try:
         while True:

@@ -1,10 +1,14 @@
-"""Key-value caches: buffers with spare room for decoding, and what a conversation keeps between its requests."""
+"""Key-value caches: buffers with spare room for decoding, and the prefixes that requests share."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+
+from yivl.model.configuration import YiVLConfig
 
 ROOM: Final = 256
 """Spare positions of a new buffer: 0.5 MB per layer for Yi-VL-6B in bfloat16. Source: ours."""
@@ -54,50 +58,148 @@ def make_cache() -> Cache:
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
-def copy_row(cache: Cache, row: int, length: int) -> Cache:
-    """Return a cache that holds the last ``length`` positions of one row of a batch."""
-    copy = make_cache()
-    for index, layer in enumerate(cache.layers):
-        copy.update(layer.keys[row : row + 1, :, -length:], layer.values[row : row + 1, :, -length:], index)
-    return copy
+def context_bytes(config: YiVLConfig) -> int:
+    """Return the memory of the keys and values of a whole context, in bytes, in float32."""
+    num_values: int = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 4 * num_values * int(config.max_position_embeddings)
 
 
-class PrefixCache:
-    """Keys and values of the latest request of a conversation, for the prefix that its next request shares with it.
+Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of each layer, ``(1, kv_heads, positions, head_dim)``."""
 
-    The request that takes the cache owns it until it puts it back, so one that fails leaves no invalid entries.
-    """
 
-    def __init__(self) -> None:
-        self._cache: Cache | None = None
-        self._keys: list[int] = []
+@dataclass(eq=False)
+class _Node:
+    """Positions that follow those of the parent; the children begin with different keys."""
+
+    keys: list[int]
+    layers: Layers
+    parent: "_Node | None"
+    children: dict[int, "_Node"] = field(default_factory=dict)
+    """By their first key."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the keys and values, spare room included."""
-        layers = self._cache.layers if self._cache is not None else []
-        return sum(states.untyped_storage().nbytes() for layer in layers for states in (layer.keys, layer.values))
+        return sum(states.nbytes for pair in self.layers for states in pair)
+
+
+class PrefixStore:
+    """Keys and values of recent requests, for the prefixes that later requests share with them.
+
+    A tree of key sequences, so that what several requests share is stored once. A request gets a copy: one prefix
+    serves many requests at a time, and a failed one leaves no invalid entries. The least recently used positions are
+    dropped first. For one thread at a time.
+
+    Args:
+        max_bytes: Limit of the memory; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return self._num_bytes
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._root = _Node([], [], None)
+        # From the least to the most recently used. A parent comes after its children, so the first node is a leaf.
+        self._nodes: OrderedDict[_Node, None] = OrderedDict()
+        self._num_bytes = 0
 
     def take(self, keys: Sequence[int]) -> tuple[Cache, int]:
-        """Return a cache that holds the longest common prefix, and the length of it; nothing is kept here.
+        """Return a new cache that holds the longest stored prefix, and the length of it.
 
         Args:
             keys: What each position of the prompt holds. The last one is always left to be computed: its logits
                 choose the first token.
         """
-        cache, cached_keys = self._cache, self._keys
-        self._cache, self._keys = None, []
-        shared = 0
-        for cached, wanted in zip(cached_keys, keys[:-1], strict=False):
-            if cached != wanted:
-                break
-            shared += 1
-        if cache is None or not shared:
-            return make_cache(), 0
-        if surplus := cache.get_seq_length() - shared:
-            cache.crop(-surplus)
-        return cache, shared
+        cache, length = make_cache(), 0
+        path = self._find(keys[:-1])
+        for node, shared in path:
+            for index, states in enumerate(node.layers):
+                cache.update(*(part[:, :, :shared] for part in states), index)
+            length += shared
+        self._touch(path[-1][0] if path else self._root)
+        return cache, length
 
-    def put(self, cache: Cache, keys: list[int]) -> None:
-        """Keep a cache of one row whose positions hold ``keys``."""
-        self._cache, self._keys = cache, keys
+    def put(self, keys: Sequence[int], layers: Layers) -> None:
+        """Store copies of the positions that are not stored yet.
+
+        Args:
+            keys: What each position holds.
+            layers: Keys and values of these positions.
+        """
+        num_bytes = sum(states.nbytes for pair in layers for states in pair)
+        if num_bytes > self._max_bytes:
+            return
+        path = self._find(keys)
+        node, length = self._root, 0
+        for found, shared in path:
+            node, length = found, length + shared
+        if path and path[-1][1] < len(node.keys):
+            node = self._split(node, path[-1][1])
+        self._touch(node)  # the nodes on the path are dropped last
+        if length == len(keys):
+            return
+        added = num_bytes // len(keys) * (len(keys) - length)
+        while self._num_bytes + added > self._max_bytes:
+            self._drop(next(iter(self._nodes)))
+        leaf = _Node(list(keys[length:]), _copy(layers, length, len(keys)), node)
+        node.children[keys[length]] = leaf
+        self._num_bytes += leaf.num_bytes
+        self._touch(leaf)
+
+    def _find(self, keys: Sequence[int]) -> list[tuple[_Node, int]]:
+        """Return the nodes that hold the longest common prefix, and how many positions of each belong to it."""
+        path, node, length = [], self._root, 0
+        while length < len(keys) and (child := node.children.get(keys[length])):
+            shared = 0
+            for stored, wanted in zip(child.keys, keys[length:], strict=False):
+                if stored != wanted:
+                    break
+                shared += 1
+            path.append((child, shared))
+            node, length = child, length + shared
+            if shared < len(child.keys):
+                break
+        return path
+
+    def _split(self, node: _Node, length: int) -> _Node:
+        """Move the first positions of a node to a new parent and return it."""
+        assert node.parent is not None
+        # Copies, not views, which would keep the memory of both alive until both are dropped.
+        first, rest = _copy(node.layers, 0, length), _copy(node.layers, length, len(node.keys))
+        head = _Node(node.keys[:length], first, node.parent)
+        node.keys, node.layers, node.parent = node.keys[length:], rest, head
+        head.children[node.keys[0]] = node
+        assert head.parent is not None
+        head.parent.children[head.keys[0]] = head
+        self._nodes[head] = None
+        return head
+
+    def _touch(self, node: _Node) -> None:
+        """Mark a node and its ancestors as the most recently used."""
+        while node.parent is not None:
+            self._nodes[node] = None
+            self._nodes.move_to_end(node)
+            node = node.parent
+
+    def _drop(self, leaf: _Node) -> None:
+        assert leaf.parent is not None
+        del self._nodes[leaf], leaf.parent.children[leaf.keys[0]]
+        self._num_bytes -= leaf.num_bytes
+
+
+def _copy(layers: Layers, start: int, end: int) -> Layers:
+    """Return copies of some positions."""
+    return [
+        (
+            keys[:, :, start:end].clone(memory_format=torch.contiguous_format),
+            values[:, :, start:end].clone(memory_format=torch.contiguous_format),
+        )
+        for keys, values in layers
+    ]

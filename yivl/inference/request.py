@@ -11,7 +11,6 @@ import torch
 
 from yivl.conversation import Turn
 from yivl.image_processing import ImageSource
-from yivl.inference.kv_cache import PrefixCache
 from yivl.inference.sampling import AnswerText, Sampler
 from yivl.tokenization import Detokenizer
 
@@ -41,7 +40,7 @@ class Answer:
     prompt_tokens: int
     """Sequence length of the prompt, image patches included."""
     cached_tokens: int
-    """Those of them whose keys and values an earlier turn had computed."""
+    """Those of them whose keys and values an earlier request had computed."""
     new_tokens: int
     seconds_to_first_token: float
     """From the call, image preprocessing included."""
@@ -76,8 +75,6 @@ class GenerationState:
     detokenizer: Detokenizer
     answer: AnswerText
     stop_event: threading.Event
-    prefix_cache: PrefixCache | None
-    """Source and destination of keys and values; ``None`` computes all of them and keeps none."""
     start: float
     """``time.perf_counter()`` of the call, in seconds."""
     new_ids: list[int] = field(default_factory=list)
