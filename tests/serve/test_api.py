@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import httpx
 import openai
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
@@ -32,8 +32,8 @@ from support.models import talkative_checkpoint
 from support.serving import data_url, free_port, user, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.errors import YiVLError
 from yivl.inference.chat import Chat, GenerationState
-from yivl.inference.kv_cache import PrefixCache
 from yivl.serve.app import build_app
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Overloaded, Request, Scheduler
@@ -47,7 +47,14 @@ CHECKS = [
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
-LIMITS = Limits(max_tokens=512, max_images=3, max_image_bytes=200_000, max_image_pixels=10**6, max_body_bytes=10**6)
+LIMITS = Limits(
+    max_tokens=512,
+    max_images=3,
+    max_image_bytes=200_000,
+    max_image_pixels=10**6,
+    max_body_bytes=10**6,
+    max_cache_bytes=2**24,
+)
 QUESTIONS = ["Tell me a story", "你好，图片里有什么", "And now?", "hello"]
 
 
@@ -136,12 +143,88 @@ def test_answers_are_those_of_a_chat(api: Server, loaded: LoadedModel) -> None:
         messages.append({"role": "assistant", "content": expected})
 
 
-def test_a_request_keeps_no_kv_cache(api: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[object] = []
-    monkeypatch.setattr(PrefixCache, "put", lambda *arguments: kept.append(arguments))
-    body = {"model": "checkpoint", "messages": [user("hello")], **GREEDY, "n": 2}
-    assert api.post(body).status_code == 200
-    assert not kept
+@contextmanager
+def prefilled(loaded: LoadedModel) -> Iterator[list[int]]:
+    """Record how many positions each forward pass of more than one position computes."""
+    lengths: list[int] = []
+
+    def record(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].shape[1] > 1:
+            lengths.append(inputs[0].shape[1])
+
+    hook = loaded.model.model.layers[0].register_forward_pre_hook(record)
+    yield lengths
+    hook.remove()
+
+
+@contextmanager
+def encoded(loaded: LoadedModel) -> Iterator[list[int]]:
+    """Record the batch size of each forward pass of the ViT."""
+    sizes: list[int] = []
+    hook = loaded.model.get_vision_tower().register_forward_hook(lambda *arguments: sizes.append(len(arguments[2])))
+    yield sizes
+    hook.remove()
+
+
+def conversation(server: Server, image: str, system: str = "Be kind.") -> Iterator[tuple[str, dict[str, int]]]:
+    """Ask three questions as a stateless client does; yield each answer and its usage."""
+    messages: list[Any] = [{"role": "system", "content": system}]
+    for index, question in enumerate(QUESTIONS[:3]):
+        messages.append(user(question, *([] if index else [image])))
+        body = server.post({"model": "checkpoint", "messages": messages, **GREEDY}).json()
+        answer = body["choices"][0]["message"]["content"]
+        messages.append({"role": "assistant", "content": answer})
+        yield answer, body["usage"]
+
+
+def test_a_stateless_client_gets_the_answers_of_a_server_without_reuse_and_computes_only_what_is_new(
+    api_model: LoadedModel,
+) -> None:
+    """The bodies, ``usage`` included, are equal: nothing in them tells what an earlier request has computed."""
+    image = data_url(WIDE.read_bytes())
+    with serving(api_model, dataclasses.replace(LIMITS, max_cache_bytes=0)) as server, prefilled(api_model) as whole:
+        expected = list(conversation(server, image))
+    assert whole == [usage["prompt_tokens"] for _, usage in expected]
+    with serving(api_model) as server, prefilled(api_model) as lengths, encoded(api_model) as images:
+        assert list(conversation(server, image)) == expected
+        assert lengths[0] == whole[0]
+        assert all(length < 0.5 * before for length, before in zip(lengths[1:], whole[1:], strict=True))
+        lengths.clear()
+        assert list(conversation(server, image)) == expected  # another client
+        assert sum(lengths) == 0  # each prompt but its last position
+        assert images == [1]
+
+
+def test_clients_that_ask_about_one_image_at_the_same_time_share_its_prefix(api_model: LoadedModel) -> None:
+    image = data_url(PHOTO.read_bytes())
+    messages = [[user(question, image)] for question in QUESTIONS]
+    with serving(api_model) as server, prefilled(api_model) as lengths, encoded(api_model) as images:
+        with ThreadPoolExecutor(4) as pool:
+            bodies = [{"model": "checkpoint", "messages": one, **GREEDY} for one in messages]
+            answers = [answer.json() for answer in pool.map(server.post, bodies)]
+        assert images == [1]
+        assert len(lengths) == len(messages)
+        num_patches = api_model.model.config.num_patches
+        assert sum(lengths) <= sum(answer["usage"]["prompt_tokens"] for answer in answers) - 3 * num_patches
+    for answer, question in zip(answers, QUESTIONS, strict=True):
+        assert answer["choices"][0]["message"]["content"] == Chat(api_model).ask(
+            question, PHOTO, temperature=0, max_new_tokens=12
+        )
+
+
+def test_another_image_or_system_message_shares_nothing_after_it(api_model: LoadedModel) -> None:
+    image, other = data_url(PHOTO.read_bytes()), data_url(WIDE.read_bytes())
+    with serving(api_model) as server, prefilled(api_model) as lengths:
+        first = list(conversation(server, image))
+        for url, system in ((other, "Be kind."), (image, "Be rude.")):
+            lengths.clear()
+            chat = Chat(api_model, system=system)
+            for index, (answer, _) in enumerate(conversation(server, url, system)):
+                shown = None if index else WIDE if url == other else PHOTO
+                assert answer == chat.ask(QUESTIONS[index], shown, temperature=0, max_new_tokens=12)
+                if index == 0:
+                    assert lengths[0] > api_model.model.config.num_patches
+        assert [answer for answer, _ in first] == [answer for answer, _ in conversation(server, image)]
 
 
 def test_a_stream_holds_the_same_answer(api: Server, loaded: LoadedModel) -> None:
@@ -367,6 +450,11 @@ def test_limits_are_flags() -> None:
     Limits.add_flags(parser, "api")
     given = parser.parse_args(["--max-seconds", "0.5", "--max-queue", "3"])
     assert Limits.from_flags(given) == Limits(max_seconds=0.5, max_queue=3)
+    off = Limits.from_flags(parser.parse_args(["--max-cache-bytes", "0"]))
+    assert off.max_cache_bytes == 0
+    for name, expected in (("max_cache_bytes", "at least 0"), ("prefill_chunk", "more than 0")):
+        with pytest.raises(YiVLError, match=f"{name}=-1; expected {expected}"):
+            Limits(**{name: -1})
 
 
 def test_null_fields_have_their_default(api: Server) -> None:
@@ -383,7 +471,8 @@ def test_cancelled_requests_leave_the_queue(talkative: LoadedModel) -> None:
         cancelled = threading.Event()
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
         return Request(
-            begin=partial(Chat(talkative).begin, "hello", stop_event=cancelled, **sampling),
+            images=[],
+            begin=lambda images: Chat(talkative).begin("hello", images, stop_event=cancelled, **sampling),
             on_event=lambda event: ended.set() if isinstance(event, GenerationState) else None,
             cancelled=cancelled,
         )

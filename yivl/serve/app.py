@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final
 
 import anyio
@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from yivl.inference.chat import Chat
 from yivl.serve.api_errors import APIError, add_error_handlers
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
@@ -54,8 +53,6 @@ def build_app(
     card = ModelCard(id=name, created=int(time.time()), owned_by="yivl")
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
     add_error_handlers(app)
-    encoder = Chat(scheduler.loaded)
-    encode = lru_cache(limits.max_encoded_images)(lambda image: encoder.encode(image.pixel_values))
     read = partial(
         read_messages,
         limits=limits,
@@ -94,7 +91,7 @@ def build_app(
         exchange = Exchange(body, limits, scheduler, deadline, metrics)
         async with asyncio.timeout_at(deadline):
             prompt = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
-        exchange.submit(*prompt, encode)
+        exchange.submit(*prompt)
         return await (exchange.stream(request) if body.stream else exchange.complete(request))
 
     return app

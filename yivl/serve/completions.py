@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -19,8 +19,8 @@ from yivl.inference.request import EncodedImage, GenerationState
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.api_errors import APIError, as_api_error
+from yivl.serve.images import SentImage
 from yivl.serve.limits import Limits
-from yivl.serve.messages import SentImage
 from yivl.serve.metrics import Metrics, log
 from yivl.serve.scheduler import Scheduler
 from yivl.serve.schema import AnswerMessage, ChatRequest, Choice, Completion, ErrorResponse, FinishReason, Usage
@@ -47,13 +47,7 @@ class Exchange:
         self._events: asyncio.Queue[tuple[int, serving.Event]] = asyncio.Queue()
         self._cancelled = threading.Event()
 
-    def submit(
-        self,
-        system: str,
-        turns: Sequence[Turn],
-        images: Sequence[Sequence[SentImage]],
-        encode: Callable[[SentImage], EncodedImage],
-    ) -> None:
+    def submit(self, system: str, turns: Sequence[Turn], images: Sequence[Sequence[SentImage]]) -> None:
         """Queue the request ``n`` times.
 
         Raises:
@@ -62,15 +56,16 @@ class Exchange:
         given = [self._body.stop] if isinstance(self._body.stop, str) else self._body.stop or []
         stops = [stop for stop in given if stop]
 
-        def begin(sampling: dict[str, Any]) -> GenerationState:
-            chat = Chat(self._scheduler.loaded, system=system, reuse_cache=False)
-            *earlier, shown = [[encode(image) for image in group] for group in images]
+        def begin(sampling: dict[str, Any], encoded: Sequence[EncodedImage]) -> GenerationState:
+            chat, remaining = Chat(self._scheduler.loaded, system=system), iter(encoded)
+            *earlier, shown = [[next(remaining) for _ in group] for group in images]
             chat.restore(turns[:-1], earlier)
             return chat.begin(turns[-1].question, shown, stop_event=self._cancelled, stops=stops, **sampling)
 
+        flat = [image for group in images for image in group]
         self._scheduler.submit(
             [
-                serving.Request(partial(begin, sampling), partial(self._put, index), self._cancelled)
+                serving.Request(flat, partial(begin, sampling), partial(self._put, index), self._cancelled)
                 for index, sampling in enumerate(self._sampling)
             ]
         )

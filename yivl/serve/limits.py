@@ -7,8 +7,8 @@ from typing import Any
 from yivl.errors import YiVLError
 
 
-def _limit(default: float, about: str, *programs: str) -> Any:
-    return field(default=default, metadata={"about": about, "programs": programs})
+def _limit(default: float, about: str, *programs: str, may_be_zero: bool = False) -> Any:
+    return field(default=default, metadata={"about": about, "programs": programs, "may_be_zero": may_be_zero})
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Limits:
     """Limits and their defaults. Source: ours.
 
     Raises:
-        YiVLError: If a limit is not above 0.
+        YiVLError: If a limit is not above 0, or below 0 where 0 turns something off.
     """
 
     max_tokens: int = _limit(2048, "tokens of an answer", "api", "web")
@@ -27,16 +27,30 @@ class Limits:
     max_body_bytes: int = _limit(64 * 2**20, "bytes of a request", "api")
     max_choices: int = _limit(4, "answers to a request (n)", "api")
     max_batch: int = _limit(8, "answers generated in one batch", "api", "web")
+    prefill_chunk: int = _limit(
+        256,
+        "prompt positions, image patches included, that are computed between two tokens of running answers",
+        "api",
+        "web",
+    )
+    max_cache_bytes: int = _limit(
+        4 * 2**30,
+        "bytes of keys and values kept for later requests that begin alike, of all clients; 0 keeps none",
+        "api",
+        "web",
+        may_be_zero=True,
+    )
     max_seconds: float = _limit(600.0, "seconds of a request, the time in the queue included", "api")
-    max_encoded_images: int = _limit(16, "images whose vision features are kept for later requests", "api")
+    max_encoded_images: int = _limit(16, "images whose vision features are kept for later requests", "api", "web")
     shutdown_seconds: int = _limit(20, "seconds that answers have to finish when the server is stopped", "api")
     max_sessions: int = _limit(64, "conversations kept", "web")
-    max_cache_bytes: int = _limit(4 * 2**30, "bytes of all KV caches kept between turns", "web")
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if getattr(self, one.name) <= 0:
-                raise YiVLError(f"{one.name}={getattr(self, one.name)}; expected more than 0")
+            value, may_be_zero = getattr(self, one.name), one.metadata["may_be_zero"]
+            if value < 0 or (value == 0 and not may_be_zero):
+                expected = "at least 0" if may_be_zero else "more than 0"
+                raise YiVLError(f"{one.name}={value}; expected {expected}")
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser, program: str) -> None:

@@ -5,30 +5,18 @@ import binascii
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
-
-import torch
 
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
 from yivl.image_processing import ImageProcessor, load_image
+from yivl.serve.images import SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.remote import Fetcher
 from yivl.serve.schema import ImagePart, Message, SystemMessage, TextPart
 
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class SentImage:
-    """An image of a request, preprocessed: queued requests stay small, however large the file was."""
-
-    pixel_values: torch.Tensor = field(compare=False)
-    """``(3, image_size, image_size)``."""
-    digest: bytes
-    """SHA-256 of the file, by which images are equal."""
 
 
 def read_messages(

@@ -2,14 +2,17 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.command_line import is_out_of_memory
 from yivl.errors import YiVLError
-from yivl.inference.chat import GenerationState
-from yivl.inference.engine import Engine
+from yivl.inference.engine import Engine, Prefill
+from yivl.inference.kv_cache import PrefixStore
+from yivl.inference.request import EncodedImage, GenerationState
+from yivl.serve.images import ImageEncoder, SentImage
 from yivl.serve.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -30,23 +33,47 @@ class Cancelled(Exception):  # noqa: N818 (what the client asked for)
 class Request:
     """A question to be answered. All callables run in the scheduler's thread."""
 
-    begin: Callable[[], GenerationState]
-    """Encodes the images and returns the state."""
+    images: Sequence[SentImage]
+    """The images to be encoded."""
+    begin: Callable[[Sequence[EncodedImage]], GenerationState]
+    """Returns the state, given the features of the images."""
     on_event: Callable[[Event], None]
     """Receives the events; must not block."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set it to end the answer; it is the ``stop_event`` of the state, too."""
+    start: float = field(default_factory=time.perf_counter)
+    """``time.perf_counter()`` of the creation, in seconds."""
+
+
+@dataclass(eq=False)
+class _Joining:
+    """A request whose images are encoded, or whose prompt is computed."""
+
+    request: Request
+    encoded: list[EncodedImage] = field(default_factory=list)
+    """The features of the first of its images, or of all."""
+    prefill: Prefill | None = None
+
+    @property
+    def pending_images(self) -> Sequence[SentImage]:
+        return self.request.images[len(self.encoded) :]
 
 
 class Scheduler:
-    """Answers requests with one model, several in one batch; no other thread may use the model."""
+    """Answers requests with one model, several in one batch; no other thread may use the model.
+
+    Between two decoding steps of the batch at most one part of the queued prompts is computed, or one batch of images
+    is encoded, so that running answers are not interrupted for long.
+    """
 
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self.loaded = loaded
         self._limits = limits
         self._queue: list[Request] = []
+        self._joining: list[_Joining] = []
         self._running: list[tuple[Request, GenerationState]] = []
-        self._engine = Engine(loaded)
+        self._encoder = ImageEncoder(loaded.model, limits.max_encoded_images)
+        self._engine = Engine(loaded, PrefixStore(limits.max_cache_bytes))
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -59,8 +86,8 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Requests in the batch."""
-        return len(self._running)
+        """Requests whose images are encoded, whose prompts are computed, or that are decoded."""
+        return len(self._joining) + len(self._running)
 
     @property
     def is_full(self) -> bool:
@@ -89,35 +116,78 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or self._queue or self._running)
+                self._changed.wait_for(lambda: self._is_closed or self._queue or self.num_running)
                 if self._is_closed:
                     break
                 cancelled = [request for request in self._queue if request.cancelled.is_set()]
                 waiting = [request for request in self._queue if request not in cancelled]
-                free = self._limits.max_batch - len(self._running)
+                free = self._limits.max_batch - self.num_running
+                self._joining += map(_Joining, waiting[:free])
                 self._queue = waiting[free:]
-            for request in cancelled + waiting[:free]:
-                self._join(request)
+            for request in cancelled:
+                self._fail(request, Cancelled())
+            self._compute_prompts()
             try:
                 self._deliver(self._engine.step())
             except Exception as error:
                 self._fail_batch(error)
         self._fail_batch(Overloaded())
-        for request in self._queue:
+        for request in [one.request for one in self._joining] + self._queue:
             request.on_event(Overloaded())
-        self._queue = []
+        self._joining, self._queue = [], []
 
-    def _join(self, request: Request) -> None:
-        """Prefill the prompt of one request, unless it was cancelled; an error here does not affect the others."""
+    def _compute_prompts(self) -> None:
+        """Compute prompts, the oldest first, until running answers must go on."""
+        remaining = self._limits.prefill_chunk
+        while self._joining and remaining > 0:
+            one = self._joining[0]
+            try:
+                if one.request.cancelled.is_set():
+                    raise Cancelled
+                if self._encode_images():
+                    return
+                one.prefill = prefill = one.prefill or self._start(one)
+                before = prefill.num_remaining
+                # A whole prompt takes less time than its parts; while no answer runs, none is interrupted by it.
+                text = self._engine.advance(prefill, remaining if self._running else before)
+            except Exception as error:  # it does not affect the other requests
+                self._joining.remove(one)
+                self._fail(one.request, error)
+                continue
+            remaining -= before - prefill.num_remaining
+            if text is not None:
+                self._joining.remove(one)
+                self._running.append((one.request, prefill.state))
+                self._deliver([(prefill.state, text)])
+
+    def _encode_images(self) -> bool:
+        """Encode images that the oldest joining request needs, if any, in a batch with those of the next ones.
+
+        Returns:
+            Whether there were any.
+        """
+        for one in self._joining:
+            while one.pending_images and (found := self._encoder.find(one.pending_images[0])):
+                one.encoded.append(found)
+        if not self._joining[0].pending_images:
+            return False
+        pending = [(one, image) for one in self._joining for image in one.pending_images]
+        batch = pending[: max(1, self._limits.prefill_chunk // self.loaded.model.config.num_patches)]
         try:
-            if request.cancelled.is_set():
-                raise Cancelled
-            state = request.begin()
-            self._running.append((request, state))
-            self._deliver([(state, self._engine.add(state))])
-        except Exception as error:
-            self._running = [pair for pair in self._running if pair[0] is not request]
-            self._fail(request, error)
+            features = self._encoder.encode([image for _, image in batch])
+        except Exception:
+            if len(batch) == 1:
+                raise
+            batch = batch[:1]  # the cause may be another request, or the size of the batch
+            features = self._encoder.encode([image for _, image in batch])
+        for (one, _), encoded in zip(batch, features, strict=True):
+            one.encoded.append(encoded)
+        return True
+
+    def _start(self, one: _Joining) -> Prefill:
+        state = one.request.begin(one.encoded)
+        state.start = one.request.start
+        return self._engine.start(state)
 
     def _deliver(self, pieces: Sequence[tuple[GenerationState, str]]) -> None:
         texts = {id(state): text for state, text in pieces}
@@ -138,4 +208,6 @@ class Scheduler:
         if not isinstance(error, YiVLError | Overloaded | Cancelled):
             # The traceback holds no text of the request; out of memory is expected under load.
             logger.error("an answer failed", exc_info=None if is_out_of_memory(error) else error)
+        if is_out_of_memory(error):
+            self._engine.prefixes.clear()
         request.on_event(error)

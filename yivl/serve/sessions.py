@@ -1,4 +1,4 @@
-"""The conversations of the page's visitors, bounded in number and in memory."""
+"""The conversations of the page's visitors, bounded in number."""
 
 import threading
 from collections import OrderedDict
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from yivl.checkpoint.loading import LoadedModel
-from yivl.inference.chat import Chat, ImageInput
+from yivl.inference.chat import Chat
+from yivl.serve.images import SentImage
 from yivl.serve.limits import Limits
 
 
@@ -19,7 +20,7 @@ class Session:
     """Held while the chat is in use, also by the scheduler on behalf of a callback."""
     stop_event: threading.Event = field(default_factory=threading.Event)
     """Ends the answer that is generated or queued."""
-    image: ImageInput | None = None
+    image: SentImage | None = None
     """Of the first question."""
     upload: str | None = None
     """The file of the image."""
@@ -31,7 +32,7 @@ class Session:
         with self.lock:
             self.chat.reset()
 
-    def show(self, upload: str | None, read: Callable[[str], ImageInput]) -> bool:
+    def show(self, upload: str | None, read: Callable[[str], SentImage]) -> bool:
         """Start a new conversation about an uploaded file or without one; return whether it is another than before.
 
         If ``read``, which returns the image of a file, raises, the conversation has no image.
@@ -67,19 +68,6 @@ class Sessions:
                 _, oldest = self._sessions.popitem(last=False)
                 oldest.stop_event.set()
             return session
-
-    def trim(self) -> None:
-        """Free KV caches until the rest fits; the conversations stay, and their next turn re-computes the cache."""
-        with self._lock:
-            sessions = list(self._sessions.values())
-        total = sum(session.chat.num_cache_bytes for session in sessions)
-        for session in sessions:
-            if total <= self._limits.max_cache_bytes:
-                return
-            if session.lock.acquire(blocking=False):  # one that is answering needs its cache
-                total -= session.chat.num_cache_bytes
-                session.chat.free_cache()
-                session.lock.release()
 
     def drop(self, key: str) -> None:
         """Forget a visitor."""

@@ -1,28 +1,28 @@
 """Callbacks of the web page; ``web_layout`` has its components."""
 
 import dataclasses
+import hashlib
 import html
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
-import torch
 from gradio.data_classes import FileDataDict
 from gradio.utils import get_upload_folder
 
 from yivl.command_line import is_out_of_memory
 from yivl.errors import YiVLError
 from yivl.image_processing import load_image
-from yivl.inference.chat import Answer, Chat, GenerationState
+from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.bubbles import Bubble, as_bubbles, bubble, bubbles_up_to
+from yivl.serve.images import SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Overloaded, Scheduler
 from yivl.serve.sessions import Session, Sessions
@@ -68,8 +68,8 @@ class Page:
         path = None if upload is None else str(upload["path"])
         return self._session(request).show(path, self._read)
 
-    def _read(self, path: str) -> torch.Tensor:
-        """Return the ``pixel_values`` of an upload, which are small however large the file is."""
+    def _read(self, path: str) -> SentImage:
+        """Return the image of an upload."""
         file = Path(path).resolve()
         # A forged request can name any file; gradio checks only the fields that declare themselves files.
         if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
@@ -77,9 +77,10 @@ class Page:
         if file.stat().st_size > self.limits.max_image_bytes:
             raise YiVLError(f"the image has more than {self.limits.max_image_bytes:,} bytes")
         try:
-            return self.loaded.image_processor([load_image(path, max_pixels=self.limits.max_image_pixels)])[0]
+            image = load_image(path, max_pixels=self.limits.max_image_pixels)
         except YiVLError as error:  # the visitor must not learn the path on the server
             raise YiVLError(str(error).replace(path, Path(path).name)) from error
+        return SentImage(self.loaded.image_processor([image])[0], hashlib.sha256(file.read_bytes()).digest())
 
     def send(
         self,
@@ -137,10 +138,7 @@ class Page:
                         gr.Warning(_explain(text, language))
                     else:
                         yield [*shown, bubble("assistant", text)], gr.skip()
-                if any(chat.images):  # encoded once, also for the first question after Undo or Clear
-                    session.image = chat.images[0][0]
             yield as_bubbles(chat), self.status(chat.last_answer if chat.turns else None, language)
-        self.sessions.trim()
 
     def ask(
         self,
@@ -152,7 +150,7 @@ class Page:
         seed: int | None = None,
     ) -> Iterator[str]:
         """Answer a question about an image or without one; yields the growing answer. ``gradio_client`` calls it."""
-        session = Session(Chat(self.loaded, reuse_cache=False))
+        session = Session(Chat(self.loaded))
         try:
             sampling = dataclasses.asdict(Sampling(**_sampling(temperature, top_p, max_tokens, seed)))
             if sampling["max_new_tokens"] > self.limits.max_tokens:
@@ -174,11 +172,13 @@ class Page:
     def _stream(self, session: Session, pending: Pending, sampling: dict[str, Any]) -> Iterator[str | Exception]:
         """Yield the growing text of an answer, or an error; the caller holds the lock of the session until the end."""
         chat, stop_event = session.chat, pending.stop_event
-        if pending.index < len(chat.turns):
-            begin = partial(chat.begin_edit, pending.index, pending.question, stop_event=stop_event, **sampling)
-        else:
-            image = None if chat.turns else session.image
-            begin = partial(chat.begin, pending.question, image, stop_event=stop_event, **sampling)
+        images = [] if chat.turns or session.image is None else [session.image]
+
+        def begin(encoded: Sequence[EncodedImage]) -> GenerationState:
+            if pending.index < len(chat.turns):
+                return chat.begin_edit(pending.index, pending.question, stop_event=stop_event, **sampling)
+            return chat.begin(pending.question, encoded, stop_event=stop_event, **sampling)
+
         events: queue.SimpleQueue[serving.Event] = queue.SimpleQueue()
 
         def receive(event: serving.Event) -> None:
@@ -187,7 +187,7 @@ class Page:
             events.put(event)
 
         try:
-            self.scheduler.submit([serving.Request(begin, receive, stop_event)])
+            self.scheduler.submit([serving.Request(images, begin, receive, stop_event)])
         except Overloaded as error:
             yield error
             return

@@ -1,0 +1,52 @@
+"""Images of requests, and the vision features of recent ones."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from yivl.inference.request import EncodedImage
+from yivl.model.modeling import YiVLForCausalLM
+
+
+@dataclass(frozen=True)
+class SentImage:
+    """An image of a request, preprocessed: queued requests stay small, however large the file was."""
+
+    pixel_values: torch.Tensor = field(compare=False)
+    """``(3, image_size, image_size)``."""
+    digest: bytes
+    """SHA-256 of the file, by which images are equal."""
+
+
+class ImageEncoder:
+    """Encodes images and keeps the features of recent ones; images that are equal while kept share one serial.
+
+    Args:
+        model: The model.
+        max_images: Number of images kept; the least recently used are dropped first.
+    """
+
+    def __init__(self, model: YiVLForCausalLM, max_images: int) -> None:
+        self._model = model
+        self._max_images = max_images
+        self._encoded: OrderedDict[SentImage, EncodedImage] = OrderedDict()
+
+    def find(self, image: SentImage) -> EncodedImage | None:
+        """Return the features of an image that was encoded recently."""
+        if image in self._encoded:
+            self._encoded.move_to_end(image)
+        return self._encoded.get(image)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[SentImage]) -> list[EncodedImage]:
+        """Encode images in one batch, equal ones once; return the features of each."""
+        unique = list(dict.fromkeys(images))
+        features = self._model.encode_images([image.pixel_values for image in unique])
+        # Copies, not views, which would keep the memory of the batch alive until all of its images are dropped.
+        encoded = {image: EncodedImage(row.clone()) for image, row in zip(unique, features, strict=True)}
+        self._encoded |= encoded
+        while len(self._encoded) > self._max_images:
+            self._encoded.popitem(last=False)
+        return [encoded[image] for image in images]
