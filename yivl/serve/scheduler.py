@@ -144,7 +144,9 @@ class Scheduler:
             try:
                 if one.request.cancelled.is_set():
                     raise Cancelled
-                if self._encode_images():
+                if pending := self._pending_images():
+                    if remaining == self._limits.prefill_chunk:  # after a part of a prompt it would be a long wait
+                        self._encode(pending)
                     return
                 one.prefill = prefill = one.prefill or self._start(one)
                 before = prefill.num_remaining
@@ -160,18 +162,17 @@ class Scheduler:
                 self._running.append((one.request, prefill.state))
                 self._deliver([(prefill.state, text)])
 
-    def _encode_images(self) -> bool:
-        """Encode images that the oldest joining request needs, if any, in a batch with those of the next ones.
-
-        Returns:
-            Whether there were any.
-        """
+    def _pending_images(self) -> list[tuple[_Joining, SentImage]]:
+        """Return the images to encode, each with its request; none if the oldest joining request needs none."""
         for one in self._joining:
             while one.pending_images and (found := self._encoder.find(one.pending_images[0])):
                 one.encoded.append(found)
         if not self._joining[0].pending_images:
-            return False
-        pending = [(one, image) for one in self._joining for image in one.pending_images]
+            return []
+        return [(one, image) for one in self._joining for image in one.pending_images]
+
+    def _encode(self, pending: Sequence[tuple[_Joining, SentImage]]) -> None:
+        """Encode the first of the images, as many in one batch as a part of a prompt has positions for."""
         batch = pending[: max(1, self._limits.prefill_chunk // self.loaded.model.config.num_patches)]
         try:
             features = self._encoder.encode([image for _, image in batch])
@@ -182,7 +183,6 @@ class Scheduler:
             features = self._encoder.encode([image for _, image in batch])
         for (one, _), encoded in zip(batch, features, strict=True):
             one.encoded.append(encoded)
-        return True
 
     def _start(self, one: _Joining) -> Prefill:
         state = one.request.begin(one.encoded)
