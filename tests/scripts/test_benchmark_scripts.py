@@ -30,3 +30,6 @@ def test_serving_is_measured_with_one_and_several_clients() -> None:
     results = json.loads(printed[printed.index("{") :])
     assert results["image"]["one_client"] > 0
     assert results["image"]["several_clients"] > 0
+    assert len(results["turns"]["over_first_turn"]) == 4
+    assert results["shared_image"]["last_of_simultaneous_clients_seconds"] > 0
+    assert results["gaps"]["others_join_seconds"] > 0

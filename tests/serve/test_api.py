@@ -655,7 +655,7 @@ def test_responses_match_the_openapi_description(api: Server, mode: schemathesis
         case.validate_response(response, checks=CHECKS)
 
     check()
-    assert statuses.keys() <= {200, 400}
+    assert statuses.keys() <= {200, 400, 404}  # 404: another model than the one of the description
     assert mode == schemathesis.GenerationMode.NEGATIVE or statuses[200] > 0
     assert mode == schemathesis.GenerationMode.POSITIVE or statuses[400] > 0
 

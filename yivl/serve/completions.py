@@ -128,6 +128,8 @@ class Exchange:
             self._cancelled.set()
 
     def _put(self, index: int, event: serving.Event) -> None:
+        if isinstance(event, str) and not self._body.stream:
+            return  # the last event has the whole text
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
         except RuntimeError:  # the event loop is closed
