@@ -74,7 +74,9 @@ def sent(loaded: LoadedModel, path: Any, copy: int = 0) -> SentImage:
     return SentImage(pixel_values, hashlib.sha256(f"{path} {copy}".encode()).digest())
 
 
-def test_running_answers_get_a_token_between_the_parts_of_a_prompt(loaded: LoadedModel) -> None:
+def test_running_answers_get_a_token_between_the_parts_of_a_prompt(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = [Chat(loaded).ask("What is this?", image, **GREEDY) for image in (PHOTO, WIDE)]
     expected_first = Chat(loaded).ask("hello", temperature=0, max_new_tokens=60)
     first = Asked(loaded, "hello", max_new_tokens=60)
@@ -83,6 +85,8 @@ def test_running_answers_get_a_token_between_the_parts_of_a_prompt(loaded: Loade
         running(loaded, prefill_chunk=8, max_cache_bytes=0) as scheduler,
         recorded(loaded.model.model.layers[0], lambda states: states.shape[1]) as lengths,
     ):
+        step = scheduler._engine.step
+        monkeypatch.setattr(scheduler._engine, "step", lambda: (lengths.append(1), step())[1])
         scheduler.submit([first.request])
         first.events.get(timeout=60)
         scheduler.submit([other.request for other in others])
