@@ -35,7 +35,7 @@ class Limits:
     )
     max_cache_bytes: int = _limit(
         4 * 2**30,
-        "bytes of keys and values kept for later requests that begin alike, of all clients; 0 keeps none",
+        "bytes of keys and values kept for later requests with the same prefix; 0 keeps none",
         "api",
         "web",
         may_be_zero=True,
