@@ -132,7 +132,11 @@ def shape_config(shape: str, dtype: str = "float32", image_size: int | None = No
     fields = dict(SHAPES[shape])
     shape_size = fields.pop("image_size", 448)
     vision = CLIPVisionConfig(
-        **fields.pop("vision"), image_size=image_size or shape_size, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5
+        **fields.pop("vision"),
+        image_size=image_size or shape_size,
+        patch_size=14,
+        hidden_act="gelu",
+        layer_norm_eps=1e-5,
     )
     return YiVLConfig(
         **fields,

@@ -10,12 +10,14 @@ programs take turns: each answers once per round, while the others are stopped. 
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="write the table, or replace it in a page that has its section")
     parser.add_argument("--section", default="peers", help="name of the section (default: %(default)s)")
     parser.add_argument("--chart", type=Path, help="write the chart (.png or .svg)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if shutil.which(arguments.llama_python) is None:
+        parser.error(f"--llama-python {arguments.llama_python}: no such program; give the path of a Python interpreter")
+    return arguments
 
 
 def main() -> None:
@@ -172,28 +177,10 @@ def measure(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
 
     config, ids = shape_config(arguments.shape), question_ids(load_tokenizer(models.checkpoint))
     prompt_tokens = len(ids) - 1 + config.num_patches
-    job = {
-        **{"checkpoint": str(models.checkpoint), "image": str(GOLDEN / "images/photo_rgb.jpg"), "ids": ids},
-        **{"prompt_tokens": prompt_tokens, "num_patches": config.num_patches, "question": QUESTIONS[0]},
-        **{"new_tokens": arguments.new_tokens, "threads": arguments.threads, "device": arguments.device},
-    }
-    workers, errors = {"rates": Worker("rates", sys.executable, job)}, {}
-    for name in arguments.peers:
-        print(f"loading {name}", file=sys.stderr)
-        try:
-            workers[name] = start(name, job, models)
-        except PeerError as error:
-            errors[name] = str(error)
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-    try:
-        for index in range(arguments.repeats):
-            for name, worker in workers.items():
-                rounds[name].append(worker.run())
-                print(f"round {index + 1} {name}: {rounded(rounds[name][-1])}", file=sys.stderr)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    facts = {name: worker.facts for name, worker in workers.items()}
+    job = {name: getattr(arguments, name) for name in ("new_tokens", "threads", "device")}
+    job |= {"checkpoint": str(models.checkpoint), "image": str(GOLDEN / "images/photo_rgb.jpg"), "ids": ids}
+    job |= {"prompt_tokens": prompt_tokens, "num_patches": config.num_patches, "question": QUESTIONS[0]}
+    rounds, facts, errors = take_turns(arguments, job, models)
     bounds = medians(rounds.pop("rates"))
     bounds |= {"language_flops": language_flops(config, prompt_tokens), "vision_flops": vision_flops(config)}
     rows = {name: row(name, facts[name], rounds[name], bounds, config, prompt_tokens, models) for name in rounds}
@@ -211,9 +198,31 @@ def measure(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
     }
 
 
+def take_turns(
+    arguments: argparse.Namespace, job: dict[str, Any], models: Models
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the times of every round and the facts of each program and of ``rates``, and why others have none."""
+    workers, errors = {}, {}
+    with ExitStack() as stack:
+        for name in ("rates", *arguments.peers):
+            print(f"loading {name}", file=sys.stderr)
+            try:
+                workers[name] = start(name, job, models)
+            except PeerError as error:
+                errors[name] = str(error)
+            else:
+                stack.callback(workers[name].close)
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+        for index in range(arguments.repeats):
+            for name, worker in workers.items():
+                rounds[name].append(worker.run())
+                print(f"round {index + 1} {name}: {rounded(rounds[name][-1])}", file=sys.stderr)
+    return rounds, {name: worker.facts for name, worker in workers.items()}, errors
+
+
 def start(name: str, job: dict[str, Any], models: Models) -> Worker:
     """Return the process of a program that has loaded its model and answered once."""
-    kind, form = name.split(":")
+    kind, _, form = name.partition(":")
     if kind == "llama.cpp":
         gguf, mmproj = models.gguf(form)
         job = job | {"gguf": str(gguf), "mmproj": str(mmproj)}

@@ -23,8 +23,8 @@ def markdown_table(results: dict[str, Any]) -> str:
     machine, bounds = results["machine"], results["bounds"]
     about = (
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch's kernels for {machine['capability']}; "
-        f"shape *{results['shape']}*, {results['prompt_tokens']:,} positions, answers of {results['new_tokens']} tokens, "
-        f"median of {results['repeats']} rounds. "
+        f"shape *{results['shape']}*, {results['prompt_tokens']:,} positions, "
+        f"answers of {results['new_tokens']} tokens, median of {results['repeats']} rounds. "
         f"Bounds: {bounds['bandwidth'] / 1e9:.0f} GB/s read, matrix products {bounds['float32'] / 1e9:.0f} GFLOP/s in "
         f"float32 and {bounds['bfloat16'] / 1e9:.0f} in bfloat16."
     )
@@ -75,7 +75,8 @@ def write_chart(path: Path, results: dict[str, Any]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(title="bound", loc="lower right")
     machine = results["machine"]
-    figure.suptitle(f"{results['shape']} shape, {machine['cpu']}, {machine['threads']} threads, {machine['capability']}")
+    about = (f"{results['shape']} shape", machine["cpu"], f"{machine['threads']} threads", machine["capability"])
+    figure.suptitle(", ".join(about))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
