@@ -167,6 +167,7 @@ class Worker:
             lines = self._log.read().split("\n")
             raise PeerError(next((line.strip() for line in reversed(lines) if line.strip()), "no output"))
         self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # returns once it is stopped
         result: dict[str, Any] = json.loads(line)
         return result
 
@@ -179,7 +180,7 @@ def measure(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
     prompt_tokens = len(ids) - 1 + config.num_patches
     job = {name: getattr(arguments, name) for name in ("new_tokens", "threads", "device")}
     job |= {"checkpoint": str(models.checkpoint), "image": str(GOLDEN / "images/photo_rgb.jpg"), "ids": ids}
-    job |= {"prompt_tokens": prompt_tokens, "num_patches": config.num_patches, "question": QUESTIONS[0]}
+    job |= {"prompt_tokens": prompt_tokens, "question": QUESTIONS[0]}
     rounds, facts, errors = take_turns(arguments, job, models)
     bounds = medians(rounds.pop("rates"))
     bounds |= {"language_flops": language_flops(config, prompt_tokens), "vision_flops": vision_flops(config)}

@@ -66,7 +66,8 @@ def load_yivl(job: dict[str, Any]) -> Program:
         answer = chat.last_answer
         assert answer is not None
         assert answer.new_tokens == job["new_tokens"], "the answer ended early"
-        assert answer.cached_tokens == 0, "a part of the prompt was not computed"
+        computed = answer.prompt_tokens - answer.cached_tokens
+        assert computed == job["prompt_tokens"], f"{computed} positions of the prompt were computed"
         return {
             "encode_s": encode,
             "prefill_s": answer.seconds_to_first_token,
@@ -130,7 +131,8 @@ def load_transformers(job: dict[str, Any]) -> Program:
     model = model.to(job["device"]).eval()
     processor, photo = CLIPImageProcessor.from_pretrained(job["hf"]), Image.open(job["image"]).convert("RGB")
     image_id = model.config.image_token_id
-    repeated = [[image_id] * job["num_patches"] if token < 0 else [token] for token in job["ids"]]
+    num_patches = job["prompt_tokens"] - len(job["ids"]) + 1
+    repeated = [[image_id] * num_patches if token < 0 else [token] for token in job["ids"]]
     ids = torch.tensor([[token for tokens in repeated for token in tokens]], device=model.device)
 
     @torch.inference_mode()
@@ -218,7 +220,7 @@ def load_rates(job: dict[str, Any]) -> Program:
     torch.set_num_threads(job["threads"])
 
     def run() -> dict[str, float]:
-        rates = {kind: machine_rates(getattr(torch, kind), job["device"], 1, 2048) for kind in ("float32", "bfloat16")}
+        rates = {kind: machine_rates(getattr(torch, kind), job["device"], 1, 1024) for kind in ("float32", "bfloat16")}
         bandwidth = max(rate[0] for rate in rates.values())
         return {"bandwidth": bandwidth} | {kind: rate[1] for kind, rate in rates.items()}
 
