@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmark_report import chat_table, replace_section
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
 NEW_TOKENS = 32
@@ -80,6 +82,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs per figure (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--markdown", type=Path, help="write chat and loading, or replace them in a page with a section"
+    )
+    parser.add_argument("--section", default="chat", help="name of the section (default: %(default)s)")
     # For the child process that loads and reports its memory.
     parser.add_argument("--load-only", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -110,6 +116,8 @@ def main() -> None:
             **measure_answers(folder, arguments),
         }
     print(json.dumps(rounded(results), indent=2))
+    if arguments.markdown:
+        replace_section(arguments.markdown, arguments.section, chat_table(results))
 
 
 def machine(device: str) -> dict[str, Any]:

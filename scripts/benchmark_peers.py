@@ -32,7 +32,7 @@ from benchmark_inference import (
     vision_flops,
     write_random_checkpoint,
 )
-from peer_report import markdown_table, replace_section, write_chart
+from benchmark_report import markdown_table, replace_section, write_chart
 
 PEERS = (
     *("yivl:auto", "yivl:float32", "yivl:bfloat16", "yivl:8bit", "yivl:4bit"),

@@ -29,11 +29,11 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import benchmark_inference
     import benchmark_peers
-    import peer_report
+    import benchmark_report
     import peer_workers
 
     class Scripts:
-        inference, peers, report, workers = benchmark_inference, benchmark_peers, peer_report, peer_workers
+        inference, peers, report, workers = benchmark_inference, benchmark_peers, benchmark_report, peer_workers
 
     return Scripts
 

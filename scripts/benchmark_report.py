@@ -1,4 +1,4 @@
-"""The table and the chart of benchmark_peers.py."""
+"""The tables and the chart of docs/benchmarks.md: results of the benchmark scripts as Markdown."""
 
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,26 @@ def markdown_table(results: dict[str, Any]) -> str:
     lines += [_line(_cells(name, figures)) for name, figures in results["peers"].items()]
     lines += [_line([_title(name), f"not measured: {error}"]) for name, error in results["errors"].items()]
     return "\n".join(lines)
+
+
+def chat_table(results: dict[str, Any]) -> str:
+    """Return chat turns, loading and memory as benchmark_inference.py measured them."""
+    machine, chat = results["machine"], results["chat"]
+    kept, computed, shares = (
+        " / ".join(f"{value:.2f}" for value in chat[key])
+        for key in ("turn_seconds", "refed_turn_seconds", "first_token_over_refed")
+    )
+    rows = [(f"turns of {chat['new_tokens_per_turn']} new tokens, s", kept)]
+    rows += [("– the same, re-computing everything every turn", computed)]
+    rows += [("– first token, share of re-computing everything", shares)]
+    for name in ("safetensors", "bin"):
+        loading = results[f"loading_{name}"]
+        peak = f"{loading['seconds']:.2f}, {loading['peak_over_checkpoint']:.2f}"
+        rows += [(f"loading {name} shards: seconds, peak memory / size", peak)]
+    rows += [("peak resident set of the whole run, GB", f"{results['peak_bytes'] / 1e9:.1f}")]
+    about = f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads; shape *{results['shape']}*, "
+    header = [_line(("turn 1 / 2 / 3 / 4", results["dtype"])), _line(("---", "---"))]
+    return "\n".join([f"{about}median of {results['repeats']} runs.", "", *header, *map(_line, rows)])
 
 
 def replace_section(path: Path, name: str, text: str) -> None:
