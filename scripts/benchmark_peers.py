@@ -122,8 +122,10 @@ class Models:
             return pair
         target = self.folder / f"model-{form}.gguf"
         if not target.exists():
-            job = {"source": str(pair[0]), "target": str(target), "ftype": QUANTIZED[form]}
+            part = target.with_suffix(".part")
+            job = {"source": str(pair[0]), "target": str(part), "ftype": QUANTIZED[form]}
             Worker("quantize", self.arguments.llama_python, job | {"threads": self.arguments.threads}).close()
+            part.rename(target)
         return target, pair[1]
 
 
