@@ -189,7 +189,7 @@ def measure(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
     rows = {name: row(name, facts[name], rounds[name], bounds, config, prompt_tokens, models) for name in rounds}
     compare(rows)
     return {
-        "machine": facts["rates"] | {"load": os.getloadavg()},
+        "machine": {key: facts["rates"][key] for key in facts["rates"] if key != "resident_bytes"},
         "shape": arguments.shape,
         "repeats": arguments.repeats,
         "new_tokens": arguments.new_tokens,

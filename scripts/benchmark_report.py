@@ -24,7 +24,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     about = (
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch's kernels for {machine['capability']}; "
         f"shape *{results['shape']}*, {results['prompt_tokens']:,} positions, "
-        f"answers of {results['new_tokens']} tokens, median of {results['repeats']} rounds. "
+        f"answers of {results['new_tokens']} tokens, rounds: {results['repeats']}. "
         f"Bounds: {bounds['bandwidth'] / 1e9:.0f} GB/s read, matrix products {bounds['float32'] / 1e9:.0f} GFLOP/s in "
         f"float32 and {bounds['bfloat16'] / 1e9:.0f} in bfloat16."
     )
@@ -93,7 +93,7 @@ def write_chart(path: Path, results: dict[str, Any]) -> None:
     for axes in (left, right):
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(title="bound", loc="lower right")
+        axes.legend(title="bound", loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     machine = results["machine"]
     about = (f"{results['shape']} shape", machine["cpu"], f"{machine['threads']} threads", machine["capability"])
     figure.suptitle(", ".join(about))
