@@ -76,6 +76,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure and print one JSON object."""
     arguments = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped children would outlive this process
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)) / arguments.shape
         results = measure(arguments, Models(folder, arguments))
