@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmark_report import chat_table, replace_section
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
 NEW_TOKENS = 32
@@ -58,6 +60,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 64000,
     },
+    # Two decoder layers of Yi-VL-6B. A small vocabulary and image leave the cost to them.
+    "wide": {
+        "vision": TINY_VIT,
+        "image_size": 112,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 1024,
+    },
 }
 
 
@@ -69,6 +82,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs per figure (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--markdown", type=Path, help="write chat and loading, or replace them in a page with a section"
+    )
+    parser.add_argument("--section", default="chat", help="name of the section (default: %(default)s)")
     # For the child process that loads and reports its memory.
     parser.add_argument("--load-only", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -99,6 +116,8 @@ def main() -> None:
             **measure_answers(folder, arguments),
         }
     print(json.dumps(rounded(results), indent=2))
+    if arguments.markdown:
+        replace_section(arguments.markdown, arguments.section, chat_table(results))
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -112,15 +131,20 @@ def machine(device: str) -> dict[str, Any]:
     return facts | gpu | {"torch": torch.__version__, "python": platform.python_version()}
 
 
-def shape_config(shape: str, dtype: str = "float32", image_size: int = 448) -> Any:
-    """Return the configuration of a shape."""
+def shape_config(shape: str, dtype: str = "float32", image_size: int | None = None) -> Any:
+    """Return the configuration of a shape, by default with its image size in pixels (448 unless it has another)."""
     from transformers import CLIPVisionConfig
 
     from yivl.model.configuration import YiVLConfig
 
     fields = dict(SHAPES[shape])
+    shape_size = fields.pop("image_size", 448)
     vision = CLIPVisionConfig(
-        **fields.pop("vision"), image_size=image_size, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5
+        **fields.pop("vision"),
+        image_size=image_size or shape_size,
+        patch_size=14,
+        hidden_act="gelu",
+        layer_norm_eps=1e-5,
     )
     return YiVLConfig(
         **fields,
@@ -135,7 +159,10 @@ def shape_config(shape: str, dtype: str = "float32", image_size: int = 448) -> A
 
 
 def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
-    """Write a randomly initialized checkpoint in the Yi-VL format, in at least four shards."""
+    """Write a randomly initialized checkpoint in the Yi-VL format, in at least four shards.
+
+    Stop string and end of text are never chosen, so that greedy answers have the length asked for.
+    """
     import torch
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -146,12 +173,17 @@ def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
     torch.set_default_dtype(getattr(torch, dtype))
     model = YiVLForCausalLM(shape_config(shape, dtype))
     torch.set_default_dtype(torch.float32)
+    tokenizer = load_tokenizer(GOLDEN / "checkpoint")
+    with torch.no_grad():
+        model.lm_head.weight[[294, 710, tokenizer.eos_token_id]] = 0
+        model.lm_head.weight[len(tokenizer) :] = 0  # the tokenizer of the golden model is smaller
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 448}, crop_size={"height": 448, "width": 448})
+    side = model.config.vision_config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     save_checkpoint(
         model,
         folder,
-        tokenizer=load_tokenizer(GOLDEN / "checkpoint"),
+        tokenizer=tokenizer,
         image_processor=processor,
         max_shard_size=size // 4,
     )
@@ -221,9 +253,6 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
 
     loaded = load_model(folder, device=arguments.device)
     model, repeats, device = loaded.model, arguments.repeats, arguments.device
-    with torch.no_grad():  # stop string and end of text are never chosen, so all answers have one length
-        model.lm_head.weight[[294, 710, loaded.tokenizer.eos_token_id]] = 0
-        model.lm_head.weight[len(loaded.tokenizer) :] = 0  # the tokenizer of the golden model is smaller
     photo = Image.open(GOLDEN / "images/photo_rgb.jpg")
     bandwidth, matmul_rate = machine_rates(model.dtype, device, repeats)
 
@@ -292,58 +321,100 @@ def by_turn(chats: list[list[tuple[float, float]]], what: int) -> list[float]:
 
 def llava_baseline(loaded: Any, photo: Any, repeats: int, device: str) -> dict[str, float]:
     """Return the seconds to the first token and the decoding rate of the LLaVA baseline."""
-    import torch
-    from transformers import DynamicCache
-
-    from yivl.conversation import Turn, render_chunks
-    from yivl.tokenization import tokenize_chunks
-
-    model = loaded.model
-    ids = tokenize_chunks(render_chunks(Turn(QUESTIONS[0], num_images=1).messages()), loaded.tokenizer)
-    input_ids = torch.tensor([ids], device=model.device)
+    baseline = LlavaBaseline(loaded)
 
     def prompt() -> tuple[Any, Any]:
-        pixels = loaded.image_processor([photo]).to(model.device, model.dtype)
-        tower, cache = model.get_vision_tower(), DynamicCache(config=model.config)
-        features = tower.vit(pixels, output_hidden_states=True).hidden_states[tower.num_layers][:, 1:]
-        fused = model.fuse(input_ids, image_features=model.model.mm_projector(features))
-        hidden = model.model(inputs_embeds=fused.inputs_embeds, past_key_values=cache).last_hidden_state
-        return model.lm_head(hidden).float()[:, -1:].argmax(-1), cache
+        return baseline.prefill(baseline.encode(photo))
 
-    def decode(token: Any, cache: Any) -> None:
-        for _ in range(NEW_TOKENS):
-            hidden = model.model(input_ids=token, past_key_values=cache).last_hidden_state
-            token = model.lm_head(hidden).float().argmax(-1)
-
-    with torch.inference_mode():
-        first = median_seconds(prompt, repeats, device)
-        both = median_seconds(lambda: decode(*prompt()), repeats, device)
+    first = median_seconds(prompt, repeats, device)
+    both = median_seconds(lambda: baseline.decode(*prompt(), NEW_TOKENS), repeats, device)
     return {"first_token": first, "tokens_per_s": NEW_TOKENS / (both - first)}
 
 
-def machine_rates(dtype: Any, device: str, repeats: int) -> tuple[float, float]:
-    """Return memory bandwidth in bytes/s (reading) and matrix-product rate in FLOP/s."""
+class LlavaBaseline:
+    """The LLaVA baseline: the whole ViT, logits of every position, the default cache and kernels.
+
+    Args:
+        loaded: A ``LoadedModel``; its modules are used as the libraries have them.
+    """
+
+    def __init__(self, loaded: Any) -> None:
+        import torch
+
+        self.loaded, self.model = loaded, loaded.model
+        self.input_ids = torch.tensor([question_ids(loaded.tokenizer)], device=self.model.device)
+
+    def encode(self, photo: Any) -> Any:
+        """Return the projected features of an image, ``(1, num_patches, hidden)``."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = self.loaded.image_processor([photo]).to(self.model.device, self.model.dtype)
+            tower = self.model.get_vision_tower()
+            features = tower.vit(pixels, output_hidden_states=True).hidden_states[tower.num_layers][:, 1:]
+            return self.model.model.mm_projector(features)
+
+    def prefill(self, features: Any) -> tuple[Any, Any]:
+        """Return the first token, ``(1, 1)``, and the cache of the prompt."""
+        import torch
+        from transformers import DynamicCache
+
+        with torch.inference_mode():
+            cache = DynamicCache(config=self.model.config)
+            fused = self.model.fuse(self.input_ids, image_features=features)
+            hidden = self.model.model(inputs_embeds=fused.inputs_embeds, past_key_values=cache).last_hidden_state
+            return self.model.lm_head(hidden).float()[:, -1:].argmax(-1), cache
+
+    def decode(self, token: Any, cache: Any, new_tokens: int) -> None:
+        """Compute ``new_tokens`` more tokens."""
+        import torch
+
+        with torch.inference_mode():
+            for _ in range(new_tokens):
+                hidden = self.model.model(input_ids=token, past_key_values=cache).last_hidden_state
+                token = self.model.lm_head(hidden).float().argmax(-1)
+
+
+def question_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of the prompt with one image and the first question, ``-200`` at the image."""
+    from yivl.conversation import Turn, render_chunks
+    from yivl.tokenization import tokenize_chunks
+
+    return tokenize_chunks(render_chunks(Turn(QUESTIONS[0], num_images=1).messages()), tokenizer)
+
+
+def machine_rates(dtype: Any, device: str, repeats: int, size: int = 4096) -> tuple[float, float]:
+    """Return memory bandwidth in bytes/s (reading) and rate of square products of ``size`` in FLOP/s."""
     import torch
 
     with torch.inference_mode():
         vector = torch.ones(100_000_000, device=device)
         bandwidth = vector.numel() * 4 / median_seconds(vector.sum, 3 * repeats, device)
-        size = 4096
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         return bandwidth, 2 * size**3 / median_seconds(lambda: a @ b, repeats, device)
 
 
 def prompt_flops(config: Any, prompt_tokens: int) -> float:
     """Return the FLOPs of the matrix products of a prompt with one image (causal attention counts half)."""
+    return vision_flops(config) + language_flops(config, prompt_tokens)
+
+
+def vision_flops(config: Any) -> float:
+    """Return the FLOPs of the matrix products of ViT and projector for one image."""
     vision = config.vision_config
     positions, width = config.num_patches + 1, vision.hidden_size
     layer = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * positions**2 * width
     tower = config.num_vision_layers * layer + 2 * positions * 3 * vision.patch_size**2 * width
     projector = 2 * config.num_patches * (width * config.hidden_size + config.hidden_size**2)
+    return float(tower + projector)
+
+
+def language_flops(config: Any, prompt_tokens: int) -> float:
+    """Return the FLOPs of the matrix products of the decoder for a prompt, and of ``lm_head`` for one position."""
     hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
     weights = 2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * config.intermediate_size
     decoder = config.num_hidden_layers * (2 * prompt_tokens * weights + 2 * prompt_tokens**2 * hidden)
-    return float(tower + projector + decoder + 2 * hidden * config.vocab_size)
+    return float(decoder + 2 * hidden * config.vocab_size)
 
 
 def decoded_bytes(model: Any, prompt_tokens: int) -> int:
