@@ -323,7 +323,9 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_a_valid_conversation(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loaded.model.model.layers[2].mlp, "forward", interrupt)  # layers 0 to 2 hold the new position
+    monkeypatch.setattr(
+        loaded.model.model.layers[2].mlp.up_proj, "forward", interrupt
+    )  # layers 0 to 2 hold the new position
     with pytest.raises(KeyboardInterrupt):
         next(pieces)
     monkeypatch.undo()

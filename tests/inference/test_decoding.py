@@ -1,5 +1,6 @@
 """The decoding step computes the logits of the model's forward method."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ WIDE = GOLDEN / "images/wide_rgb.png"
 VOCABULARY = 96
 
 
-def make_model(loaded: LoadedModel, **fields: Any) -> YiVLForCausalLM:
+def make_model(loaded: LoadedModel, **fields: Any) -> LoadedModel:
     """Return a model with random weights whose logits differ clearly between positions."""
     shape: dict[str, Any] = {
         "hidden_size": 64,
@@ -42,7 +43,7 @@ def make_model(loaded: LoadedModel, **fields: Any) -> YiVLForCausalLM:
     config._attn_implementation = "sdpa"
     model = YiVLForCausalLM(config)
     model.eval()
-    return model
+    return dataclasses.replace(loaded, model=model)
 
 
 @torch.inference_mode()
@@ -65,12 +66,13 @@ def fill(model: YiVLForCausalLM, rows: Sequence[torch.Tensor]) -> Cache:
 
 @torch.inference_mode()
 def compare(
-    model: YiVLForCausalLM, lengths: Sequence[int], num_steps: int = 4, atol: float = 2e-5, rtol: float = 1e-5
+    loaded: LoadedModel, lengths: Sequence[int], num_steps: int = 4, atol: float = 2e-5, rtol: float = 1e-5
 ) -> None:
     """Decode given tokens after rows of given lengths and compare the logits with one pass over each row alone."""
+    model = loaded.model
     rows = [torch.randint(1, VOCABULARY, (length + num_steps,)) for length in lengths]
     cache = fill(model, [row[:length] for row, length in zip(rows, lengths, strict=True)])
-    step = DecodingStep(model, lengths)
+    step = DecodingStep(loaded, lengths)
     steps = []
     for index in range(num_steps):
         tokens = [int(row[length + index]) for row, length in zip(rows, lengths, strict=True)]
@@ -105,16 +107,18 @@ def test_logits_are_those_of_the_model_after_the_buffers_and_the_mask_have_grown
 
 @pytest.mark.parametrize("lengths", [[9], [12, 3]])
 def test_logits_in_bfloat16_are_those_of_the_model(lengths: list[int], loaded: LoadedModel) -> None:
-    compare(make_model(loaded, initializer_range=0.1).to(torch.bfloat16), lengths, atol=0.1, rtol=0.05)
+    small = make_model(loaded, initializer_range=0.1)
+    small.model.to(torch.bfloat16)
+    compare(small, lengths, atol=0.1, rtol=0.05)
 
 
 def test_logits_of_an_unmerged_adapter_are_those_of_the_model(loaded: LoadedModel) -> None:
-    model = make_model(loaded)
-    base = model.lm_head.weight.clone()
+    small = make_model(loaded)
+    base = small.model.lm_head.weight.clone()
     targets = LoraConfig(r=4, target_modules=r".*layers\.\d+\..*_proj|lm_head", init_lora_weights=False)
-    adapted = get_peft_model(model, targets).get_base_model()
+    adapted = get_peft_model(small.model, targets).get_base_model()
     assert supports(adapted)
-    compare(adapted, [9, 4])
+    compare(small, [9, 4])
     assert torch.equal(adapted.lm_head.base_layer.weight, base)
 
 
@@ -130,13 +134,13 @@ class InFloat32(nn.Module):
 
 
 def test_projections_of_any_class_are_called(loaded: LoadedModel) -> None:
-    model = make_model(loaded)
-    for layer in model.model.layers:
+    small = make_model(loaded)
+    for layer in small.model.model.layers:
         for name, projection in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
             if isinstance(projection, nn.Linear):
                 setattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name, InFloat32(projection))
-    assert supports(model)
-    compare(model, [9])
+    assert supports(small.model)
+    compare(small, [9])
 
 
 def hook(module: nn.Module) -> None:
@@ -152,18 +156,18 @@ def patch(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [hook, pre_hook, patch])
-@pytest.mark.parametrize("name", ["", "model", "model.layers.1", "model.layers.2.self_attn"])
+@pytest.mark.parametrize("name", ["", "model", "model.layers.1", "model.layers.2.self_attn", "model.layers.0.mlp"])
 def test_changed_modules_that_the_step_replaces_are_not_supported(name: str, change: Any, loaded: LoadedModel) -> None:
-    model = make_model(loaded)
+    model = make_model(loaded).model
     assert supports(model)
-    change(model.get_submodule("model.layers.1.mlp"))
+    change(model.get_submodule("model.layers.1.mlp.up_proj"))
     assert supports(model)
     change(model.get_submodule(name))
     assert not supports(model)
 
 
 def test_other_attention_kernels_and_training_are_not_supported(loaded: LoadedModel) -> None:
-    model = make_model(loaded)
+    model = make_model(loaded).model
     assert not supports(model.train())
     model.eval().config._attn_implementation = "eager"
     assert not supports(model)

@@ -273,7 +273,9 @@ def test_a_failed_step_leaves_the_stored_prefixes_valid(loaded: LoadedModel, mon
     for chat in chats:
         engine.add(chat.begin("hello", **GREEDY))
     engine.step()
-    monkeypatch.setattr(loaded.model.model.layers[2].mlp, "forward", fail)  # layers 0 to 2 hold the new position
+    monkeypatch.setattr(
+        loaded.model.model.layers[2].mlp.up_proj, "forward", fail
+    )  # layers 0 to 2 hold the new position
     with pytest.raises(RuntimeError, match="boom"):
         engine.step()
     monkeypatch.undo()

@@ -125,7 +125,7 @@ class Engine:
         assert self._cache is not None
         model, token_ids = self.loaded.model, [state.new_ids[-1] for state in self._states]
         if self._is_supported:
-            self._decode = self._decode or DecodingStep(model, self._lengths)
+            self._decode = self._decode or DecodingStep(self.loaded, self._lengths)
             logits = self._decode(token_ids, self._cache)
             self._lengths = [length + 1 for length in self._lengths]
             return logits
