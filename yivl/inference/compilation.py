@@ -28,6 +28,20 @@ _NUM_POSITIONS: Final = 1100
 """Cached positions of these steps: of a prompt with an image. Inductor chooses loops for about this length."""
 
 
+def check_compiler() -> None:
+    """Check that there is a C++ compiler.
+
+    Raises:
+        YiVLError: If there is none.
+    """
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise YiVLError(
+            "--compile needs a C++ compiler and finds none; install g++, set CXX to a compiler, or leave out --compile"
+        ) from error
+
+
 @torch.inference_mode()
 def compile_decoding(loaded: LoadedModel) -> LoadedModel:
     """Return the model with a compiled decoding step; nothing is compiled later.
@@ -41,12 +55,7 @@ def compile_decoding(loaded: LoadedModel) -> LoadedModel:
     start = time.perf_counter()
     if not supports(loaded.model) or loaded.model.device.type not in ("cpu", "cuda"):
         raise YiVLError("--compile needs sdpa attention and one device, the CPU or a CUDA GPU; leave out --compile")
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise YiVLError(
-            "--compile needs a C++ compiler and finds none; install g++, set CXX to a compiler, or leave out --compile"
-        ) from error
+    check_compiler()
     layer: Compiled = torch.compile(decode_layer, isolate_recompiles=True)  # type: ignore[call-overload]
     head: Compiled = torch.compile(decode_head, isolate_recompiles=True)  # type: ignore[call-overload]
     try:
