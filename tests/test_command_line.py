@@ -185,6 +185,7 @@ WRONG_INPUTS: dict[str, tuple[tuple[str, ...], str]] = {
     "no such device": (("--device", "gpu"), "error: device='gpu'; expected auto, cpu, mps, cuda"),
     "no mps": (("--device", "mps"), "error: device='mps': PyTorch finds no such device"),
     "no flash attention": (("--attn-implementation", "flash_attention_2"), "error: flash_attention_2 needs"),
+    "compiling other attention": (("--compile", "--attn-implementation", "eager"), "error: --compile needs sdpa"),
     "too long": (("--question", "word " * 5000), "error: the conversation takes"),
 }
 

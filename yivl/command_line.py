@@ -88,6 +88,9 @@ def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = 
         choices=("sdpa", "eager", "flash_attention_2"),
         help="attention kernels (default: %(default)s)",
     )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the decoding step at the start, which pays for long use"
+    )
 
 
 def add_image_flags(parser: argparse.ArgumentParser, about: str) -> None:
@@ -151,7 +154,11 @@ def load(arguments: argparse.Namespace) -> "LoadedModel":
 
     from yivl.checkpoint.loading import load_model
 
-    return load_model(
+    if arguments.compile:  # before the model, which takes longer to fail
+        from yivl.inference.compilation import check_compiler, compile_decoding
+
+        check_compiler()
+    loaded = load_model(
         arguments.model_path,
         device=arguments.device,
         dtype=arguments.dtype,
@@ -160,6 +167,7 @@ def load(arguments: argparse.Namespace) -> "LoadedModel":
         load_in_8bit=arguments.load_8bit,
         attn_implementation=arguments.attn_implementation,
     )
+    return compile_decoding(loaded) if arguments.compile else loaded
 
 
 def load_chat(arguments: argparse.Namespace) -> "Chat":

@@ -324,8 +324,8 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_a_valid_conversation(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        loaded.model.model.layers[2], "forward", interrupt
-    )  # layers 0 and 1 hold the new position by then
+        loaded.model.model.layers[2].mlp.up_proj, "forward", interrupt
+    )  # layers 0 to 2 hold the new position
     with pytest.raises(KeyboardInterrupt):
         next(pieces)
     monkeypatch.undo()

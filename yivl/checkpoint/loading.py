@@ -51,6 +51,8 @@ class LoadedModel:
     image_processor: ImageProcessor
     name: str
     """Last part of the path or hub id, for display."""
+    decoding_functions: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None = None
+    """Compiled functions of a layer and of the head, see ``yivl.inference.compilation``; ``None``: not compiled."""
 
 
 def load_model(

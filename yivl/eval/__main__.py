@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BENCHMARKS: "Final[Mapping[str, Benchmark]]" = MappingProxyType({"rows": rows, "mmmu": mmmu, "cmmmu": cmmmu})
 
 # Flags that change at most the last bits of the responses: a run may resume with others.
-_FREE: Final = ("output", "batch_size", "device", "attn_implementation", "group_by")
+_FREE: Final = ("output", "batch_size", "device", "attn_implementation", "compile", "group_by")
 
 
 def parse_args() -> argparse.Namespace:

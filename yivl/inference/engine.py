@@ -1,10 +1,8 @@
 """Prefill and decode: requests in, tokens out. The only decoding loop; chats, servers and evaluation use it."""
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -15,6 +13,7 @@ from yivl.checkpoint.loading import LoadedModel
 from yivl.command_line import is_out_of_memory
 from yivl.constants import STOP_STRING
 from yivl.errors import YiVLError
+from yivl.inference.decoding import DecodingStep, supports
 from yivl.inference.kv_cache import Layers, PrefixStore
 from yivl.inference.request import GenerationState
 
@@ -53,13 +52,15 @@ class Engine:
         self._states: list[GenerationState] = []
         self._lengths: list[int] = []  # cached positions of each row, without padding
         self._cache: Cache | None = None
+        self._is_supported = supports(loaded.model)
+        self._decode: DecodingStep | None = None  # of the present rows
 
     def __len__(self) -> int:
         return len(self._states)
 
     def clear(self) -> None:
         """Drop all requests and their keys and values, after an error for example."""
-        self._states, self._lengths, self._cache = [], [], None
+        self._states, self._lengths, self._cache, self._decode = [], [], None, None
 
     def add(self, state: GenerationState) -> str:
         """Compute the prompt of a request and return the text of its first token, which may be empty.
@@ -103,7 +104,7 @@ class Engine:
         ).logits
         if prefill.num_remaining:
             return None
-        text = state.take(state.sampler.choose(logits[:, -1].float()))
+        text = state.take(state.sampler.choose(logits[:, -1]))
         self._store(state.keys, [(layer.keys, layer.values) for layer in cache.layers])
         if state.finish_reason is None:
             self._join(state, cache)
@@ -120,26 +121,27 @@ class Engine:
         return pieces
 
     def _decode_logits(self) -> torch.Tensor:
-        """Append the last token of every request to the cache; return ``(rows, vocabulary)`` logits in float32."""
-        model, num_rows = self.loaded.model, len(self._states)
+        """Append the last token of every request to the cache; return ``(rows, vocabulary)`` logits."""
+        assert self._cache is not None
+        model, token_ids = self.loaded.model, [state.new_ids[-1] for state in self._states]
+        if self._is_supported:
+            self._decode = self._decode or DecodingStep(self.loaded, self._lengths)
+            logits = self._decode(token_ids, self._cache)
+            self._lengths = [length + 1 for length in self._lengths]
+            return logits
         self._lengths = [length + 1 for length in self._lengths]
         lengths = torch.tensor(self._lengths, device=model.device).unsqueeze(1)
+        is_padded = len(set(self._lengths)) > 1
         mask = torch.arange(max(self._lengths) - 1, -1, -1, device=model.device) < lengths
-        is_padded, is_cpu = len(set(self._lengths)) > 1, model.device.type == "cpu"
-        if is_cpu and model.config._attn_implementation == "sdpa":
-            # Given a mask, even one that hides nothing, transformers passes the query heads of a group to attention as
-            # rows of one matrix, so that each key is read once; without it attention is ten times slower on a CPU.
-            mask, is_padded = mask[:, None, None, :], True
-        is_matrix_vector = is_cpu and num_rows == 1 and model.dtype == torch.bfloat16
-        with native_matrix_vector if is_matrix_vector else nullcontext():
-            logits: torch.Tensor = model(
-                input_ids=torch.tensor([state.new_ids[-1:] for state in self._states], device=model.device),
-                attention_mask=mask if is_padded else None,
-                position_ids=lengths - 1 if is_padded else None,
-                past_key_values=self._cache,
-                use_cache=True,
-            ).logits
-        return logits[:, -1].float()
+        outputs = model(
+            input_ids=torch.tensor(token_ids, device=model.device).unsqueeze(1),
+            attention_mask=mask if is_padded else None,
+            position_ids=lengths - 1 if is_padded else None,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        last: torch.Tensor = outputs.logits[:, -1]
+        return last
 
     @torch.inference_mode()
     def remove(self, leaving: Sequence[GenerationState]) -> None:
@@ -166,6 +168,7 @@ class Engine:
 
     def _join(self, state: GenerationState, cache: Cache) -> None:
         """Add a row of keys and values to the batch; the first one is adopted without a copy."""
+        self._decode = None
         if self._cache is None:
             self._states, self._lengths, self._cache = [state], [len(state.keys)], cache
             return
@@ -184,6 +187,7 @@ class Engine:
         if not rows or self._cache is None:
             self.clear()
             return
+        self._decode = None
         self._states = [self._states[row] for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
         for layer in self._cache.layers:
@@ -251,33 +255,3 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
         yield state.take(token)
         if state.finish_reason:
             return
-
-
-class _NativeKernels:
-    """Switches oneDNN off while any thread is inside; the switch is process-wide, so the users are counted."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_users = 0
-        self._before = True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._num_users == 0:
-                self._before = bool(torch.backends.mkldnn.enabled)
-                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-            self._num_users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_users -= 1
-            if self._num_users == 0:
-                torch.backends.mkldnn.enabled = self._before  # type: ignore[assignment]
-
-
-native_matrix_vector: Final = _NativeKernels()
-"""Multiplies matrix and vector with PyTorch's own kernels instead of oneDNN's.
-
-With a single bfloat16 row oneDNN reaches two thirds of the memory bandwidth, the native kernels nearly all of it
-(docs/benchmarks.md). PyTorch has no switch per call or thread; another thread gets the same numbers, only slower.
-"""

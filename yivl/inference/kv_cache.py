@@ -35,21 +35,31 @@ class GrowingLayer(DynamicLayer):
         self.values = _append(self.values, value_states)
         return self.keys, self.values
 
+    def extend(self) -> None:
+        """Append one position to a filled layer, which the caller writes."""
+        shape = (*self.keys.shape[:2], 1, self.keys.shape[-1])
+        self.keys, self.values = _extend(self.keys, self.keys, shape), _extend(self.values, self.values, shape)
+
 
 def _append(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Return ``filled`` followed by ``new`` along the positions, in place where the buffer has room."""
+    total = _extend(filled, new, new.shape)
+    total[:, :, -new.shape[-2] :] = new
+    return total
+
+
+def _extend(filled: torch.Tensor, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return ``filled`` followed by positions of ``shape`` without values, in place where the buffer has room."""
     past = filled.shape[-2] if filled.numel() else 0
-    batch, heads, added, head_dim = new.shape
+    batch, heads, added, head_dim = shape
     total = past + added
     # The stride gives the room of a buffer only for views that start at its beginning.
     capacity = filled.stride(1) // head_dim if past and not filled.storage_offset() else 0
     if total <= capacity:
-        buffer = filled.as_strided((batch, heads, capacity, head_dim), filled.stride())
-    else:
-        buffer = new.new_empty(batch, heads, total + max(ROOM, total // 4), head_dim)
-        if past:
-            buffer[:, :, :past] = filled
-    buffer[:, :, past:total] = new
+        return filled.as_strided((batch, heads, total, head_dim), filled.stride())
+    buffer = like.new_empty(batch, heads, total + max(ROOM, total // 4), head_dim)
+    if past:
+        buffer[:, :, :past] = filled
     return buffer[:, :, :total]
 
 
