@@ -23,7 +23,13 @@ from typing import Any
 
 from benchmark_inference import GOLDEN, SHAPES, machine, machine_rates, resident_peak, rounded, shape_config
 
-VARIANTS = ("llava", "grouped", "packed")
+VARIANTS = {
+    "llava": "",
+    "grouped": "--group_by_length True",
+    "packed": "--packing True",
+    "packed_8bit": "--packing True --optim adamw_bnb_8bit",
+}
+"""The flags of ``yivl.train`` that a variant stands for."""
 PROMPT_BEFORE, PROMPT_AFTER, SHORTEST, LONGEST = 40, 20, 10, 400
 
 
@@ -109,13 +115,15 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
 
     torch.manual_seed(0)
     config = shape_config(arguments.shape, image_size=arguments.image_size)
-    packing = arguments.variant == "packed"
+    packing = "--packing" in VARIANTS[arguments.variant]
     config._attn_implementation = (
         register_packed_sdpa() if packing and arguments.attention == "sdpa" else arguments.attention
     )
     model = YiVLForCausalLM(config).to(arguments.device).train()
-    model.get_vision_tower().requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
+    model.get_vision_tower().requires_grad_(False).eval().to(getattr(torch, arguments.dtype))  # in both
+    if arguments.variant == "llava":
+        use_layers_of_transformers(model)
+    optimizer = make_optimizer(arguments.variant, model, lr=1e-5)
     mean_length = config.num_patches + PROMPT_BEFORE + PROMPT_AFTER + (SHORTEST + LONGEST) // 2
     batch_size = arguments.positions // mean_length
     samples = random_examples(batch_size * arguments.batches, config)
@@ -155,6 +163,27 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def make_optimizer(variant: str, model: Any, lr: float) -> Any:
+    """Return AdamW as transformers makes it for the ``--optim`` of a variant."""
+    import torch
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if "adamw_bnb_8bit" in VARIANTS[variant]:
+        from bitsandbytes.optim import AdamW
+
+        return AdamW(trainable, lr=lr, weight_decay=0.0, optim_bits=8)
+    return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
+
+
+def use_layers_of_transformers(model: Any) -> None:
+    """Replace the decoder layers by those of transformers, with the same weights."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = LlamaDecoderLayer(model.config, index)
+        model.model.layers[index].load_state_dict(layer.state_dict(), assign=True)
+
+
 def estimate(model: Any, config: Any, longest: int, batch_size: int, dtype: str) -> float:
     """Return the memory that the dry run estimates for samples of the longest length, in bytes."""
     from yivl.train.arguments import parse_arguments
@@ -188,7 +217,7 @@ def random_examples(count: int, config: Any) -> list[Any]:
 
 def yivl_loss(model: Any, batch: dict[str, Any]) -> Any:
     """Return the loss as the trainer computes it."""
-    return model(**batch, use_cache=False).loss
+    return model(**batch, skip_logits=True).loss
 
 
 def llava_loss(model: Any, batch: dict[str, Any]) -> Any:
