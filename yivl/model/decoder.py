@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
@@ -41,13 +42,21 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class MLP(LlamaMLP):
-    """SwiGLU that saves its gate and up projections and their product, and not the activated gate."""
+    """SwiGLU that saves the gate and up projections, and neither the activated gate nor their product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the MLP, of the shape of ``x``."""
         if not torch.is_grad_enabled() or not isinstance(self.act_fn, SiLUActivation):
             return super().forward(x)  # type: ignore[no-any-return]
-        output: torch.Tensor = self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not self.down_proj.weight.requires_grad:  # nor is the product saved for a frozen weight
+            return self._down(gate, up)
+        # The product is re-computed. The matrix product is not: re-computation ends at the last saved tensor.
+        output: torch.Tensor = checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return output
+
+    def _down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.down_proj(_SwiGLU.apply(gate, up))
         return output
 
 

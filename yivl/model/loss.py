@@ -65,8 +65,9 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         normalizers = torch.empty(len(logits), 1, dtype=torch.float32, device=logits.device)
-        for rows, block in zip(normalizers.split(BLOCK_SIZE), logits.split(BLOCK_SIZE), strict=True):
-            torch.logsumexp(block.float(), 1, keepdim=True, out=rows)
+        for start in range(0, len(logits), BLOCK_SIZE):
+            rows = slice(start, start + BLOCK_SIZE)
+            normalizers[rows] = logits[rows].float().logsumexp(1, keepdim=True)
         ctx.save_for_backward(logits, targets, normalizers)
         return (normalizers - logits.gather(1, targets[:, None])).sum()
 
