@@ -122,7 +122,9 @@ def test_pixels_are_those_of_inference(loaded: LoadedModel) -> None:
     keys = golden_json("train_preprocess")["pixel_values_of_items"]
     for name in ("image_gpt", "readme_roles_human_assistant", "image_second_turn_zh"):
         expected = pixels[keys[f"{name}__pad"]]
-        pixel_values = loaded.image_processor.normalize(sample_of(name, loaded).pixels)
+        sample = sample_of(name, loaded)
+        assert sample.pixels.dtype == torch.uint8
+        pixel_values = loaded.image_processor.normalize(sample.pixels)
         torch.testing.assert_close(pixel_values[0], expected, atol=1e-5, rtol=0)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from support.golden import CHECKPOINT
 from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows, write_shards
 from torch.utils.data import DataLoader
@@ -371,6 +372,24 @@ def test_a_damaged_image_is_skipped_in_workers_and_reported_with_its_row(loaded:
         assert reason in skip.report()
     with pytest.raises(RowError, match="file row 0"):
         RowDataset(rows, encoder(loaded), BadRows("error", tmp_path / "none"))[0]
+
+
+def test_workers_reuse_the_memory_of_images(loaded: LoadedModel, tmp_path: Path) -> None:
+    data = DataArguments(data_path=str(write_rows(tmp_path / "rows.json")), image_folder=str(IMAGES))
+    training = TrainingArguments(output_dir=str(tmp_path), dataloader_num_workers=1)
+    loader = make_batches(data, training, encoder(loaded), pytest.fail).loader
+    numbers: Any = NumberOfKeptBlocks()
+    assert list(DataLoader(numbers, batch_size=None, num_workers=1, worker_init_fn=loader.worker_init_fn)) == [4]
+
+
+class NumberOfKeptBlocks:
+    """A data set of one number: the blocks of memory that Pillow keeps in the process that reads it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return int(Image.core.get_blocks_max())  # type: ignore[attr-defined]
 
 
 @pytest.fixture(params=["sdpa_packed", "sdpa", "eager"])
