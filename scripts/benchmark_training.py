@@ -17,14 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmark_inference import GOLDEN, SHAPES, machine, machine_rates, resident_peak, rounded, shape_config
 
-VARIANTS = ("llava", "grouped", "packed")
+from yivl.train.cpu_threads import let_idle_threads_sleep
+
+VARIANTS = {
+    "llava": "",
+    "grouped": "--group_by_length True",
+    "packed": "--packing True",
+    "packed_8bit": "--packing True --optim adamw_bnb_8bit",
+}
+"""The flags of ``yivl.train`` that a variant stands for."""
 PROMPT_BEFORE, PROMPT_AFTER, SHORTEST, LONGEST = 40, 20, 10, 400
+CURVE_STEPS = 20
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +63,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure and print one JSON object."""
     arguments = parse_args()
+    let_idle_threads_sleep()  # as training does
     if arguments.variant:
         print(json.dumps(train(arguments)))
         return
@@ -69,6 +79,7 @@ def main() -> None:
     for image_size in arguments.image_sizes:
         runs = [measure_variants(arguments, image_size) for _ in range(arguments.repeats)]
         results[f"{(image_size // 14) ** 2} patches"] = compare(runs, rate)
+    results["loss_curves"] = measure_loss_curves(arguments)
     results["loader"] = measure_loader(arguments.images, arguments.repeats)
     print(json.dumps(rounded(results), indent=2))
 
@@ -102,40 +113,19 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     """Return samples, tokens and useful FLOPs per second of one variant, and its memory."""
     import torch
 
-    from yivl.data.collator import Collator
     from yivl.data.sampler import BatchSampler
-    from yivl.model.attention import register_packed_sdpa
-    from yivl.model.modeling import YiVLForCausalLM
 
-    torch.manual_seed(0)
     config = shape_config(arguments.shape, image_size=arguments.image_size)
-    packing = arguments.variant == "packed"
-    config._attn_implementation = (
-        register_packed_sdpa() if packing and arguments.attention == "sdpa" else arguments.attention
-    )
-    model = YiVLForCausalLM(config).to(arguments.device).train()
-    model.get_vision_tower().requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
+    model = make_model(arguments, config)
+    optimizer = make_optimizer(arguments.variant, model, lr=1e-5)
     mean_length = config.num_patches + PROMPT_BEFORE + PROMPT_AFTER + (SHORTEST + LONGEST) // 2
     batch_size = arguments.positions // mean_length
     samples = random_examples(batch_size * arguments.batches, config)
     lengths = None if arguments.variant == "llava" else [sample.sequence_length for sample in samples]
     batches = list(BatchSampler([len(samples)], batch_size, lengths=lengths))
-    collator = Collator(0, packing=packing)
-    loss_of: Callable[..., Any] = llava_loss if arguments.variant == "llava" else yivl_loss
 
     def step(indices: Sequence[int]) -> None:
-        batch = {
-            key: value.to(arguments.device) if value is not None else None
-            for key, value in collator([samples[index] for index in indices]).items()
-        }
-        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
-            loss = loss_of(model, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if arguments.device == "cuda":
-            torch.cuda.synchronize()
+        take_step(arguments, model, optimizer, [samples[index] for index in indices])
 
     step([0])  # warms up, and allocates the optimizer states
     start = time.perf_counter()
@@ -153,6 +143,91 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
         ),
         "batch_size": batch_size,
     }
+
+
+def measure_loss_curves(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return how far the losses of each variant are from the baseline's, on the same batches of a small shape."""
+    import torch
+
+    config = shape_config("small", image_size=56)
+    config.vocab_size, config.num_hidden_layers = 8000, 2  # seconds instead of minutes
+    samples = random_examples(8, config)
+    curves: dict[str, list[float]] = {}
+    for variant in VARIANTS:
+        own = argparse.Namespace(**vars(arguments) | {"variant": variant})
+        model = make_model(own, config)
+        optimizer = make_optimizer(variant, model, lr=3e-4)
+        starts = [(2 * step) % len(samples) for step in range(CURVE_STEPS)]
+        curves[variant] = [take_step(own, model, optimizer, samples[start : start + 2]) for start in starts]
+    baseline = torch.tensor(curves["llava"])
+    return {
+        "steps": CURVE_STEPS,
+        "first_and_last_loss": {variant: [curve[0], curve[-1]] for variant, curve in curves.items()},
+        "largest_relative_difference": {
+            variant: float(((torch.tensor(curve) - baseline).abs() / baseline).max())
+            for variant, curve in curves.items()
+        },
+    }
+
+
+def make_model(arguments: argparse.Namespace, config: Any) -> Any:
+    """Return the model of a variant, with the same random weights in all of them."""
+    import torch
+
+    from yivl.model.attention import register_packed_sdpa
+    from yivl.model.modeling import YiVLForCausalLM
+
+    packing = "--packing" in VARIANTS[arguments.variant]
+    config._attn_implementation = (
+        register_packed_sdpa() if packing and arguments.attention == "sdpa" else arguments.attention
+    )
+    torch.manual_seed(0)
+    model = YiVLForCausalLM(config).to(arguments.device).train()
+    # Frozen weights are in the dtype of the matrix products, in LLaVA too.
+    model.get_vision_tower().requires_grad_(False).eval().to(getattr(torch, arguments.dtype))
+    if arguments.variant == "llava":
+        use_layers_of_transformers(model)
+    return model
+
+
+def take_step(arguments: argparse.Namespace, model: Any, optimizer: Any, samples: Sequence[Any]) -> float:
+    """Train on one batch, and return its loss."""
+    import torch
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from yivl.data.collator import Collator, normalize_images
+    from yivl.image_processing import ImageProcessor
+
+    collated = Collator(0, packing="--packing" in VARIANTS[arguments.variant])(samples)
+    batch = {key: value.to(arguments.device) for key, value in collated.items()}
+    batch = normalize_images(batch, ImageProcessor(CLIPImageProcessorPil()))
+    with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
+        loss = (llava_loss if arguments.variant == "llava" else yivl_loss)(model, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.item())  # waits for the device
+
+
+def make_optimizer(variant: str, model: Any, lr: float) -> Any:
+    """Return AdamW as transformers makes it for the ``--optim`` of a variant."""
+    import torch
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if "adamw_bnb_8bit" in VARIANTS[variant]:
+        from bitsandbytes.optim import AdamW
+
+        return AdamW(trainable, lr=lr, weight_decay=0.0, optim_bits=8)
+    return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
+
+
+def use_layers_of_transformers(model: Any) -> None:
+    """Replace the decoder layers by those of transformers, with the same weights."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = LlamaDecoderLayer(model.config, index)
+        model.model.layers[index].load_state_dict(layer.state_dict(), assign=True)
 
 
 def estimate(model: Any, config: Any, longest: int, batch_size: int, dtype: str) -> float:
@@ -176,19 +251,21 @@ def random_examples(count: int, config: Any) -> list[Any]:
     from yivl.data.encoding import Sample
 
     size, examples = config.vision_config.image_size, []
+    torch.manual_seed(1)
     for _ in range(count):
         answer = int(torch.randint(SHORTEST, LONGEST + 1, ()))
         ids = torch.randint(10, config.vocab_size, (PROMPT_BEFORE + 1 + PROMPT_AFTER + answer,))
         ids[PROMPT_BEFORE] = IMAGE_TOKEN_INDEX
         labels = ids.clone()
         labels[:-answer] = IGNORE_INDEX
-        examples.append(Sample(ids, labels, torch.randn(1, 3, size, size), len(ids) - 1 + config.num_patches))
+        pixels = torch.randint(256, (1, size, size, 3), dtype=torch.uint8)
+        examples.append(Sample(ids, labels, pixels, len(ids) - 1 + config.num_patches))
     return examples
 
 
 def yivl_loss(model: Any, batch: dict[str, Any]) -> Any:
     """Return the loss as the trainer computes it."""
-    return model(**batch, use_cache=False).loss
+    return model(**batch, skip_logits=True).loss
 
 
 def llava_loss(model: Any, batch: dict[str, Any]) -> Any:
@@ -241,8 +318,10 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
     from yivl.data.sources import DataSource
     from yivl.data.streaming import StreamDataset, StreamSampler
     from yivl.image_processing import expand2square
+    from yivl.train.dataloaders import keep_image_memory
 
     torch.set_num_threads(1)  # as in a data-loading worker
+    keep_image_memory()
     _, tokenizer, image_processor = read_small_files(GOLDEN / "checkpoint")
     clip = image_processor.clip_processor
     clip.size, clip.crop_size = {"shortest_edge": 448}, {"height": 448, "width": 448}

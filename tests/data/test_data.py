@@ -14,7 +14,7 @@ from support.golden import GOLDEN, golden_arrays, golden_json
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import ASSISTANT, IGNORE_INDEX
 from yivl.conversation import Turn, render_chunks
-from yivl.data.collator import Collator
+from yivl.data.collator import Collator, normalize_images
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, log_notices, parse_row, read_rows
 from yivl.errors import CheckpointError
@@ -80,7 +80,7 @@ def test_the_published_readme_role_is_the_answering_role(loaded: LoadedModel) ->
 
 def test_an_image_without_a_placeholder_belongs_to_the_first_turn(loaded: LoadedModel) -> None:
     sample = sample_of("image_without_placeholder", loaded)
-    assert len(sample.pixel_values) == 1
+    assert len(sample.pixels) == 1
     ids, recorded = sample.input_ids.tolist(), RECORDED["image_without_placeholder"]["input_ids"]
     slot = ids.index(-200)
     # The same text except for the image and the line break after it; the reference encodes the image and drops it.
@@ -122,7 +122,10 @@ def test_pixels_are_those_of_inference(loaded: LoadedModel) -> None:
     keys = golden_json("train_preprocess")["pixel_values_of_items"]
     for name in ("image_gpt", "readme_roles_human_assistant", "image_second_turn_zh"):
         expected = pixels[keys[f"{name}__pad"]]
-        torch.testing.assert_close(sample_of(name, loaded).pixel_values[0], expected, atol=1e-5, rtol=0)
+        sample = sample_of(name, loaded)
+        assert sample.pixels.dtype == torch.uint8
+        pixel_values = loaded.image_processor.normalize(sample.pixels)
+        torch.testing.assert_close(pixel_values[0], expected, atol=1e-5, rtol=0)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
@@ -162,9 +165,9 @@ def test_a_long_row_is_truncated(max_length: int, loaded: LoadedModel) -> None:
     truncated = sample_of("image_second_turn_zh", loaded, max_length)
     assert truncated.sequence_length <= max_length
     assert truncated.input_ids.tolist() == whole.input_ids[: len(truncated.input_ids)].tolist()
-    assert len(truncated.pixel_values) == int((truncated.input_ids == -200).sum())
+    assert len(truncated.pixels) == int((truncated.input_ids == -200).sum())
     if max_length == 96:  # the second turn begins with an image of 16 patches, which does not fit
-        assert len(truncated.pixel_values) == 0
+        assert len(truncated.pixels) == 0
 
 
 def test_a_row_whose_answers_are_truncated_away_is_an_error(loaded: LoadedModel) -> None:
@@ -242,7 +245,7 @@ def test_trailing_commas_are_ignored_and_strings_are_kept(tmp_path: Path) -> Non
 
 def test_the_mask_keeps_a_real_token_that_equals_the_pad_id() -> None:
     def sample(*ids: int) -> Sample:
-        return Sample(torch.tensor(ids), torch.tensor(ids), torch.zeros(0, 3, 2, 2), len(ids))
+        return Sample(torch.tensor(ids), torch.tensor(ids), torch.zeros(0, 2, 2, 3, dtype=torch.uint8), len(ids))
 
     batch = Collator(pad_token_id=2)([sample(1, 5, 2), sample(1, 2)])  # 2 ends both samples
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -252,7 +255,11 @@ def test_the_mask_keeps_a_real_token_that_equals_the_pad_id() -> None:
 
 def test_a_batch_has_the_loss_of_its_samples(loaded: LoadedModel) -> None:
     samples = [sample_of(name, loaded) for name in ("image_gpt", "text_multi_gpt", "image_second_turn_zh")]
-    collate = Collator(loaded.tokenizer.pad_token_id)
+    collator = Collator(loaded.tokenizer.pad_token_id)
+
+    def collate(samples: list[Sample]) -> dict[str, Any]:
+        return normalize_images(collator(samples), loaded.image_processor)
+
     with torch.no_grad():
         together = loaded.model(**collate(samples)).loss
         alone = [loaded.model(**collate([sample])).loss for sample in samples]

@@ -107,7 +107,7 @@ def test_parts_of_a_message_are_the_prompt_of_the_api(loaded: LoadedModel) -> No
     assert (row.turns[0].question, row.turns[0].num_images) == (turn.question, turn.num_images) == ("One\ntwo?", 1)
     encode = Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048)
     from_file = parse_row({"image": "square_rgb.png", "text": "A."}, "row", IMAGES)
-    assert torch.equal(encode(row).pixel_values, encode(from_file).pixel_values)
+    assert torch.equal(encode(row).pixels, encode(from_file).pixels)
 
 
 @pytest.mark.parametrize(

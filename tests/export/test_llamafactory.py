@@ -85,7 +85,7 @@ def test_the_way_there_and_back_gives_the_same_examples(tmp_path: Path, loaded: 
         expected, example = encoder(one), encoder(other)
         assert torch.equal(example.input_ids, expected.input_ids)
         assert torch.equal(example.labels, expected.labels)
-        assert torch.equal(example.pixel_values, expected.pixel_values)
+        assert torch.equal(example.pixels, expected.pixels)
 
 
 def test_a_row_in_both_forms(tmp_path: Path) -> None:

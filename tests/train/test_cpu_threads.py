@@ -52,6 +52,22 @@ def test_a_run_says_its_threads_and_keeps_what_the_user_set(
     assert f"CPU threads: 1 x 1 processes; idle threads {expected} " in result.stderr
 
 
+@pytest.mark.parametrize(("native", "bf16", "warns"), [(False, True, True), (False, False, False), (True, True, False)])
+def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    native: bool,
+    bf16: bool,
+    warns: bool,
+) -> None:
+    monkeypatch.setattr("yivl.train.run.has_native_bfloat16", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level("WARNING"):
+        main(flags(tmp_path / "out", write_rows(tmp_path / "rows.json"), dry_run=True, bf16=bf16))
+    assert ("give --bf16 False" in caplog.text) is warns
+
+
 def test_the_launcher_divides_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launch", "--standalone", "--nproc-per-node", "2", "-m", "yivl.eval"])
     monkeypatch.setattr("torch.distributed.run.main", lambda _: None)

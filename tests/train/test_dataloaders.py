@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from support.golden import CHECKPOINT
 from support.training import FACTS, IMAGES, conversation, losses, train, weights, write_rows, write_shards
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from transformers import TrainingArguments
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import IGNORE_INDEX
 from yivl.data.bad_rows import BadRows
-from yivl.data.collator import Collator
+from yivl.data.collator import Collator, normalize_images
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row
 from yivl.data.sampler import BatchSampler, RowDataset
@@ -373,6 +374,24 @@ def test_a_damaged_image_is_skipped_in_workers_and_reported_with_its_row(loaded:
         RowDataset(rows, encoder(loaded), BadRows("error", tmp_path / "none"))[0]
 
 
+def test_workers_reuse_the_memory_of_images(loaded: LoadedModel, tmp_path: Path) -> None:
+    data = DataArguments(data_path=str(write_rows(tmp_path / "rows.json")), image_folder=str(IMAGES))
+    training = TrainingArguments(output_dir=str(tmp_path), dataloader_num_workers=1)
+    loader = make_batches(data, training, encoder(loaded), pytest.fail).loader
+    numbers: Any = NumberOfKeptBlocks()
+    assert list(DataLoader(numbers, batch_size=None, num_workers=1, worker_init_fn=loader.worker_init_fn)) == [4]
+
+
+class NumberOfKeptBlocks:
+    """A data set of one number: the blocks of memory that Pillow keeps in the process that reads it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return int(Image.core.get_blocks_max())  # type: ignore[attr-defined]
+
+
 @pytest.fixture(params=["sdpa_packed", "sdpa", "eager"])
 def packing_model(request: pytest.FixtureRequest) -> YiVLForCausalLM:
     register_packed_sdpa()
@@ -386,16 +405,18 @@ def gradients(model: YiVLForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def test_packed_samples_have_the_loss_and_gradients_of_separate_samples(
-    packing_model: YiVLForCausalLM, samples: list[Sample]
+    packing_model: YiVLForCausalLM, samples: list[Sample], loaded: LoadedModel
 ) -> None:
     targets = sum(int((sample.labels[1:] != IGNORE_INDEX).sum()) for sample in samples)
     separate = torch.zeros(())
     for sample in samples:
-        loss = packing_model(**Collator(0)([sample]), num_items_in_batch=targets).loss
+        loss = packing_model(
+            **normalize_images(Collator(0)([sample]), loaded.image_processor), num_items_in_batch=targets
+        ).loss
         loss.backward()
         separate += loss.detach()
     expected = gradients(packing_model)
-    batch = Collator(0, packing=True)(samples)
+    batch = normalize_images(Collator(0, packing=True)(samples), loaded.image_processor)
     assert batch["input_ids"].shape[0] == 1
     packed = packing_model(**batch, num_items_in_batch=targets).loss
     packed.backward()
@@ -407,12 +428,12 @@ def test_packed_samples_have_the_loss_and_gradients_of_separate_samples(
 
 
 def test_a_packed_sample_does_not_attend_to_its_neighbors(
-    packing_model: YiVLForCausalLM, samples: list[Sample]
+    packing_model: YiVLForCausalLM, samples: list[Sample], loaded: LoadedModel
 ) -> None:
     packing_model.eval()
 
     def last_logits(rows: list[Sample]) -> torch.Tensor:
-        batch = Collator(0, packing=True)(rows)
+        batch = normalize_images(Collator(0, packing=True)(rows), loaded.image_processor)
         with torch.no_grad():
             logits: torch.Tensor = packing_model(**batch | {"labels": None}).logits
         return logits[0, -rows[-1].sequence_length :]
@@ -423,9 +444,9 @@ def test_a_packed_sample_does_not_attend_to_its_neighbors(
 
 
 def test_the_end_of_a_packed_sample_does_not_predict_the_first_token_of_the_next(
-    packing_model: YiVLForCausalLM, samples: list[Sample]
+    packing_model: YiVLForCausalLM, samples: list[Sample], loaded: LoadedModel
 ) -> None:
-    batch = Collator(0, packing=True)(samples[:2])
+    batch = normalize_images(Collator(0, packing=True)(samples[:2]), loaded.image_processor)
     batch["labels"][0, len(samples[0].input_ids)] = 5
     fused = packing_model.fuse(
         batch["input_ids"], batch["images"], labels=batch["labels"], row_lengths=batch["row_lengths"]

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from yivl.constants import IGNORE_INDEX
 from yivl.data.encoding import Sample
+from yivl.image_processing import ImageProcessor
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Collator:
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Any]:
         """Return ``images``, ``input_ids``, ``labels`` and ``attention_mask`` (batch, seq) or ``row_lengths`` (batch,).
 
-        ``images`` is ``(num_images, 3, image_size, image_size)`` in placeholder order, ``None`` without images.
+        ``images`` is ``(num_images, image_size, image_size, 3)`` uint8 in placeholder order, ``None`` without images.
         """
         rows = [sample for sample in samples if sample is not None]
         if not rows:
             ids = torch.full((2,), self.pad_token_id)
-            rows = [Sample(ids, torch.full_like(ids, IGNORE_INDEX), torch.zeros(0), 2)]
+            rows = [Sample(ids, torch.full_like(ids, IGNORE_INDEX), torch.zeros(0, dtype=torch.uint8), 2)]
         lengths = torch.tensor([len(row.input_ids) for row in rows])
-        images = [row.pixel_values for row in rows if len(row.pixel_values)]
+        images = [row.pixels for row in rows if len(row.pixels)]
         token_ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
         batch: dict[str, Any] = {"images": torch.cat(images) if images else None}
         if self.packing:
@@ -43,3 +44,9 @@ class Collator:
         # From the lengths and not from pad_token_id, which may also be a real token.
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return batch
+
+
+def normalize_images(batch: dict[str, Any], image_processor: ImageProcessor) -> dict[str, Any]:
+    """Return a batch of ``Collator`` with the ``pixel_values`` of its images, as the model takes them."""
+    images = batch["images"]
+    return batch if images is None else batch | {"images": image_processor.normalize(images)}

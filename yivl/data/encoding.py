@@ -20,7 +20,7 @@ class Sample:
 
     input_ids: torch.Tensor  # (seq,) int64, IMAGE_TOKEN_INDEX at image placeholders
     labels: torch.Tensor  # (seq,) int64, IGNORE_INDEX where no loss is computed
-    pixel_values: torch.Tensor  # (num_images, 3, image_size, image_size) float32, normalized
+    pixels: torch.Tensor  # (num_images, image_size, image_size, 3) uint8, of ImageProcessor.resize
     sequence_length: int
     """Length in the decoder, image patches included."""
 
@@ -52,9 +52,7 @@ class Encoder:
             images = [load_image(image) for image in row.images[: int((input_ids == IMAGE_TOKEN_INDEX).sum())]]
         except ImageError as error:
             raise RowError(f"{row.origin}: {error}") from error
-        size = self.image_processor.image_size
-        pixel_values = self.image_processor(images) if images else torch.zeros(0, 3, size, size)
-        return Sample(input_ids, labels, pixel_values, sequence_length)
+        return Sample(input_ids, labels, self.image_processor.resize(images), sequence_length)
 
     def encode_text(self, row: Row) -> EncodedTurns:
         """Return the ids of a row, not truncated, and the tokens the loss is computed on."""

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from yivl.constants import IMAGE_TOKEN_INDEX
 from yivl.model.configuration import YiVLConfig
+from yivl.model.decoder import DecoderLayer
 from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
@@ -47,16 +48,17 @@ class YiVLModel(LlamaModel):
     config: YiVLConfig
 
     def __init__(self, config: YiVLConfig) -> None:
-        super().__init__(config)
-        self.rotary_emb = ExactRotaryEmbedding(config)
-        # The names of both are checkpoint keys.
+        super(LlamaModel, self).__init__(config)  # not its own __init__, which would build other layers
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        # Tower and projector come first: a device map that exceeds the GPU memory then offloads decoder layers. The
+        # names of all modules are checkpoint keys.
         self.vision_tower = VisionTower(config)
         self.mm_projector = build_projector(config.mm_projector_type, config.mm_hidden_size, config.hidden_size)
-        # Tower and projector come first: a device map that exceeds the GPU memory then offloads decoder layers.
-        for name in [name for name, _ in self.named_children() if name not in ("vision_tower", "mm_projector")]:
-            module = getattr(self, name)
-            delattr(self, name)
-            setattr(self, name, module)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = ExactRotaryEmbedding(config)
+        self.gradient_checkpointing = False
         self.post_init()
 
 
@@ -64,7 +66,7 @@ class YiVLForCausalLM(LlamaForCausalLM):
     """Yi-VL. State-dict names are those of the published checkpoints."""
 
     config: YiVLConfig
-    _no_split_modules = ["LlamaDecoderLayer", "VisionTower"]  # noqa: RUF012 (a transformers class attribute)
+    _no_split_modules = ["DecoderLayer", "VisionTower"]  # noqa: RUF012 (a transformers class attribute)
 
     def __init__(self, config: YiVLConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)  # not its own __init__, which would build a plain decoder

@@ -42,8 +42,8 @@ def estimate_memory(
     """Return the estimated memory of one GPU, for samples of full length, Adam and memory-efficient attention.
 
     Bytes per trainable parameter, for weight, gradient and optimizer: 2, 2 and 12 (FP32 master weight and two moments)
-    with DeepSpeed in 16 bits; 4, 4 and 8 without it, and 2 for the copy that autocast caches. ZeRO partitions the
-    optimizer states from stage 1, the gradients from stage 2 and the weights from stage 3.
+    with DeepSpeed in 16 bits; 4, 4 and 8 without it, or 2 with an 8-bit ``--optim``, and 2 for the copy that autocast
+    caches. ZeRO partitions the optimizer states from stage 1, the gradients from stage 2 and the weights from stage 3.
     """
     model, training = arguments.model, arguments.training
     is_16_bit = bool(training.bf16 or (training.fp16 and zero.stage))
@@ -55,7 +55,8 @@ def estimate_memory(
         for size in sizes
     )
     has_master_weights = zero.stage > 0 and is_16_bit
-    weight, gradient, moments = (2, 2, 12) if has_master_weights else (6 if is_16_bit else 4, 4, 8)
+    moments = 2 if "8bit" in str(training.others.get("optim")) else 8
+    weight, gradient, moments = (2, 2, 4 + moments) if has_master_weights else (6 if is_16_bit else 4, 4, moments)
     weights = (frozen + trained * weight) / (num_gpus if zero.stage == 3 else 1)
     largest_layer = max(size.parameters for size in sizes) / config.num_hidden_layers * width
     if zero.stage == 3:
@@ -70,13 +71,16 @@ def estimate_memory(
 def _activations(sizes: Sequence[PartSize], config: YiVLConfig, arguments: Arguments, width: int) -> float:
     """Return the bytes of the activations saved for the backward pass.
 
-    A layer under gradient checkpointing saves its input; others save the inputs of their linear layers, norms and
-    activation function.
+    A layer under gradient checkpointing saves its input. A decoder layer without it saves the residual stream in
+    float32 twice, the normalized states twice, queries, keys and values, the output of attention and of its heads
+    joined, and the gate and up projections (``yivl.model.decoder``); adapters save the product of the last two as well.
+    A ViT layer saves the inputs of its linear layers, norms and activation function.
     """
     training, vision = arguments.training, config.vision_config
     samples = training.per_device_train_batch_size
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    decoder_layer = 8 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
+    mlp = (3 if arguments.model.lora_enable else 2) * config.intermediate_size
+    decoder_layer = 4 * config.hidden_size + heads * config.head_dim + mlp + 2 * config.hidden_size * 4 // width
     saved = config.hidden_size if training.gradient_checkpointing else decoder_layer
     tokens = samples * min(arguments.data.model_max_length, config.max_position_embeddings)
     total = tokens * width * (config.num_hidden_layers * saved + decoder_layer)
@@ -86,8 +90,8 @@ def _activations(sizes: Sequence[PartSize], config: YiVLConfig, arguments: Argum
         total += samples * config.num_patches * width * (config.num_vision_layers * saved + vit_layer)
     if arguments.model.use_dora:  # the adapted weight of a layer, whose norm DoRA computes, in two copies
         total += 2 * width * config.hidden_size * config.intermediate_size
-    # Logits of a chunk, in the computing precision and in float32, and their gradient.
-    return float(total + min(tokens, CHUNK_SIZE) * config.vocab_size * (width + 8))
+    # Logits of a chunk and their gradient.
+    return float(total + min(tokens, CHUNK_SIZE) * config.vocab_size * 2 * width)
 
 
 def describe_run(run: Run, config: YiVLConfig, sizes: Sequence[PartSize]) -> str:

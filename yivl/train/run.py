@@ -15,6 +15,7 @@ from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
+from yivl.model.cpu import has_native_bfloat16
 from yivl.train import parameters
 from yivl.train.arguments import Arguments
 from yivl.train.compilation import describe_compilation
@@ -63,6 +64,8 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
     set_seed(training.seed)
     if args.device.type == "cpu":
         logger.info("%s", describe_threads())
+        if training.bf16 and not has_native_bfloat16():
+            logger.warning("--bf16 True: this CPU emulates bfloat16, which is slower than float32; give --bf16 False")
     if training.deepspeed and not training.dry_run:
         import deepspeed
 

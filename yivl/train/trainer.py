@@ -21,6 +21,7 @@ from yivl.checkpoint.atomic import replace_dir, write_json, write_text
 from yivl.checkpoint.format import ARGUMENTS, RECORD, RUN_CONFIG
 from yivl.checkpoint.saving import write_checkpoint
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from yivl.data.collator import normalize_images
 from yivl.data.encoding import Encoder
 from yivl.data.sampler import BatchSampler
 from yivl.errors import YiVLError
@@ -144,6 +145,10 @@ class YiVLTrainer(Trainer):
                 f"no target token in {self._empty_steps} steps: all samples were left out; see bad_rows.jsonl"
             )
         return batches, num_items.clamp(min=1)  # it divides the loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the device, its pixels normalized there."""
+        return normalize_images(super()._prepare_inputs(inputs), self.encoder.image_processor)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss without logits, which need 64,000 values per token."""
