@@ -5,24 +5,19 @@ Only for one new token per row; prompts go through the forward method of the mod
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaRMSNorm,
-    rotate_half,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, rotate_half
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.inference.kv_cache import ROOM, GrowingLayer
+from yivl.model.decoder import MLP, DecoderLayer
 from yivl.model.modeling import YiVLForCausalLM, YiVLModel
 
 
@@ -30,12 +25,12 @@ def supports(model: YiVLForCausalLM) -> bool:
     """Return whether the step computes what the forward method of the model does.
 
     The step replaces the forward methods of the decoder, its layers, and their attention and MLP, so these must be
-    those of transformers, with SDPA, and without hooks: accelerate moves activations between devices in hooks. All
+    those of ``YiVLModel``, with SDPA, and without hooks: accelerate moves activations between devices in hooks. All
     other modules are called, so that LoRA and quantized layers are supported.
     """
     replaced: list[tuple[nn.Module, type[nn.Module]]] = [(model, YiVLForCausalLM), (model.model, YiVLModel)]
-    for layer in model.model.layers:
-        replaced += [(layer, LlamaDecoderLayer), (layer.self_attn, LlamaAttention), (layer.mlp, LlamaMLP)]
+    for layer in cast(Iterable[DecoderLayer], model.model.layers):
+        replaced += [(layer, DecoderLayer), (layer.self_attn, LlamaAttention), (layer.mlp, MLP)]
     return (
         model.config._attn_implementation == "sdpa"
         and not model.training
@@ -49,7 +44,7 @@ def _is_unmodified(module: nn.Module) -> bool:
 
 
 def decode_layer(
-    layer: LlamaDecoderLayer,
+    layer: DecoderLayer,
     hidden: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -144,6 +139,7 @@ class DecodingStep:
         is_matrix_vector = len(token_ids) == 1 and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"
         with native_matrix_vector if is_matrix_vector else nullcontext():
             for layer, cached in zip(decoder.layers, cache.layers, strict=True):
+                assert isinstance(layer, DecoderLayer)
                 assert isinstance(cached, GrowingLayer)
                 cached.extend()
                 hidden = run_layer(layer, hidden, cos, sin, cached.keys, cached.values, mask)
