@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.golden import CHECKPOINT
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel, StaticCache
 
+from yivl.checkpoint.loading import load_model
 from yivl.inference.kv_cache import make_cache
-from yivl.model.block_attention import QUERIES, block_sdpa, register_block_sdpa
+from yivl.model.block_attention import BLOCK_SDPA, QUERIES, block_sdpa, register_block_sdpa
 
 
 class Module(nn.Module):
@@ -54,17 +56,28 @@ def test_blocks_equal_attention_in_float64(shape: tuple[int, int, int, int], is_
     torch.testing.assert_close(output.double(), expected(query, key, value, is_causal), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_blocks_in_bfloat16_are_as_close_to_float64_as_eager_attention(is_causal: bool) -> None:
-    query, key, value = (tensor.bfloat16() for tensor in states(4, 4, 2 * QUERIES + 7))
+def test_blocks_in_16_bits_are_as_close_to_float64_as_eager_attention(is_causal: bool, dtype: torch.dtype) -> None:
+    query, key, value = (tensor.to(dtype) for tensor in states(4, 4, 2 * QUERIES + 7))
     exact = expected(query, key, value, is_causal)
     scores = query @ key.transpose(2, 3) * 16**-0.5
     if is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -torch.inf)
-    eager = (scores.softmax(-1, dtype=torch.float32).bfloat16() @ value).transpose(1, 2)
+    eager = (scores.softmax(-1, dtype=torch.float32).to(dtype) @ value).transpose(1, 2)
     with torch.no_grad():
         blocks, _ = block_sdpa(Module(is_causal, 1), query, key, value, None)
     assert (blocks - exact).norm() <= 1.1 * (eager - exact).norm()
+
+
+def test_sdpa_on_a_cpu_loads_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, expected in (({}, BLOCK_SDPA), ({"amx_bf16": True}, "sdpa")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        model = load_model(CHECKPOINT, device="cpu").model
+        configs = (model.config, model.get_vision_tower().vit.config)
+        assert [config._attn_implementation for config in configs] == [expected, expected]
+    eager = load_model(CHECKPOINT, device="cpu", attn_implementation="eager").model
+    assert eager.config._attn_implementation == "eager"
 
 
 def test_gradients_masks_and_single_queries_are_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:

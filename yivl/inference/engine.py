@@ -15,6 +15,7 @@ from yivl.constants import STOP_STRING
 from yivl.errors import YiVLError
 from yivl.inference.kv_cache import PrefixCache, copy_row
 from yivl.inference.request import GenerationState
+from yivl.model.block_attention import BLOCK_SDPA
 
 
 class Engine:
@@ -72,7 +73,7 @@ class Engine:
         lengths = torch.tensor(self._lengths, device=model.device).unsqueeze(1)
         mask = torch.arange(max(self._lengths) - 1, -1, -1, device=model.device) < lengths
         is_padded, is_cpu = len(set(self._lengths)) > 1, model.device.type == "cpu"
-        if is_cpu and model.config._attn_implementation == "sdpa":
+        if is_cpu and model.config._attn_implementation in ("sdpa", BLOCK_SDPA):
             # Given a mask, even one that hides nothing, transformers passes the query heads of a group to attention as
             # rows of one matrix, so that each key is read once; without it attention is ten times slower on a CPU.
             mask, is_padded = mask[:, None, None, :], True

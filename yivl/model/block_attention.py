@@ -15,12 +15,19 @@ QUERIES: Final = 128
 """Queries of a block of causal attention: larger blocks compute more scores that the mask hides. Source: ours."""
 
 
+def prompt_attention() -> str:
+    """Return the ``attn_implementation`` that computes prompts on this CPU: attention in blocks, or ``sdpa``.
+
+    On a CPU with AMX, the fused kernel has tiles of its own, with which attention in blocks has not been compared.
+    """
+    return "sdpa" if torch.cpu.get_capabilities().get("amx_bf16") else register_block_sdpa()
+
+
 def register_block_sdpa() -> str:
     """Register attention in blocks in transformers and return its name for ``attn_implementation``.
 
     The fused CPU kernel of PyTorch multiplies small tiles, in bfloat16 at a third of the rate of a large product
-    (docs/benchmarks.md). Blocks of scores that fit in the cache need no such tiles. Where the fused kernel is the
-    better choice, or a mask is given, the implementation is that of ``sdpa``.
+    (docs/benchmarks.md). With a mask, a single query or gradients, the implementation is that of ``sdpa``.
     """
     AttentionInterface.register(BLOCK_SDPA, block_sdpa)
     AttentionMaskInterface.register(BLOCK_SDPA, _causal_mask)
@@ -76,7 +83,7 @@ def block_attention(
     heads, length, head_dim = query.shape
     key_value_heads, total, _ = key.shape
     # Query heads that share keys become rows of one product.
-    query = query.unflatten(0, (key_value_heads, heads // key_value_heads))
+    query = query.view(key_value_heads, heads // key_value_heads, length, head_dim)
     output = query.new_empty(length, *query.shape[:2], head_dim)
     hidden = torch.ones(QUERIES, QUERIES, dtype=torch.bool, device=query.device).triu(1) if is_causal else None
     for group, block, end in _blocks(key_value_heads, length, total, is_causal):
@@ -87,9 +94,9 @@ def block_attention(
         torch.baddbmm(scores, rows, keys.transpose(1, 2), beta=0, alpha=scaling, out=scores)
         if hidden is not None:
             size = queries.shape[2]
-            scores.unflatten(1, queries.shape[1:3])[..., -size:].masked_fill_(hidden[:size, :size], -torch.inf)
+            scores.view(*queries.shape[:3], end)[..., -size:].masked_fill_(hidden[:size, :size], -torch.inf)
         outputs = torch.bmm(scores.softmax(-1), values)
-        output[block, group] = outputs.unflatten(1, queries.shape[1:3]).permute(2, 0, 1, 3)
+        output[block, group] = outputs.view(queries.shape).permute(2, 0, 1, 3)
     return output.flatten(1, 2)
 
 
@@ -120,7 +127,7 @@ def _causal_mask(
     is_padded = attention_mask is not None and not attention_mask.all()
     if allow_is_causal_skip and is_filled and not is_padded:
         return None
-    return sdpa_mask(
+    mask: torch.Tensor = sdpa_mask(
         batch_size,
         q_length,
         kv_length,
@@ -130,3 +137,4 @@ def _causal_mask(
         allow_is_causal_skip=False,
         **kwargs,
     )
+    return mask

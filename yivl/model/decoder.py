@@ -1,6 +1,6 @@
 """The decoder layer of Llama with norms and MLP that save less for the backward pass.
 
-Parameter names are those of transformers, and so are the modules that run without gradients.
+Without gradients they take fewer passes over memory. Parameter names are those of transformers.
 """
 
 from typing import Any
@@ -35,7 +35,8 @@ class RMSNorm(LlamaRMSNorm):
             exact = hidden_states.float()
             mean = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(exact.shape[-1])
             normalized = exact * mean.add_(self.variance_epsilon).rsqrt_()
-            return self.weight * normalized.to(hidden_states.dtype)
+            result: torch.Tensor = self.weight * normalized.to(hidden_states.dtype)
+            return result
         device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, self.weight.dtype)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
