@@ -8,8 +8,10 @@ from support.golden import CHECKPOINT
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel, StaticCache
+from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from yivl.checkpoint.loading import load_model
+from yivl.checkpoint.loading import Dtype, load_model
 from yivl.inference.kv_cache import make_cache
 from yivl.model.block_attention import BLOCK_SDPA, QUERIES, block_sdpa, register_block_sdpa
 
@@ -70,13 +72,24 @@ def test_blocks_in_16_bits_are_as_close_to_float64_as_eager_attention(is_causal:
     assert (blocks - exact).norm() <= 1.1 * (eager - exact).norm()
 
 
-def test_sdpa_on_a_cpu_loads_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, expected in (({}, BLOCK_SDPA), ({"amx_bf16": True}, "sdpa")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        model = load_model(CHECKPOINT, device="cpu").model
-        configs = (model.config, model.get_vision_tower().vit.config)
-        assert [config._attn_implementation for config in configs] == [expected, expected]
-    eager = load_model(CHECKPOINT, device="cpu", attn_implementation="eager").model
+@pytest.mark.parametrize(
+    ("dtype", "is_native", "found", "expected"),
+    [
+        ("bfloat16", True, {}, BLOCK_SDPA),
+        ("bfloat16", True, {"amx_bf16": True}, "sdpa"),
+        ("bfloat16", False, {}, "sdpa"),
+        ("float32", True, {}, "sdpa"),
+    ],
+)
+def test_a_cpu_with_bfloat16_products_computes_prompts_in_blocks(
+    dtype: Dtype, is_native: bool, found: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yivl.model.block_attention.has_native_bfloat16", lambda: is_native)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    model = load_model(CHECKPOINT, device="cpu", dtype=dtype).model
+    modules = [module for module in model.modules() if isinstance(module, LlamaAttention | CLIPAttention)]
+    assert {module.config._attn_implementation for module in modules} == {expected}
+    eager = load_model(CHECKPOINT, device="cpu", dtype=dtype, attn_implementation="eager").model
     assert eager.config._attn_implementation == "eager"
 
 

@@ -28,7 +28,7 @@ from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
-from yivl.model.block_attention import prompt_attention
+from yivl.model.block_attention import is_faster, register_block_sdpa
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tokenization import YiTokenizer
@@ -75,8 +75,8 @@ def load_model(
         dtype: ``auto`` keeps the dtype of the checkpoint.
         load_in_4bit: nf4 with double quantization (bitsandbytes).
         load_in_8bit: int8 (bitsandbytes).
-        attn_implementation: Attention of the decoder and the ViT. On a CPU, ``sdpa`` computes prompts in blocks
-            (``yivl.model.block_attention``).
+        attn_implementation: Attention of the decoder and the ViT. On a CPU, ``sdpa`` computes prompts in bfloat16
+            in blocks (``yivl.model.block_attention``).
         merge_adapter: Merge the adapter into the weights, so that the model can be saved as a checkpoint.
 
     Raises:
@@ -100,8 +100,10 @@ def load_model(
         image_size=image_settings.get("image_size"),
         dtype=dtype,
         device_map=device_map,
-        attn_implementation=prompt_attention() if on_cpu and attn_implementation == "sdpa" else attn_implementation,
+        attn_implementation=attn_implementation,
     )
+    if on_cpu and attn_implementation == "sdpa" and is_faster(model.dtype):
+        model.set_attn_implementation(register_block_sdpa())
     if adapter is not None:
         from yivl.checkpoint.adapters import load_adapter  # imports peft, which is slow
 

@@ -9,25 +9,29 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from yivl.model.cpu import has_native_bfloat16
+
 BLOCK_SDPA: Final = "sdpa_block"
 
 QUERIES: Final = 128
 """Queries of a block of causal attention: larger blocks compute more scores that the mask hides. Source: ours."""
 
 
-def prompt_attention() -> str:
-    """Return the ``attn_implementation`` that computes prompts on this CPU: attention in blocks, or ``sdpa``.
+def is_faster(dtype: torch.dtype) -> bool:
+    """Return whether attention in blocks is faster on this CPU than the fused kernel of PyTorch.
 
-    On a CPU with AMX, the fused kernel has tiles of its own, with which attention in blocks has not been compared.
+    In bfloat16 it takes half to two thirds of the time, in float32 up to half more (docs/benchmarks.md). On a CPU with
+    AMX, for which the fused kernel has other tiles, the two have not been compared.
     """
-    return "sdpa" if torch.cpu.get_capabilities().get("amx_bf16") else register_block_sdpa()
+    has_amx = torch.cpu.get_capabilities().get("amx_bf16")
+    return dtype == torch.bfloat16 and has_native_bfloat16() and not has_amx
 
 
 def register_block_sdpa() -> str:
     """Register attention in blocks in transformers and return its name for ``attn_implementation``.
 
-    The fused CPU kernel of PyTorch multiplies small tiles, in bfloat16 at a third of the rate of a large product
-    (docs/benchmarks.md). With a mask, a single query or gradients, the implementation is that of ``sdpa``.
+    The fused CPU kernel of PyTorch multiplies small tiles, in bfloat16 at a third of the rate of a large product. With
+    a mask, a single query or gradients, the implementation is that of ``sdpa``.
     """
     AttentionInterface.register(BLOCK_SDPA, block_sdpa)
     AttentionMaskInterface.register(BLOCK_SDPA, _causal_mask)
