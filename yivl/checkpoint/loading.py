@@ -28,6 +28,7 @@ from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
+from yivl.model.block_attention import is_faster, register_block_sdpa
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tokenization import YiTokenizer
@@ -76,7 +77,8 @@ def load_model(
         dtype: ``auto`` keeps the dtype of the checkpoint.
         load_in_4bit: nf4 with double quantization (bitsandbytes).
         load_in_8bit: int8 (bitsandbytes).
-        attn_implementation: Attention of the decoder and the ViT.
+        attn_implementation: Attention of the decoder and the ViT. On a CPU, ``sdpa`` computes prompts in bfloat16
+            in blocks (``yivl.model.block_attention``).
         merge_adapter: Merge the adapter into the weights, so that the model can be saved as a checkpoint.
 
     Raises:
@@ -91,7 +93,8 @@ def load_model(
     folder, adapter, image_settings = _resolve_model(model_path, model_base)
     config, tokenizer, image_processor = read_small_files(folder, **image_settings)
     device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
-    check_support(config, attn_implementation, bits=bits, on_cpu=device_map == {"": "cpu"})
+    on_cpu = device_map == {"": "cpu"}
+    check_support(config, attn_implementation, bits=bits, on_cpu=on_cpu)
     model = YiVLForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -101,6 +104,8 @@ def load_model(
         device_map=device_map,
         attn_implementation=attn_implementation,
     )
+    if on_cpu and attn_implementation == "sdpa" and is_faster(model.dtype):
+        model.set_attn_implementation(register_block_sdpa())
     if adapter is not None:
         from yivl.checkpoint.adapters import load_adapter  # imports peft, which is slow
 

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.inference.kv_cache import ROOM, GrowingLayer
+from yivl.model.block_attention import BLOCK_SDPA
 from yivl.model.decoder import MLP, DecoderLayer
 from yivl.model.modeling import YiVLForCausalLM, YiVLModel
 
@@ -32,7 +33,7 @@ def supports(model: YiVLForCausalLM) -> bool:
     for layer in cast(Iterable[DecoderLayer], model.model.layers):
         replaced += [(layer, DecoderLayer), (layer.self_attn, LlamaAttention), (layer.mlp, MLP)]
     return (
-        model.config._attn_implementation == "sdpa"
+        model.config._attn_implementation in ("sdpa", BLOCK_SDPA)
         and not model.training
         and all(type(module) is kind and _is_unmodified(module) for module, kind in replaced)
     )

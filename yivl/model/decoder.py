@@ -1,6 +1,6 @@
 """The decoder layer of Llama with norms and MLP that save less for the backward pass.
 
-Parameter names are those of transformers, and so are the modules that run without gradients.
+Without gradients they take fewer passes over memory. Parameter names are those of transformers.
 """
 
 from typing import Any
@@ -33,7 +33,11 @@ class RMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the normalized states, of the shape of ``hidden_states``."""
         if not torch.is_grad_enabled():
-            return super().forward(hidden_states)  # type: ignore[no-any-return]
+            exact = hidden_states.float()
+            mean = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(exact.shape[-1])
+            normalized = exact * mean.add_(self.variance_epsilon).rsqrt_()
+            result: torch.Tensor = self.weight * normalized.to(hidden_states.dtype)
+            return result
         device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, self.weight.dtype)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -46,8 +50,11 @@ class MLP(LlamaMLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the MLP, of the shape of ``x``."""
-        if not torch.is_grad_enabled() or not isinstance(self.act_fn, SiLUActivation):
+        if not isinstance(self.act_fn, SiLUActivation):
             return super().forward(x)  # type: ignore[no-any-return]
+        if not torch.is_grad_enabled():
+            activated = nn.functional.silu(self.gate_proj(x), inplace=True)
+            return self.down_proj(activated.mul_(self.up_proj(x)))  # type: ignore[no-any-return]
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not self.down_proj.weight.requires_grad:  # nor is the product saved for a frozen weight
             return self._down(gate, up)
