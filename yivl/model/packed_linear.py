@@ -41,7 +41,7 @@ class Linear16(nn.Linear):
         """Return the layer with the same parameters."""
         packed = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         packed.weight, packed.bias = linear.weight, linear.bias
-        return packed.requires_grad_(False)
+        return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``(..., out_features)`` in the dtype of ``x``, ``(..., in_features)``."""
@@ -65,8 +65,23 @@ class Linear16(nn.Linear):
         return functional.linear((rows / largest).half(), self.weight).float() * largest
 
 
+class Embedding16(nn.Embedding):
+    """Embeddings in float16 or bfloat16 whose output is float32; the state dict is that of ``nn.Embedding``."""
+
+    @classmethod
+    def pack(cls, embedding: nn.Embedding) -> "Embedding16":
+        """Return the embeddings with the same parameters."""
+        packed = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
+        packed.weight = embedding.weight
+        return packed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return ``(..., embedding_dim)`` in float32."""
+        return super().forward(input_ids).float()
+
+
 class PackedLinear(nn.Module, ABC):
-    """A linear layer with quantized weights and no bias.
+    """A linear layer with quantized weights and no bias. Its buffers stay on the CPU, and in their dtypes.
 
     Args:
         linear: The layer whose weights are quantized; it stays as it is.
@@ -92,6 +107,9 @@ class PackedLinear(nn.Module, ABC):
         else:
             product = self._product_of_many(rows.to(self.product_dtype))
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
+        return self  # the kernels need these dtypes, whatever the model is cast to
 
     def extra_repr(self) -> str:
         """Return the shape, as ``nn.Linear`` does."""
