@@ -38,7 +38,7 @@ def fit_to_cpu(model: YiVLForCausalLM, dtype: torch.dtype | None, *, bits: int) 
     if dtype is not None:
         model.to(dtype)
     elif is_emulated:
-        _compute_in_float32(model)
+        compute_in_float32(model)
     name = str(stored).removeprefix("torch.")
     if dtype is None and is_emulated:
         logger.info("%s weights, computed in float32: this CPU has no instructions for %s products", name, name)
@@ -55,7 +55,7 @@ def _quantize(layers: nn.Module, bits: int, product_dtype: torch.dtype) -> None:
             layers.set_submodule(name, kind(module, product_dtype))
 
 
-def _compute_in_float32(model: YiVLForCausalLM) -> None:
+def compute_in_float32(model: YiVLForCausalLM) -> None:
     """Keep matrices in 16 bits, and cast everything else, which is small, to float32."""
     for name, module in list(model.named_modules()):
         is_16_bit = isinstance(module, nn.Linear | nn.Embedding) and module.weight.element_size() == 2

@@ -18,14 +18,14 @@ GROUP: Final = 32
 _BLOCK: Final = 64
 """Rows are padded to a multiple of it in 4 bits: the blocks of the packed format are 32 or 64 rows, by CPU kind."""
 
-_SLAB: Final = 1 << 20
-"""Weights converted at a time: the result stays in the cache, and its memory is reused. Source: ours, measured."""
+_SLAB: Final = 1 << 22
+"""Weights converted at a time, 16 MiB in float32: the memory is allocated once and reused. Source: ours, measured."""
 
 _FEW_ROWS_16: Final = 4
-_FEW_ROWS_8: Final = {torch.bfloat16: 6, torch.float32: 16}
-_FEW_ROWS_4: Final = {torch.bfloat16: 64, torch.float32: 128}
-"""Most rows of activations for which the kernels of the packed formats are faster than converting the weights, by the
-dtype of the products of many rows. Source: ours, measured on CPUs with AVX2 and with AVX512-BF16."""
+_FEW_ROWS_8: Final = {torch.bfloat16: 8, torch.float32: 32}
+_FEW_ROWS_4: Final = 128
+"""Most rows of activations for which the kernels of the packed formats are faster than converting the weights; in 8
+bits by the dtype of the products of many rows. Source: ours, measured on CPUs with AVX2 and with AVX512-BF16."""
 
 
 class Linear16(nn.Linear):
@@ -195,7 +195,7 @@ class Linear4(PackedLinear):
         self.register_buffer("constants", torch.cat(constants, dim=1))
 
     def _few_rows(self) -> int:
-        return _FEW_ROWS_4[self.product_dtype]
+        return _FEW_ROWS_4
 
     def _product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
         rows = self._padded(rows)
@@ -209,11 +209,13 @@ class Linear4(PackedLinear):
         num_groups, num_outputs, _ = constants.shape
         # Within a block the bytes are ordered by input; a byte holds an output in each half.
         pairs = self.packed[part.start : part.start + num_outputs]
-        pairs = pairs.view(-1, num_groups * GROUP, self.num_rows_in_block // 2)
-        quantized = torch.stack((pairs & 15, pairs >> 4), 2).flatten(2).transpose(0, 1)
-        quantized = quantized.reshape(num_groups, GROUP, num_outputs).to(dtype)
+        pairs = pairs.view(-1, num_groups * GROUP, self.num_rows_in_block // 2).transpose(0, 1)
+        weights = torch.empty(*pairs.shape[:2], 2, pairs.shape[2], dtype=dtype)
+        weights[:, :, 0] = pairs & 15
+        weights[:, :, 1] = pairs >> 4
+        weights = weights.view(num_groups, GROUP, num_outputs)
         scales, zeros = constants.to(dtype).unsqueeze(1).unbind(-1)
-        weights = torch.addcmul(zeros - 8 * scales, quantized, scales)
+        torch.addcmul(zeros - 8 * scales, weights, scales, out=weights)
         return weights.view(-1, num_outputs)[: self.in_features, : part.stop - part.start]
 
 
