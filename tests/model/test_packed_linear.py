@@ -1,5 +1,7 @@
 """Packed linear layers: every kernel against float32 products of the dequantized weights."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +106,13 @@ def test_compiled_products_equal_float32(kind: type[nn.Module], num_rows: int) -
     # One row is multiplied in float32, except in 4 bits.
     is_exact = num_rows == 1 and kind is not Linear4
     assert (found - expected).abs().max() <= (1e-5 if is_exact else 1e-2) * expected.abs().max()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", [Linear8, Linear4])
+def test_inductor_compiles_several_rows(kind: type[PackedLinear]) -> None:
+    layer, rows = kind(nn.Linear(72, 64, bias=False), torch.float32), torch.randn(3, 72)
+    with torch.inference_mode():
+        # The operation before the layer is fused with whatever is not in memory.
+        found = torch.compile(lambda x: layer(functional.silu(x)))(rows)
+        assert torch.allclose(found, layer(functional.silu(rows)), atol=0.02)

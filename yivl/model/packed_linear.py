@@ -150,8 +150,11 @@ class Linear8(PackedLinear):
             scales.append(scale)
         self.packed: torch.Tensor
         self.scales: torch.Tensor
+        self.ones: torch.Tensor
         self.register_buffer("packed", torch.cat(parts))
         self.register_buffer("scales", torch.cat(scales))
+        # The kernel multiplies its bfloat16 scales in bfloat16; torch.compile needs them in a buffer.
+        self.register_buffer("ones", torch.ones(self.out_features, dtype=torch.bfloat16))
 
     def _few_rows(self) -> int:
         return _FEW_ROWS_8[self.product_dtype]
@@ -161,8 +164,7 @@ class Linear8(PackedLinear):
             packed = self.packed[:, : self.in_features]
             return (rows.float() * packed.float()).sum(-1) * self.scales
         # Its kernel for float32 activations is six times slower.
-        rows, ones = self._padded(rows), torch.ones_like(self.scales, dtype=torch.bfloat16)
-        return torch._weight_int8pack_mm(rows, self.packed, ones).float() * self.scales
+        return torch._weight_int8pack_mm(self._padded(rows), self.packed, self.ones).float() * self.scales
 
     def _product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
         packed = self.packed[:, : self.in_features]
