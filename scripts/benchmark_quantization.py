@@ -14,34 +14,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from torch.nn import functional
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
 
-from yivl.checkpoint.cpu_precision import compute_in_float32
-from yivl.checkpoint.folder import read_config
-from yivl.checkpoint.loading import LoadedModel, check_support, load_model
-from yivl.command_line import EMBEDDED_MODEL, log_to_stderr
-from yivl.errors import CheckpointError
-from yivl.inference.chat import Chat
-from yivl.inference.engine import decode
-from yivl.inference.kv_cache import make_cache
-from yivl.inference.request import GenerationState
-from yivl.model.modeling import YiVLForCausalLM
-from yivl.tiny.world.evaluation_set import EVALUATED_KINDS, balanced_questions
-from yivl.tiny.world.rendering import render
-from yivl.tiny.world.words import LANGUAGES
+    from yivl.checkpoint.loading import LoadedModel
+    from yivl.inference.request import GenerationState
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests/golden"
 GOLDEN_QUESTIONS = ("Describe the image.", "图片里有什么？", "How many animals are there, and what do they do?")
-Questions = list[tuple[str, Image.Image]]
+Questions = list[tuple[str, "Image.Image"]]
 
 
 def main() -> None:
     """Print one table for each model."""
     arguments = parse_args()
+
+    from yivl.command_line import EMBEDDED_MODEL, log_to_stderr
+
     log_to_stderr()
     results = {
         "examination of the small model": measure(EMBEDDED_MODEL, examination(arguments.questions), arguments.tokens),
@@ -69,6 +61,10 @@ def parse_args() -> argparse.Namespace:
 
 def examination(number: int) -> Questions:
     """Return ``number`` questions of each kind and language about new scenes."""
+    from yivl.tiny.world.evaluation_set import EVALUATED_KINDS, balanced_questions
+    from yivl.tiny.world.rendering import render
+    from yivl.tiny.world.words import LANGUAGES
+
     return [
         (question.text, render(scene, 192).image)
         for kind in EVALUATED_KINDS
@@ -79,12 +75,18 @@ def examination(number: int) -> Questions:
 
 def golden_questions() -> Questions:
     """Return questions about the images of the golden values."""
+    from PIL import Image
+
     images = [Image.open(path).convert("RGB") for path in sorted((GOLDEN / "images").iterdir())[:8]]
     return [(question, image) for image in images for question in GOLDEN_QUESTIONS]
 
 
-def precisions(folder: str | Path) -> Iterator[tuple[str, LoadedModel]]:
+def precisions(folder: str | Path) -> Iterator[tuple[str, "LoadedModel"]]:
     """Yield the model in each precision; only one is in memory."""
+    from yivl.checkpoint.folder import read_config
+    from yivl.checkpoint.loading import check_support, load_model
+    from yivl.errors import CheckpointError
+
     load: dict[str, Callable[[], LoadedModel]] = {
         "bfloat16": lambda: load_model(folder, device="cpu", dtype="bfloat16"),
         "bfloat16 weights, float32 products": lambda: _float32_products(folder),
@@ -100,13 +102,19 @@ def precisions(folder: str | Path) -> Iterator[tuple[str, LoadedModel]]:
         gc.collect()
 
 
-def _float32_products(folder: str | Path) -> LoadedModel:
+def _float32_products(folder: str | Path) -> "LoadedModel":
+    from yivl.checkpoint.cpu_precision import compute_in_float32
+    from yivl.checkpoint.loading import load_model
+
     loaded = load_model(folder, device="cpu", dtype="bfloat16")
     compute_in_float32(loaded.model)
     return loaded
 
 
-def _bitsandbytes(folder: str | Path, bits: int) -> LoadedModel:
+def _bitsandbytes(folder: str | Path, bits: int) -> "LoadedModel":
+    from yivl.checkpoint.loading import LoadedModel, load_model
+    from yivl.model.modeling import YiVLForCausalLM
+
     loaded = load_model(folder, device="cpu")
     dtype = loaded.model.dtype
     model = YiVLForCausalLM.from_pretrained(folder, bits=bits, dtype=dtype, device_map={"": "cpu"}).eval()
@@ -115,6 +123,12 @@ def _bitsandbytes(folder: str | Path, bits: int) -> LoadedModel:
 
 def measure(folder: str | Path, questions: Questions, max_new_tokens: int) -> dict[str, Any]:
     """Return the number of tokens, and by precision the KL divergence and the share of equal tokens and answers."""
+    import torch
+    from torch.nn import functional
+
+    from yivl.checkpoint.loading import load_model
+    from yivl.inference.engine import decode
+
     loaded = load_model(folder, device="cpu", dtype="float32")
     answers, expected = [], []
     for question, image in questions:
@@ -140,20 +154,26 @@ def measure(folder: str | Path, questions: Questions, max_new_tokens: int) -> di
     return results
 
 
-def begin(loaded: LoadedModel, question: str, image: Image.Image, max_new_tokens: int) -> GenerationState:
+def begin(loaded: "LoadedModel", question: str, image: "Image.Image", max_new_tokens: int) -> "GenerationState":
     """Return the request of a greedy answer, with the image encoded by this model."""
+    from yivl.inference.chat import Chat
+
     return Chat(loaded).begin(question, image, temperature=0, max_new_tokens=max_new_tokens)
 
 
-@torch.inference_mode()
-def forced_logits(loaded: LoadedModel, state: GenerationState, ids: list[int]) -> torch.Tensor:
+def forced_logits(loaded: "LoadedModel", state: "GenerationState", ids: list[int]) -> "torch.Tensor":
     """Return the logits before each of ``ids``, ``(tokens, vocabulary)`` in float32."""
+    import torch
+
+    from yivl.inference.kv_cache import make_cache
+
     model, cache = loaded.model, make_cache()
-    inputs = model.fuse(torch.tensor([state.input_ids]), image_features=state.features).inputs_embeds
-    logits = [model(inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
-    for token in ids[:-1]:
-        logits.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits)
-    return torch.cat(logits, dim=1)[0].float()
+    with torch.inference_mode():
+        inputs = model.fuse(torch.tensor([state.input_ids]), image_features=state.features).inputs_embeds
+        logits = [model(inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+        for token in ids[:-1]:
+            logits.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits)
+        return torch.cat(logits, dim=1)[0].float()
 
 
 if __name__ == "__main__":
