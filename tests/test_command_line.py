@@ -142,7 +142,7 @@ def test_eight_bits_answer_quietly() -> None:
         "single_inference.py", *MODEL, "--load-8bit", "--image-file", str(PHOTO), "--question", QUESTION, *ANSWER
     )
     assert result.returncode == 0, result.stderr
-    assert "MatMul8bitLt" not in result.stderr
+    assert result.stderr.splitlines() == [line for line in result.stderr.splitlines() if "ViT tensors" in line]
     assert re.search(r"^outputs: .+$", result.stdout, re.MULTILINE)
 
 
@@ -180,7 +180,6 @@ WRONG_INPUTS: dict[str, tuple[tuple[str, ...], str]] = {
     "no model": (("--model-path", "no/such"), "error: no/such: no such folder"),
     "no layout": (("--model-path", "tests"), "error: tests/config.json: no such file"),
     "temperature": (("--temperature", "-1"), "error: temperature=-1.0; expected 0 .greedy. or at least 0.001"),
-    "4 bits": (("--load-4bit", "--device", "cpu"), "error: 4 bits on a CPU need layer widths"),
     "base without adapter": (("--model-base", "x"), "error: .*: no adapter_config.json"),
     "no such device": (("--device", "gpu"), "error: device='gpu'; expected auto, cpu, mps, cuda"),
     "no mps": (("--device", "mps"), "error: device='mps': PyTorch finds no such device"),

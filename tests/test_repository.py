@@ -231,7 +231,7 @@ PROGRAMS = [
     ["-m", "yivl.tiny.world"],
     ["-m", "yivl.tiny.recipe"],
     ["-m", "yivl.tiny.recipe", "clip"],
-    *([f"scripts/benchmark_{what}.py"] for what in ("inference", "peers", "serving", "training")),
+    *([f"scripts/benchmark_{what}.py"] for what in ("inference", "peers", "quantization", "serving", "training")),
     *(["scripts/convert.py", command] for command in ("from-hf", "to-gguf", "to-llamafactory")),
     *(["scripts/hub.py", command] for command in ("upload", "download", "card")),
 ]

@@ -77,11 +77,11 @@ def add_model_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = 
         "--dtype",
         default="auto",
         choices=("auto", "float32", "float16", "bfloat16"),
-        help="precision of the weights (default: that of the checkpoint)",
+        help="precision (default: that of the checkpoint; float32 products where a CPU has no others)",
     )
     bits = group.add_mutually_exclusive_group()
-    bits.add_argument("--load-4bit", action="store_true", help="quantize the language model to 4 bits (nf4)")
-    bits.add_argument("--load-8bit", action="store_true", help="quantize the language model to 8 bits (int8)")
+    bits.add_argument("--load-4bit", action="store_true", help="quantize the language model to 4 bits")
+    bits.add_argument("--load-8bit", action="store_true", help="quantize the language model to 8 bits")
     group.add_argument(
         "--attn-implementation",
         default="sdpa",
@@ -142,8 +142,6 @@ def load(arguments: argparse.Namespace) -> "LoadedModel":
     Raises:
         YiVLError: If it cannot be loaded.
     """
-    if arguments.load_4bit or arguments.load_8bit:
-        require("bitsandbytes")
     log_to_stderr()
     if arguments.model_path == EMBEDDED_MODEL:
         logger.info(

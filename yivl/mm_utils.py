@@ -46,7 +46,7 @@ def load_pretrained_model(
     Args:
         model_path: Checkpoint folder or hub id.
         load_8bit: int8 weights.
-        load_4bit: nf4 weights.
+        load_4bit: 4-bit weights.
         device_map: ``"auto"``, a device, or a map of modules to devices.
         multimodal: No effect, as in the reference.
         torch_dtype: ``None`` keeps the dtype of the checkpoint.

@@ -17,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from support.golden import CHECKPOINT, GOLDEN
 from support.models import wide_checkpoint
 
+from yivl.checkpoint import cpu_precision
 from yivl.checkpoint.folder import read_config
 from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.checkpoint.saving import save_checkpoint
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.errors import CheckpointError, YiVLError
 from yivl.model.modeling import YiVLForCausalLM
+from yivl.model.packed_linear import Linear4, Linear8, PackedLinear
 from yivl.model.vision_tower import ViT
 
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
@@ -209,28 +212,141 @@ def test_dtype_is_obeyed(dtype: Any, expected: torch.dtype) -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize(("bits", "kind"), [("load_in_4bit", Linear4bit), ("load_in_8bit", Linear8bitLt)])
+def quantized_names(model: YiVLForCausalLM, kind: type) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def decoder_linears(num_layers: int) -> set[str]:
+    return {f"model.layers.{layer}.{name}" for layer in range(num_layers) for name in LINEARS}
+
+
+def assert_computes(model: YiVLForCausalLM, exact: YiVLForCausalLM) -> None:
+    """Check that a model computes what ``exact``, in float32, does with the same dequantized weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            exact.get_submodule(name).weight.data = module.weight
+    similarity = torch.nn.functional.cosine_similarity(logits_of(model).float(), logits_of(exact), dim=-1)
+    assert similarity.min() > 0.999
+
+
+@pytest.mark.parametrize(("bits", "kind"), [("load_in_4bit", Linear4), ("load_in_8bit", Linear8)])
 def test_quantization_skips_tower_projector_and_lm_head(bits: str, kind: type, tmp_path: Path) -> None:
-    folder = wide_checkpoint(tmp_path / "wide")
-    model = load_model(folder, device="cpu", **{bits: True}).model
-    quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
-    linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    linears += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    assert quantized == {f"model.layers.{layer}.{name}" for layer in range(2) for name in linears}
-    exact = logits_of(load_model(folder, device="cpu").model)
-    assert torch.nn.functional.cosine_similarity(logits_of(model).float(), exact, dim=-1).min() > 0.9
+    model = load_model(CHECKPOINT, device="cpu", **{bits: True}).model
+    assert quantized_names(model, kind) == quantized_names(model, PackedLinear) == decoder_linears(4)
+    assert model.is_quantized
+    exact = load_model(CHECKPOINT, device="cpu").model
+    original = exact.get_submodule("model.layers.1.mlp.down_proj").weight.data
+    assert_computes(model, exact)
+    error = (model.get_submodule("model.layers.1.mlp.down_proj").weight - original).abs().max()
+    assert 0 < error < 0.1 * original.abs().max()
     with pytest.raises(ValueError, match="quantized model cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
-def test_impossible_quantization_is_refused() -> None:
+@pytest.mark.parametrize(("bits", "kind"), [(4, Linear4bit), (8, Linear8bitLt)])
+def test_quantization_for_training_is_that_of_bitsandbytes(bits: int, kind: type, tmp_path: Path) -> None:
+    folder = wide_checkpoint(tmp_path / "wide")
+    model = YiVLForCausalLM.from_pretrained(folder, bits=bits, device_map={"": "cpu"})
+    assert quantized_names(model, kind) == decoder_linears(2)
+    with pytest.raises(ValueError, match="quantized model cannot be saved"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_a_cast_leaves_quantized_weights_as_they_are() -> None:
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        model = load_model(CHECKPOINT, device="cpu", **{bits: True}).model
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        assert logits_of(model.to(torch.bfloat16)).dtype == torch.bfloat16
+        assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_impossible_quantization_is_refused(adapter: tuple[Path, torch.Tensor]) -> None:
     with pytest.raises(YiVLError, match="exclude each other"):
         load_model(CHECKPOINT, load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(YiVLError, match="dtype='fp16'; expected one of auto, float32"):
         load_model(CHECKPOINT, dtype="fp16")  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match="multiples of 64, this model has 176"):
-        load_model(CHECKPOINT, device="cpu", load_in_4bit=True)
+    with pytest.raises(YiVLError, match="an adapter is merged into unquantized weights"):
+        load_model(adapter[0], model_base=CHECKPOINT, device="cpu", load_in_8bit=True, merge_adapter=True)
+
+
+@pytest.fixture
+def saved_in(tmp_path: Path) -> Callable[[torch.dtype], Path]:
+    """The golden checkpoint in another dtype."""
+
+    def save(dtype: torch.dtype) -> Path:
+        folder = tmp_path / str(dtype)
+        source = load_model(CHECKPOINT, device="cpu", dtype=dtype)
+        processor = source.image_processor.clip_processor
+        save_checkpoint(source.model, folder, tokenizer=source.tokenizer, image_processor=processor)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(
+    ("stored", "has_bfloat16", "is_float32"),
+    [
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, True),
+        (torch.float16, True, True),
+        (torch.float16, False, True),
+    ],
+)
+def test_16_bit_weights_are_computed_in_what_the_cpu_has(
+    stored: torch.dtype,
+    has_bfloat16: bool,
+    is_float32: bool,
+    bits: int,
+    saved_in: Callable[[torch.dtype], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = saved_in(stored)
+    monkeypatch.setattr(cpu_precision, "has_native_bfloat16", lambda: has_bfloat16)
+    flags = {"load_in_8bit": bits == 8, "load_in_4bit": bits == 4}
+    with caplog.at_level(logging.INFO):
+        model = load_model(folder, device="cpu", **flags).model
+    assert len([line for line in caplog.messages if "this CPU has" in line]) == 1
+    computed = torch.float32 if is_float32 else stored
+    logits = logits_of(model)
+    assert (model.dtype, logits.dtype) == (computed, computed)
+    matrices = [model.lm_head, model.model.mm_projector[0], model.get_input_embeddings()]
+    assert {module.weight.dtype for module in matrices} == {stored}
+    assert {layer.product_dtype for layer in model.modules() if isinstance(layer, PackedLinear)} <= {computed}
+    exact = load_model(folder, device="cpu", dtype="float32").model
+    assert_computes(model, exact)
+    if is_float32 and bits == 16:
+        torch.testing.assert_close(logits, logits_of(exact), atol=1e-3, rtol=1e-4)
+        weights = exact.state_dict()
+        assert all(torch.equal(value.float(), weights.pop(key)) for key, value in model.state_dict().items())
+        assert not weights
+
+
+def test_a_dtype_that_is_asked_for_is_obeyed_where_the_cpu_lacks_it(
+    saved_in: Callable[[torch.dtype], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved_in(torch.bfloat16)
+    monkeypatch.setattr(cpu_precision, "has_native_bfloat16", lambda: False)
+    model = load_model(folder, device="cpu", dtype="bfloat16").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert logits_of(model).dtype == torch.bfloat16
+    model = load_model(folder, device="cpu", dtype="bfloat16", load_in_8bit=True).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {layer.product_dtype for layer in model.modules() if isinstance(layer, PackedLinear)} == {torch.float32}
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_goes_on_quantized_layers(bits: str, adapter: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = adapter
+    model = load_model(folder, model_base=CHECKPOINT, device="cpu", **{bits: True}).model
+    assert len(quantized_names(model, PackedLinear)) == len(decoder_linears(4))
+    assert_computes(model, load_model(folder, model_base=CHECKPOINT, device="cpu").model)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_a_store_returns_the_longest_common_prefix_and_leaves_the_last_position(
         cache, length = store.take(prompt)
         assert length == shared
         assert_holds(cache, prompt[:shared])
-    for layer in cache.layers:  # a copy: what a request does to its cache reaches nobody
+    for layer in cache.layers:  # a copy: what a request does to its cache changes nothing else
         layer.keys.zero_()
     assert_holds(store.take(prompt)[0], prompt[:shared])
 

@@ -1,19 +1,26 @@
 """Attention in blocks computes what SDPA computes in float32, and leaves to SDPA what it cannot compute."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support.golden import CHECKPOINT
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel, StaticCache
-from transformers.models.clip.modeling_clip import CLIPAttention
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from yivl.checkpoint.loading import Dtype, load_model
+from yivl.inference.chat import Chat
 from yivl.inference.kv_cache import make_cache
-from yivl.model.block_attention import BLOCK_SDPA, QUERIES, block_sdpa, register_block_sdpa
+from yivl.model.block_attention import QUERIES, block_attention, block_sdpa, is_faster, register_block_sdpa
+
+
+@pytest.fixture(autouse=True)
+def _in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in blocks on any CPU and in any dtype, which is how they are compared; the choice has a test."""
+    monkeypatch.setattr("yivl.model.block_attention.is_faster", lambda dtype: True)
 
 
 class Module(nn.Module):
@@ -75,20 +82,29 @@ def test_blocks_in_16_bits_are_as_close_to_float64_as_eager_attention(is_causal:
 @pytest.mark.parametrize(
     ("dtype", "is_native", "found", "expected"),
     [
-        ("bfloat16", True, {}, BLOCK_SDPA),
-        ("bfloat16", True, {"amx_bf16": True}, "sdpa"),
-        ("bfloat16", False, {}, "sdpa"),
-        ("float32", True, {}, "sdpa"),
+        ("bfloat16", True, {}, True),
+        ("bfloat16", True, {"amx_bf16": True}, False),
+        ("bfloat16", False, {}, False),
+        ("float32", True, {}, False),
     ],
 )
 def test_a_cpu_with_bfloat16_products_computes_prompts_in_blocks(
-    dtype: Dtype, is_native: bool, found: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+    dtype: Dtype, is_native: bool, found: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calls = list[bool]()
+    monkeypatch.setattr("yivl.model.block_attention.is_faster", is_faster)
     monkeypatch.setattr("yivl.model.block_attention.has_native_bfloat16", lambda: is_native)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    model = load_model(CHECKPOINT, device="cpu", dtype=dtype).model
-    modules = [module for module in model.modules() if isinstance(module, LlamaAttention | CLIPAttention)]
-    assert {module.config._attn_implementation for module in modules} == {expected}
+    monkeypatch.setattr(
+        "yivl.model.block_attention.block_attention",
+        lambda *states, is_causal: (calls.append(is_causal), block_attention(*states, is_causal=is_causal))[1],
+    )
+    loaded = load_model(CHECKPOINT, device="cpu", dtype="float32")
+    # Callers cast the loaded model.
+    Chat(dataclasses.replace(loaded, model=loaded.model.to(getattr(torch, dtype)))).ask(
+        "What is this?", Image.new("RGB", (64, 64)), temperature=0, max_new_tokens=1
+    )
+    assert set(calls) == ({True, False} if expected else set())
     eager = load_model(CHECKPOINT, device="cpu", dtype=dtype, attn_implementation="eager").model
     assert eager.config._attn_implementation == "eager"
 

@@ -33,3 +33,13 @@ def test_serving_is_measured_with_one_and_several_clients() -> None:
     assert len(results["turns"]["over_first_turn"]) == 4
     assert results["shared_image"]["last_of_simultaneous_clients_seconds"] > 0
     assert results["gaps"]["others_join_seconds"] > 0
+
+
+def test_precisions_are_compared_with_float32() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/benchmark_quantization.py"))
+    rows = script["measure"](ROOT / "tests/golden/checkpoint", script["golden_questions"]()[:2], 4)
+    assert rows.pop("tokens") > 0
+    # bitsandbytes cannot pack these widths in 4 bits.
+    names = ["bfloat16", "bfloat16 weights, float32 products", "8 bits", "4 bits", "8 bits (bitsandbytes)"]
+    assert list(rows) == names
+    assert 0 < rows["8 bits"]["kl"] < rows["4 bits"]["kl"]

@@ -92,7 +92,7 @@ def test_running_answers_get_a_token_between_the_parts_of_a_prompt(
         scheduler.submit([other.request for other in others])
         assert first.text() == expected_first
         assert [other.text() for other in others] == expected
-    assert lengths[0] > 8  # nobody waited for a token
+    assert lengths[0] > 8  # no request waited for a token
     parts = [list(group) for is_part, group in groupby(lengths[1:], lambda length: length > 1) if is_part]
     assert len(parts) > 2
     assert all(sum(part) <= 8 for part in parts)

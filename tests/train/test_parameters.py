@@ -280,7 +280,7 @@ def test_position_embeddings_are_interpolated_as_transformers_does(loaded: Loade
         ({"image_folder": "nowhere"}, r"none of its first 4 images exists, such as nowhere/photo_rgb.jpg; set"),
         ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, "no parameter is trainable"),
         ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer -1: .* has another projector or ViT"),
-        ({"lora_enable": True, "bits": 4}, "4 bits on a CPU need layer widths"),
+        ({"lora_enable": True, "bits": 4}, "training in 4 bits on a CPU needs layer widths"),
         ({"optim": "apollo_adamw"}, "--optim"),
         ({"eval_data_path": "EMPTY", "eval_strategy": "steps"}, r"empty\.json: no rows"),
         ({"eval_data_path": "BAD", "eval_strategy": "steps", "on_bad_row": "skip"}, "no row to evaluate on"),

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
+from yivl.checkpoint.cpu_precision import fit_to_cpu
 from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.folder import read_config, read_processors, read_vit_weights
 from yivl.checkpoint.format import (
@@ -26,9 +27,10 @@ from yivl.checkpoint.format import (
 )
 from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_weights
 from yivl.checkpoint.vit import copy_vit_weights
+from yivl.command_line import require
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
-from yivl.model.block_attention import is_faster, register_block_sdpa
+from yivl.model.block_attention import register_block_sdpa
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tokenization import YiTokenizer
@@ -74,9 +76,11 @@ def load_model(
         model_base: The base model of an adapter; by default the one its ``adapter_config.json`` names.
         device: ``auto`` (all GPUs, else MPS, else CPU), a torch device such as ``cpu``, ``mps``, ``cuda:1``, or a
             map of module names to devices.
-        dtype: ``auto`` keeps the dtype of the checkpoint.
-        load_in_4bit: nf4 with double quantization (bitsandbytes).
-        load_in_8bit: int8 (bitsandbytes).
+        dtype: ``auto`` keeps the dtype of the checkpoint. On a CPU without instructions for products in that dtype the
+            weights keep it, and activations and products are float32.
+        load_in_4bit: Quantize the decoder layers: on a CPU with a scale and a zero for 32 weights, elsewhere nf4 with
+            double quantization (bitsandbytes).
+        load_in_8bit: int8: on a CPU with a scale for each output, elsewhere LLM.int8() (bitsandbytes).
         attn_implementation: Attention of the decoder and the ViT. On a CPU, ``sdpa`` computes prompts in bfloat16
             in blocks (``yivl.model.block_attention``).
         merge_adapter: Merge the adapter into the weights, so that the model can be saved as a checkpoint.
@@ -93,23 +97,30 @@ def load_model(
     folder, adapter, image_settings = _resolve_model(model_path, model_base)
     config, tokenizer, image_processor = read_small_files(folder, **image_settings)
     device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
-    on_cpu = device_map == {"": "cpu"}
-    check_support(config, attn_implementation, bits=bits, on_cpu=on_cpu)
+    if bits != 16 and merge_adapter:
+        raise YiVLError("merge_adapter: an adapter is merged into unquantized weights; leave out load_in_4bit or 8bit")
+    is_on_cpu = device_map == {"": "cpu"}
+    if bits != 16 and not is_on_cpu:
+        require("bitsandbytes")
+    check_support(config, attn_implementation)
     model = YiVLForCausalLM.from_pretrained(
         folder,
         config=config,
-        bits=bits,
+        bits=16 if is_on_cpu else bits,
         image_size=image_settings.get("image_size"),
-        dtype=dtype,
+        dtype="auto" if is_on_cpu and bits != 16 else dtype,  # a cast would read all weights at once
         device_map=device_map,
         attn_implementation=attn_implementation,
     )
-    if on_cpu and attn_implementation == "sdpa" and is_faster(model.dtype):
+    if is_on_cpu and attn_implementation == "sdpa":
         model.set_attn_implementation(register_block_sdpa())
     if adapter is not None:
         from yivl.checkpoint.adapters import load_adapter  # imports peft, which is slow
 
         model = load_adapter(model, adapter, merge=merge_adapter)
+    if is_on_cpu and not merge_adapter:  # a merged model is saved, in the dtype of the checkpoint
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        fit_to_cpu(model, wanted if isinstance(wanted, torch.dtype) else None, bits=bits)
     path = Path(model_path)
     return LoadedModel(model.eval(), tokenizer, image_processor, (path.resolve() if path.exists() else path).name)
 
@@ -181,8 +192,13 @@ def set_images(
     return ImageProcessor(clip_processor, config.image_aspect_ratio)
 
 
-def check_support(config: YiVLConfig, attn_implementation: str, *, bits: int, on_cpu: bool) -> None:
+def check_support(config: YiVLConfig, attn_implementation: str, *, bnb_bits_on_cpu: int = 16) -> None:
     """Check that this machine can run a model in the given form.
+
+    Args:
+        config: Of the model.
+        attn_implementation: Attention of the decoder and the ViT.
+        bnb_bits_on_cpu: 8 or 4 if bitsandbytes quantizes the model on a CPU.
 
     Raises:
         YiVLError: If FlashAttention is not installed.
@@ -192,9 +208,9 @@ def check_support(config: YiVLConfig, attn_implementation: str, *, bits: int, on
         raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
     widths = (config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
     odd = next((width for width in widths if width % 64), None)
-    if bits == 4 and on_cpu and odd:
+    if bnb_bits_on_cpu == 4 and odd:
         raise CheckpointError(
-            f"4 bits on a CPU need layer widths that are multiples of 64, this model has {odd}; use 8 bits"
+            f"training in 4 bits on a CPU needs layer widths that are multiples of 64, this model has {odd}; use 8 bits"
         )
 
 

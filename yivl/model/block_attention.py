@@ -31,7 +31,7 @@ def register_block_sdpa() -> str:
     """Register attention in blocks in transformers and return its name for ``attn_implementation``.
 
     The fused CPU kernel of PyTorch multiplies small tiles, in bfloat16 at a third of the rate of a large product. With
-    a mask, a single query or gradients, the implementation is that of ``sdpa``.
+    a mask, a single query, gradients, or a dtype that ``is_faster`` excludes, the implementation is that of ``sdpa``.
     """
     AttentionInterface.register(BLOCK_SDPA, block_sdpa)
     AttentionMaskInterface.register(BLOCK_SDPA, _causal_mask)
@@ -59,7 +59,8 @@ def block_sdpa(
         scaling: Factor of the scores; by default ``head_dim**-0.5``.
         **kwargs: Of ``sdpa_attention_forward``.
     """
-    if attention_mask is not None or query.shape[2] == 1 or torch.is_grad_enabled():
+    is_excluded = attention_mask is not None or query.shape[2] == 1 or torch.is_grad_enabled()
+    if is_excluded or not is_faster(query.dtype):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -124,12 +125,14 @@ def _causal_mask(
     *,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Return no mask where nothing but later positions is hidden, else that of ``sdpa``."""
+    in_blocks = is_faster(dtype)
     is_filled = q_offset + q_length == kv_offset + kv_length  # false for a static cache
     is_padded = attention_mask is not None and not attention_mask.all()
-    if allow_is_causal_skip and is_filled and not is_padded:
+    if in_blocks and allow_is_causal_skip and is_filled and not is_padded:
         return None
     mask: torch.Tensor = sdpa_mask(
         batch_size,
@@ -138,7 +141,8 @@ def _causal_mask(
         q_offset,
         kv_offset,
         attention_mask=attention_mask,
-        allow_is_causal_skip=False,
+        allow_is_causal_skip=allow_is_causal_skip and not in_blocks,
+        dtype=dtype,
         **kwargs,
     )
     return mask

@@ -1,6 +1,6 @@
 """The decoder layer of Llama with norms and MLP that save less for the backward pass.
 
-Without gradients they take fewer passes over memory. Parameter names are those of transformers.
+Without gradients they compute what those of transformers do. Parameter names are those of transformers.
 """
 
 from typing import Any
@@ -33,11 +33,7 @@ class RMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the normalized states, of the shape of ``hidden_states``."""
         if not torch.is_grad_enabled():
-            exact = hidden_states.float()
-            mean = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(exact.shape[-1])
-            normalized = exact * mean.add_(self.variance_epsilon).rsqrt_()
-            result: torch.Tensor = self.weight * normalized.to(hidden_states.dtype)
-            return result
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, self.weight.dtype)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

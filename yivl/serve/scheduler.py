@@ -137,7 +137,7 @@ class Scheduler:
         self._joining, self._queue = [], []
 
     def _compute_prompts(self) -> None:
-        """Compute prompts, the oldest first, until running answers must go on."""
+        """Compute prompts, the oldest first, until running answers need their next token."""
         remaining = self._limits.prefill_chunk
         while self._joining and remaining > 0:
             one = self._joining[0]

@@ -77,7 +77,8 @@ def read_start(arguments: ModelArguments, *, weights: bool = True) -> Start:
     image_processor = set_images(
         config, clip_processor, image_size=image_size, image_aspect_ratio=arguments.image_aspect_ratio
     )
-    check_support(config, arguments.attn_implementation, bits=arguments.bits, on_cpu=not torch.cuda.is_available())
+    bits_on_cpu = 16 if torch.cuda.is_available() else arguments.bits
+    check_support(config, arguments.attn_implementation, bnb_bits_on_cpu=bits_on_cpu)
     compares_vits = vit is not None and arguments.lora_enable and not arguments.unfreeze_mm_vision_tower
     if weights or compares_vits:
         folder = resolve_checkpoint(arguments.model_name_or_path)
