@@ -24,6 +24,12 @@ REQUESTS = [("What is this?", WIDE), ("hello", None), ("Tell me a long story abo
 
 
 @pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    """The golden checkpoint whose compiled code no other test runs."""
+    return load_model(CHECKPOINT, device="cpu")
+
+
+@pytest.fixture(scope="module")
 def compiled(loaded: LoadedModel) -> LoadedModel:
     """The golden model with a compiled step, which fails where it would run without the compiled code."""
     try:

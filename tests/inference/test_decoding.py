@@ -173,6 +173,14 @@ def test_other_attention_kernels_and_training_are_not_supported(loaded: LoadedMo
     assert not supports(model)
 
 
+def test_a_model_that_recorded_hidden_states_is_supported(loaded: LoadedModel) -> None:
+    model = make_model(loaded).model
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    assert supports(model)
+
+
 @pytest.fixture
 def hooked(loaded: LoadedModel) -> Iterator[LoadedModel]:
     handle = loaded.model.model.layers[1].register_forward_hook(lambda *_: None)

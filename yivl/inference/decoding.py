@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, rotate_half
+from transformers.utils import output_capturing
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.inference.kv_cache import ROOM, GrowingLayer
@@ -41,7 +42,9 @@ def supports(model: YiVLForCausalLM) -> bool:
 
 def _is_unmodified(module: nn.Module) -> bool:
     # accelerate, peft and transformers' kernels replace the method of single modules.
-    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+    # Hooks that record hidden states stay in a model that was asked for them once, and do nothing without a request.
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" not in vars(module) and all(hook.__module__ == output_capturing.__name__ for hook in hooks)
 
 
 def decode_layer(
