@@ -36,6 +36,7 @@ from benchmark_report import markdown_table, replace_section, write_chart
 
 PEERS = (
     *("yivl:auto", "yivl:float32", "yivl:bfloat16", "yivl:8bit", "yivl:4bit"),
+    *("yivl:auto+compile", "yivl:float32+compile", "yivl:8bit+compile", "yivl:4bit+compile"),
     *("llama.cpp:f16", "llama.cpp:bf16", "llama.cpp:q8_0", "llama.cpp:q4_0"),
     *("transformers:float32", "transformers:bfloat16", "llava:float32", "llava:bfloat16"),
 )
@@ -251,7 +252,7 @@ def row(
     models: Models,
 ) -> dict[str, Any]:
     """Return the figures of one program and their ratios to the bounds."""
-    kind, form = name.split(":")
+    kind, form = name.removesuffix("+compile").split(":")
     if kind == "llama.cpp":
         file_bytes, token_bytes = gguf_bytes(models.gguf(form))
         itemsize = 2  # its cache is in float16
@@ -305,7 +306,11 @@ def gguf_bytes(pair: tuple[Path, Path]) -> tuple[int, int]:
 def compare(rows: dict[str, dict[str, Any]]) -> None:
     """Add the ratios to llama.cpp with as many bits: f16, q8_0 or q4_0."""
     for name, figures in rows.items():
-        other = name if name.startswith("llama.cpp:q") else SAME_BITS.get(name.split(":")[1], "llama.cpp:f16")
+        other = (
+            name
+            if name.startswith("llama.cpp:q")
+            else SAME_BITS.get(name.removesuffix("+compile").split(":")[1], "llama.cpp:f16")
+        )
         if other in rows:
             figures["prefill_over_llama_cpp"] = figures["prefill_s"] / rows[other]["prefill_s"]
             figures["first_token_over_llama_cpp"] = figures["first_token_s"] / rows[other]["first_token_s"]

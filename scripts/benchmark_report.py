@@ -104,8 +104,9 @@ def write_chart(path: Path, results: dict[str, Any]) -> None:
 def _title(name: str) -> str:
     """Return the name of a program as the table and the chart have it."""
     kind, form = name.split(":")
-    flags = {"8bit": "`--load-8bit`", "4bit": "`--load-4bit`"}
-    return f"{ {'yivl': 'yivl', 'llava': 'LLaVA baseline'}.get(kind, kind) } {flags.get(form, form)}".replace("`", "")
+    form, _, is_compiled = form.partition("+")
+    flag = {"8bit": "--load-8bit", "4bit": "--load-4bit"}.get(form, form) + (" --compile" if is_compiled else "")
+    return f"{ {'llava': 'LLaVA baseline'}.get(kind, kind) } {flag}"
 
 
 def _cells(name: str, figures: dict[str, Any]) -> list[str]:

@@ -44,17 +44,20 @@ def resident_bytes() -> int:
 
 
 def load_yivl(job: dict[str, Any]) -> Program:
-    """Load this package: ``dtype`` of the job is that of ``load_model``, or ``8bit`` or ``4bit``."""
+    """Load this package: ``form`` of the job is a dtype of ``load_model``, ``8bit`` or ``4bit``, then ``+compile``."""
     import torch
     from PIL import Image
 
     from yivl.checkpoint.loading import load_model
     from yivl.inference.chat import Chat
+    from yivl.inference.compilation import compile_decoding
 
     torch.set_num_threads(job["threads"])
-    before, form = resident_bytes(), job["form"]
+    before, (form, _, is_compiled) = resident_bytes(), job["form"].partition("+")
     bits = {f"load_in_{form}": True} if form in ("4bit", "8bit") else {"dtype": form}
     loaded = load_model(job["checkpoint"], device=job["device"], **bits)
+    if is_compiled:
+        loaded = compile_decoding(loaded)
     chat, photo = Chat(loaded, reuse_cache=False), Image.open(job["image"])
 
     def run() -> dict[str, float]:
