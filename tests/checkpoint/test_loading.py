@@ -341,6 +341,31 @@ def test_a_dtype_that_is_asked_for_is_obeyed_where_the_cpu_lacks_it(
     assert {layer.product_dtype for layer in model.modules() if isinstance(layer, PackedLinear)} == {torch.float32}
 
 
+def test_a_model_of_16_bit_weights_is_saved_as_it_was(
+    saved_in: Callable[[torch.dtype], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved_in(torch.bfloat16)
+    monkeypatch.setattr(cpu_precision, "has_native_bfloat16", lambda: False)
+    model = load_model(folder, device="cpu").model
+    assert model.dtype == torch.float32
+    save_checkpoint(model, tmp_path / "saved")
+    before, after = (
+        {key: value for file in path.glob("*.safetensors") for key, value in load_file(file).items()}
+        for path in (folder, tmp_path / "saved")
+    )
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_the_numbered_cpu_is_the_cpu_and_quantized_layers_stay_there(bits: str) -> None:
+    model = load_model(CHECKPOINT, device="cpu:0", **{bits: True}).model
+    assert quantized_names(model, PackedLinear)
+    with pytest.raises(YiVLError, match="load it with the other device"):
+        model.to("meta")
+
+
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_an_adapter_goes_on_quantized_layers(bits: str, adapter: tuple[Path, torch.Tensor]) -> None:
     folder, _ = adapter

@@ -131,9 +131,14 @@ def decoders() -> tuple[LlamaModel, LlamaModel]:
     return plain.eval(), blocks.eval()
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_a_decoder_gives_the_states_of_sdpa_for_whole_prompts_parts_and_padding(padding: int) -> None:
+def test_a_decoder_gives_the_states_of_sdpa_for_whole_prompts_parts_and_padding(padding: int, gradients: bool) -> None:
+    with torch.set_grad_enabled(gradients):
+        check_parts(padding)
+
+
+def check_parts(padding: int) -> None:
     plain, blocks = decoders()
     ids = torch.randint(50, (2, QUERIES + 20))
     mask = torch.ones_like(ids)

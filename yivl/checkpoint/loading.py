@@ -295,4 +295,4 @@ def _device_map(device: Device) -> Device:
         raise YiVLError(f"device={device!r}; expected auto, cpu, mps, cuda or cuda:N") from error
     if not available.get(kind, True):
         raise YiVLError(f"device={device!r}: PyTorch finds no such device on this machine; use --device cpu")
-    return {"": device}
+    return {"": "cpu" if kind == "cpu" else device}  # cpu:0 is the CPU

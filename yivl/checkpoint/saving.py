@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from yivl.checkpoint.atomic import atomic_dir, write_json
 from yivl.checkpoint.format import ADAPTER, METADATA, TOWER
 from yivl.errors import CheckpointError
+from yivl.model.packed_linear import Linear16
 
 # Weights and records about them, which a replaced checkpoint must not pass on to the next model.
 _OF_THE_MODEL: Final = (
@@ -111,6 +112,9 @@ def write_checkpoint(
     weights = {
         key: value.contiguous() for key, value in (model.state_dict() if state_dict is None else state_dict).items()
     }
+    if any(isinstance(module, Linear16) for module in model.modules()):
+        # Its other weights were cast from 16 bits to float32, which the CPU computes; in the checkpoint they were not.
+        weights = {key: value.to(weights["lm_head.weight"].dtype) for key, value in weights.items()}
     if any(ADAPTER in key for key in weights):
         raise CheckpointError("a model with an adapter cannot be saved as a checkpoint; merge the adapter first")
     config, vit = model.config, folder / "vit" / model.config.vit_name

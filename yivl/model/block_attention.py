@@ -59,8 +59,7 @@ def block_sdpa(
         scaling: Factor of the scores; by default ``head_dim**-0.5``.
         **kwargs: Of ``sdpa_attention_forward``.
     """
-    is_excluded = attention_mask is not None or query.shape[2] == 1 or torch.is_grad_enabled()
-    if is_excluded or not is_faster(query.dtype):
+    if attention_mask is not None or query.shape[2] == 1 or not _in_blocks(query.dtype, query.device):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -68,6 +67,11 @@ def block_sdpa(
     rows = zip(query, key, value, strict=True)
     is_causal: bool = module.is_causal  # type: ignore[assignment]
     return torch.stack([block_attention(*row, scaling, is_causal=is_causal) for row in rows]), None
+
+
+def _in_blocks(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether prompts of a model, which callers may have moved or cast, are computed in blocks."""
+    return device.type == "cpu" and not torch.is_grad_enabled() and is_faster(dtype)
 
 
 def block_attention(
@@ -126,10 +130,11 @@ def _causal_mask(
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     dtype: torch.dtype = torch.float32,
+    device: torch.device,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Return no mask where nothing but later positions is hidden, else that of ``sdpa``."""
-    in_blocks = is_faster(dtype)
+    in_blocks = _in_blocks(dtype, device)
     is_filled = q_offset + q_length == kv_offset + kv_length  # false for a static cache
     is_padded = attention_mask is not None and not attention_mask.all()
     if in_blocks and allow_is_causal_skip and is_filled and not is_padded:
@@ -143,6 +148,7 @@ def _causal_mask(
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip and not in_blocks,
         dtype=dtype,
+        device=device,
         **kwargs,
     )
     return mask

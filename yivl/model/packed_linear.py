@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from yivl.errors import YiVLError
+
 GROUP: Final = 32
 """Weights of a row that share scale and zero in 4 bits, as in the q4_0 format of llama.cpp."""
 
@@ -109,6 +111,8 @@ class PackedLinear(nn.Module, ABC):
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
+        if fn(torch.empty(0)).device.type != "cpu":
+            raise YiVLError("a model in 8 or 4 bits on the CPU cannot be moved; load it with the other device")
         return self  # the kernels need these dtypes, whatever the model is cast to
 
     def extra_repr(self) -> str:
