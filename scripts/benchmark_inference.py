@@ -272,9 +272,10 @@ def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, An
 
     flops = prompt_flops(model.config, prompt_tokens)
     bytes_per_token = decoded_bytes(model, prompt_tokens)
-    baseline = llava_baseline(loaded, photo, repeats, device)
     ttft, rate = statistics.median(first), statistics.median(rates)
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident_peak()
+    del loaded, model, chat  # the baseline has a model of its own
+    baseline = llava_baseline(LlavaBaseline(folder, device, arguments.dtype), photo, repeats)
     return {
         "bandwidth_bytes_per_s": bandwidth,
         "matmul_flops_per_s": matmul_rate,
@@ -319,9 +320,9 @@ def by_turn(chats: list[list[tuple[float, float]]], what: int) -> list[float]:
     return [statistics.median(chat[turn][what] for chat in chats) for turn in range(len(QUESTIONS))]
 
 
-def llava_baseline(loaded: Any, photo: Any, repeats: int, device: str) -> dict[str, float]:
+def llava_baseline(baseline: "LlavaBaseline", photo: Any, repeats: int) -> dict[str, float]:
     """Return the seconds to the first token and the decoding rate of the LLaVA baseline."""
-    baseline = LlavaBaseline(loaded)
+    device = str(baseline.model.device)
 
     def prompt() -> tuple[Any, Any]:
         return baseline.prefill(baseline.encode(photo))
@@ -332,17 +333,24 @@ def llava_baseline(loaded: Any, photo: Any, repeats: int, device: str) -> dict[s
 
 
 class LlavaBaseline:
-    """The LLaVA baseline: the whole ViT, logits of every position, the default cache and kernels.
+    """The LLaVA baseline: the whole ViT, logits of every position, cache, layers and attention of transformers.
 
     Args:
-        loaded: A ``LoadedModel``; its modules are used as the libraries have them.
+        folder: Checkpoint folder.
+        device: A torch device.
+        dtype: ``float32`` or ``bfloat16``.
     """
 
-    def __init__(self, loaded: Any) -> None:
+    def __init__(self, folder: Path | str, device: str, dtype: Any) -> None:
         import torch
 
-        self.loaded, self.model = loaded, loaded.model
-        self.input_ids = torch.tensor([question_ids(loaded.tokenizer)], device=self.model.device)
+        from yivl.checkpoint.loading import load_model
+
+        self.loaded = load_model(folder, device=device, dtype=dtype)
+        self.model = self.loaded.model
+        self.model.set_attn_implementation("sdpa")  # not the attention in blocks of a CPU
+        use_layers_of_transformers(self.model)
+        self.input_ids = torch.tensor([question_ids(self.loaded.tokenizer)], device=self.model.device)
 
     def encode(self, photo: Any) -> Any:
         """Return the projected features of an image, ``(1, num_patches, hidden)``."""
@@ -373,6 +381,18 @@ class LlavaBaseline:
             for _ in range(new_tokens):
                 hidden = self.model.model(input_ids=token, past_key_values=cache).last_hidden_state
                 token = self.model.lm_head(hidden).float().argmax(-1)
+
+
+def use_layers_of_transformers(model: Any) -> None:
+    """Replace the decoder layers by those of transformers, with the same weights."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    for index, layer in enumerate(model.model.layers):
+        with torch.device("meta"):
+            replacement = LlamaDecoderLayer(model.config, index).train(layer.training)
+        replacement.load_state_dict(layer.state_dict(), assign=True)
+        model.model.layers[index] = replacement
 
 
 def question_ids(tokenizer: Any) -> list[int]:

@@ -42,8 +42,10 @@ PEERS = (
 )
 GGUF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 QUANTIZED = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
-# 32 weights share a scale in float16. Source: ggml, ggml-common.h, block_q8_0 and block_q4_0.
-BITS = {"8bit": 8.5, "4bit": 4.5}
+FILE_BITS = {"8bit": 8.5, "4bit": 4.5}
+"""Bits per weight of llama.cpp: 32 weights share a scale in float16. Source: ggml-common.h, block_q8_0, block_q4_0."""
+TOKEN_BITS = {"8bit": 8, "4bit": 5}
+"""Bits per weight of yivl.model.packed_linear: a scale for each output; a bfloat16 scale and zero for 32 weights."""
 SAME_BITS = {"8bit": "llama.cpp:q8_0", "4bit": "llama.cpp:q4_0"}
 
 
@@ -280,17 +282,18 @@ def row(
 def torch_bytes(config: Any, form: str, itemsize: int) -> tuple[int, int]:
     """Return the size of a checkpoint in the precision of a program, and the bytes of weights read per token.
 
-    4 and 8 bits count as the blocks of llama.cpp, and everything but the decoder layers as 16 bits.
+    With 4 and 8 bits the decoder layers of the checkpoint count as the blocks of llama.cpp, so that memory is compared
+    with the same size, and those read per token as they are stored. Everything else has 16 bits in the checkpoint.
     """
     from yivl.checkpoint.loading import empty_model
 
     file_bytes = token_bytes = 0.0
     for key, parameter in empty_model(config).named_parameters():
-        is_quantized = form in BITS and key.startswith("model.layers.") and parameter.ndim == 2
-        in_file = 2 if form in BITS else itemsize
-        file_bytes += parameter.numel() * (BITS[form] / 8 if is_quantized else in_file)
+        is_quantized = form in FILE_BITS and key.startswith("model.layers.") and parameter.ndim == 2
+        in_file = 2 if form in FILE_BITS else itemsize
+        file_bytes += parameter.numel() * (FILE_BITS[form] / 8 if is_quantized else in_file)
         if key.startswith(("model.layers.", "model.norm.", "lm_head.")):
-            token_bytes += parameter.numel() * (BITS[form] / 8 if is_quantized else itemsize)
+            token_bytes += parameter.numel() * (TOKEN_BITS[form] / 8 if is_quantized else itemsize)
     return int(file_bytes), int(token_bytes)
 
 

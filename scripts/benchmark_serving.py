@@ -62,7 +62,6 @@ def main() -> None:
         loaded = load_model(folder, device=arguments.device)
     with torch.no_grad():
         loaded.model.lm_head.weight[unwanted_tokens(loaded.tokenizer)] = 0
-        loaded.model.lm_head.weight[len(loaded.tokenizer) :] = 0
     results: dict[str, Any] = {
         "machine": machine(arguments.device),
         **{name: getattr(arguments, name) for name in ("shape", "dtype", "new_tokens", "clients", "prefill_chunk")},
@@ -225,7 +224,7 @@ def measure_gaps(client: Client, arguments: argparse.Namespace) -> dict[str, flo
 
     def longest_gap(num_joining: int) -> float:
         with ThreadPoolExecutor(max(num_joining, 1)) as pool:
-            times = []
+            times, joining = [], []
             for index, (seconds, _) in enumerate(client.stream([message(QUESTIONS[3])], 4 * arguments.new_tokens)):
                 times.append(seconds)
                 if index == 8:

@@ -21,7 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import GOLDEN, SHAPES, machine, machine_rates, resident_peak, rounded, shape_config
+from benchmark_inference import (
+    GOLDEN,
+    SHAPES,
+    machine,
+    machine_rates,
+    resident_peak,
+    rounded,
+    shape_config,
+    use_layers_of_transformers,
+)
 
 from yivl.train.cpu_threads import let_idle_threads_sleep
 
@@ -124,8 +133,10 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     lengths = None if arguments.variant == "llava" else [sample.sequence_length for sample in samples]
     batches = list(BatchSampler([len(samples)], batch_size, lengths=lengths))
 
+    image_processor = make_image_processor()
+
     def step(indices: Sequence[int]) -> None:
-        take_step(arguments, model, optimizer, [samples[index] for index in indices])
+        take_step(arguments, model, optimizer, image_processor, [samples[index] for index in indices])
 
     step([0])  # warms up, and allocates the optimizer states
     start = time.perf_counter()
@@ -139,7 +150,7 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
         "useful_flop_per_s": sum(useful_flops(config, sample) for sample in samples) / seconds,
         "peak_bytes": peak,
         "estimated_bytes": estimate(
-            model, config, max(sample.sequence_length for sample in samples), batch_size, arguments.dtype
+            arguments, model, config, max(sample.sequence_length for sample in samples), batch_size
         ),
         "batch_size": batch_size,
     }
@@ -151,14 +162,16 @@ def measure_loss_curves(arguments: argparse.Namespace) -> dict[str, Any]:
 
     config = shape_config("small", image_size=56)
     config.vocab_size, config.num_hidden_layers = 8000, 2  # seconds instead of minutes
-    samples = random_examples(8, config)
+    samples, image_processor = random_examples(8, config), make_image_processor()
     curves: dict[str, list[float]] = {}
     for variant in VARIANTS:
         own = argparse.Namespace(**vars(arguments) | {"variant": variant})
         model = make_model(own, config)
         optimizer = make_optimizer(variant, model, lr=3e-4)
         starts = [(2 * step) % len(samples) for step in range(CURVE_STEPS)]
-        curves[variant] = [take_step(own, model, optimizer, samples[start : start + 2]) for start in starts]
+        curves[variant] = [
+            take_step(own, model, optimizer, image_processor, samples[start : start + 2]) for start in starts
+        ]
     baseline = torch.tensor(curves["llava"])
     return {
         "steps": CURVE_STEPS,
@@ -178,6 +191,7 @@ def make_model(arguments: argparse.Namespace, config: Any) -> Any:
     from yivl.model.modeling import YiVLForCausalLM
 
     packing = "--packing" in VARIANTS[arguments.variant]
+    config.use_cache = False  # as the trainer of transformers sets it
     config._attn_implementation = (
         register_packed_sdpa() if packing and arguments.attention == "sdpa" else arguments.attention
     )
@@ -190,17 +204,26 @@ def make_model(arguments: argparse.Namespace, config: Any) -> Any:
     return model
 
 
-def take_step(arguments: argparse.Namespace, model: Any, optimizer: Any, samples: Sequence[Any]) -> float:
-    """Train on one batch, and return its loss."""
-    import torch
+def make_image_processor() -> Any:
+    """Return the image processor, which normalizes the images of a batch."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from yivl.data.collator import Collator, normalize_images
     from yivl.image_processing import ImageProcessor
+
+    return ImageProcessor(CLIPImageProcessorPil())
+
+
+def take_step(
+    arguments: argparse.Namespace, model: Any, optimizer: Any, image_processor: Any, samples: Sequence[Any]
+) -> float:
+    """Train on one batch, and return its loss."""
+    import torch
+
+    from yivl.data.collator import Collator, normalize_images
 
     collated = Collator(0, packing="--packing" in VARIANTS[arguments.variant])(samples)
     batch = {key: value.to(arguments.device) for key, value in collated.items()}
-    batch = normalize_images(batch, ImageProcessor(CLIPImageProcessorPil()))
+    batch = normalize_images(batch, image_processor)
     with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
         loss = (llava_loss if arguments.variant == "llava" else yivl_loss)(model, batch)
     loss.backward()
@@ -221,25 +244,16 @@ def make_optimizer(variant: str, model: Any, lr: float) -> Any:
     return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
 
 
-def use_layers_of_transformers(model: Any) -> None:
-    """Replace the decoder layers by those of transformers, with the same weights."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    for index, layer in enumerate(model.model.layers):
-        model.model.layers[index] = LlamaDecoderLayer(model.config, index)
-        model.model.layers[index].load_state_dict(layer.state_dict(), assign=True)
-
-
-def estimate(model: Any, config: Any, longest: int, batch_size: int, dtype: str) -> float:
-    """Return the memory that the dry run estimates for samples of the longest length, in bytes."""
+def estimate(arguments: argparse.Namespace, model: Any, config: Any, longest: int, batch_size: int) -> float:
+    """Return the memory that the dry run estimates for a variant and samples of the longest length, in bytes."""
     from yivl.train.arguments import parse_arguments
     from yivl.train.dry_run import estimate_memory
     from yivl.train.parameters import part_sizes
     from yivl.train.plan import Zero
 
     flags = f"--model_name_or_path m --data_path d --output_dir o --model_max_length {longest}".split()
-    flags += ["--per_device_train_batch_size", str(batch_size), "--bf16", str(dtype == "bfloat16")]
-    parsed = parse_arguments(flags)
+    flags += ["--per_device_train_batch_size", str(batch_size), "--bf16", str(arguments.dtype == "bfloat16")]
+    parsed = parse_arguments(flags + VARIANTS[arguments.variant].split())
     return estimate_memory(part_sizes(model, parsed.training), config, parsed, Zero(), 1).total
 
 

@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from PIL import Image
 from safetensors.torch import load_file
 from support.golden import CHECKPOINT, GOLDEN, ROOT
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from yivl.checkpoint.loading import load_model, load_processors
 from yivl.export.gguf import export_gguf
@@ -69,7 +70,9 @@ def test_a_prompt_that_is_computed_in_part_is_no_result(scripts: Any) -> None:
 
 def test_the_baseline_chooses_the_same_first_token(scripts: Any) -> None:
     loaded, photo = load_model(CHECKPOINT, device="cpu", dtype="float32"), Image.open(PHOTO)
-    baseline = scripts.inference.LlavaBaseline(loaded)
+    baseline = scripts.inference.LlavaBaseline(CHECKPOINT, "cpu", "float32")
+    assert baseline.model.config._attn_implementation == "sdpa"
+    assert {type(layer) for layer in baseline.model.model.layers} == {LlamaDecoderLayer}
     token, _ = baseline.prefill(baseline.encode(photo))
     state = Chat(loaded).begin(scripts.inference.QUESTIONS[0], photo, temperature=0, max_new_tokens=1)
     from yivl.inference.engine import finish_together
@@ -116,7 +119,11 @@ def test_bytes_are_those_of_the_files(scripts: Any, gguf: tuple[Path, Path], tmp
     assert token_bytes == round(4 * expected)
     file_16, token_16 = scripts.peers.torch_bytes(config, "bfloat16", 2)
     file_8, token_8 = scripts.peers.torch_bytes(config, "8bit", 2)
-    assert file_16 - file_8 == token_16 - token_8 > 0
+    _, token_4 = scripts.peers.torch_bytes(config, "4bit", 2)
+    quantized = sum(value.numel() for key, value in weights.items() if key.startswith(read[0]) and value.ndim == 2)
+    assert file_16 - file_8 == round(quantized * (16 - 8.5) / 8)
+    assert token_16 - token_8 == quantized  # half of 16 bits
+    assert token_8 - token_4 == quantized * 3 // 8  # a scale and a zero in bfloat16 for 32 weights
     file_gguf, token_gguf = scripts.peers.gguf_bytes(gguf)
     assert file_gguf == sum(path.stat().st_size for path in gguf)
     assert token_gguf == pytest.approx(token_16, rel=0.01)  # llama.cpp has vectors in float32
