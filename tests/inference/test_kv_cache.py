@@ -72,6 +72,11 @@ def assert_holds(cache: Cache, keys: Sequence[int]) -> None:
         assert torch.equal(layer.values, expected_values)
 
 
+def stored(store: PrefixStore) -> list[weakref.ref[torch.Tensor]]:
+    """Return references to all tensors of a store, which do not keep them."""
+    return [weakref.ref(tensor) for node in store._parents for pair in node.layers for tensor in pair]
+
+
 @pytest.mark.parametrize(
     ("prompt", "shared"),
     [([1, 2, 3, 9, 5, 6], 3), ([1, 2, 3, 4, 5, 6, 7], 6), ([1, 2, 3, 4, 5, 6], 5), ([9, 2], 0), ([1], 0)],
@@ -86,6 +91,15 @@ def test_a_store_returns_the_longest_common_prefix_and_leaves_the_last_position(
     for layer in cache.layers:  # a copy: what a request does to its cache changes nothing else
         layer.keys.zero_()
     assert_holds(store.take(prompt)[0], prompt[:shared])
+
+
+def test_a_sequence_that_is_stored_already_copies_nothing() -> None:
+    store = PrefixStore(10**6)
+    store.put([1, 2, 3, 4], layers_of([1, 2, 3, 4]))
+    tensors = [tensor() for tensor in stored(store)]
+    for keys in ([1, 2], [1, 2, 3, 4]):
+        store.put(keys, layers_of(keys))
+    assert all(now() is before for now, before in zip(stored(store), tensors, strict=True))
 
 
 SEQUENCES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=8), max_size=20)
@@ -140,11 +154,6 @@ def no_collection() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def stored(store: PrefixStore) -> list[weakref.ref[torch.Tensor]]:
-    """Return references to all tensors of a store, which do not keep them."""
-    return [weakref.ref(tensor) for node in store._parents for pair in node.layers for tensor in pair]
 
 
 def test_a_cleared_store_frees_its_memory_at_once(no_collection: None) -> None:

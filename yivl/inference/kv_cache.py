@@ -153,11 +153,12 @@ class PrefixStore:
         node, length = self._root, 0
         for found, shared in path:
             node, length = found, length + shared
+        if length == len(keys):
+            self._touch(node)
+            return
         if path and path[-1][1] < len(node.keys):
             node = self._split(node, path[-1][1])
         self._touch(node)  # the nodes on the path are dropped last
-        if length == len(keys):
-            return
         added = num_bytes // len(keys) * (len(keys) - length)
         while self._num_bytes + added > self._max_bytes:
             self._drop(next(iter(self._parents)))
