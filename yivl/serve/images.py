@@ -1,13 +1,16 @@
 """Images of requests, and the vision features of recent ones."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from yivl.image_processing import ImageProcessor, load_image
 from yivl.inference.request import EncodedImage
 from yivl.model.modeling import YiVLForCausalLM
+from yivl.serve.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,16 @@ class SentImage:
     """``(3, image_size, image_size)``."""
     digest: bytes
     """SHA-256 of the file, by which images are equal."""
+
+
+def read_image(data: bytes, limits: Limits, image_processor: ImageProcessor) -> SentImage:
+    """Return the image of a file.
+
+    Raises:
+        ImageError: If it cannot be used.
+    """
+    image = load_image(data, max_pixels=limits.max_image_pixels)
+    return SentImage(image_processor([image])[0], hashlib.sha256(data).digest())
 
 
 class ImageEncoder:
