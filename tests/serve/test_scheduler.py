@@ -185,3 +185,16 @@ def test_the_least_recently_used_image_is_encoded_again(loaded: LoadedModel) -> 
     (third,) = encoder.encode([other])
     assert (encoder.find(wide), encoder.find(photo), encoder.find(other)) == (None, first, third)
     assert third.serial != first.serial
+
+
+def test_an_image_that_is_kept_is_not_encoded_again_with_new_ones(loaded: LoadedModel) -> None:
+    encoder = ImageEncoder(loaded.model, 2)
+    photo, wide, other = sent(loaded, PHOTO), sent(loaded, WIDE), sent(loaded, PHOTO, copy=1)
+    first, second = encoder.encode([photo, wide])
+    with recorded(loaded.model.get_vision_tower(), len) as batches:
+        third, again = encoder.encode([other, photo])
+        assert encoder.encode([photo]) == [first]
+    assert batches == [1]
+    assert again is first
+    assert third.serial not in (first.serial, second.serial)
+    assert (encoder.find(wide), encoder.find(photo), encoder.find(other)) == (None, first, third)

@@ -54,11 +54,12 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[SentImage]) -> list[EncodedImage]:
-        """Encode images in one batch, equal ones once; return the features of each."""
-        unique = list(dict.fromkeys(images))
-        features = self._model.encode_images([image.pixel_values for image in unique])
-        # Copies, not views, which would keep the memory of the batch alive until all of its images are dropped.
-        encoded = {image: EncodedImage(row.clone()) for image, row in zip(unique, features, strict=True)}
+        """Return the features of each image; those that are not kept are encoded in one batch, equal ones once."""
+        encoded = {image: found for image in images if (found := self.find(image))}
+        if new := [image for image in dict.fromkeys(images) if image not in encoded]:
+            features = self._model.encode_images([image.pixel_values for image in new])
+            # Copies, not views, which would keep the memory of the batch alive until all of its images are dropped.
+            encoded |= {image: EncodedImage(row.clone()) for image, row in zip(new, features, strict=True)}
         self._encoded |= encoded
         while len(self._encoded) > self._max_images:
             self._encoded.popitem(last=False)
