@@ -174,6 +174,26 @@ def test_a_request_that_is_cancelled_while_its_prompt_is_computed_leaves(loaded:
         assert first.text() == Chat(loaded).ask("hello", temperature=0, max_new_tokens=60)
 
 
+def test_a_request_that_is_cancelled_behind_another_one_leaves_and_its_image_is_not_encoded(
+    loaded: LoadedModel,
+) -> None:
+    first = Asked(loaded, "What is this?", [sent(loaded, PHOTO, copy) for copy in range(3)])
+    second = Asked(loaded, "What is this?", [sent(loaded, WIDE)])
+    with running(loaded, prefill_chunk=2 * loaded.model.config.num_patches) as scheduler:
+        batches: list[tuple[int, int]] = []
+
+        def cancel(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            batches.append((len(inputs[0]), scheduler.num_running))
+            second.cancelled.set()
+
+        hook = loaded.model.get_vision_tower().register_forward_pre_hook(cancel)
+        scheduler.submit([first.request, second.request])
+        assert isinstance(second.end(), Cancelled)
+        assert first.text()
+        hook.remove()
+    assert batches == [(2, 2), (1, 1)]
+
+
 def test_the_least_recently_used_image_is_encoded_again(loaded: LoadedModel) -> None:
     encoder = ImageEncoder(loaded.model, 2)
     photo, wide, other = sent(loaded, PHOTO), sent(loaded, WIDE), sent(loaded, PHOTO, copy=1)

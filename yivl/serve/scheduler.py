@@ -138,12 +138,13 @@ class Scheduler:
 
     def _compute_prompts(self) -> None:
         """Compute prompts, the oldest first, until running answers need their next token."""
+        for one in [one for one in self._joining if one.request.cancelled.is_set()]:
+            self._joining.remove(one)
+            self._fail(one.request, Cancelled())
         remaining = self._limits.prefill_chunk
         while self._joining and remaining > 0:
             one = self._joining[0]
             try:
-                if one.request.cancelled.is_set():
-                    raise Cancelled
                 if pending := self._pending_images():
                     if remaining == self._limits.prefill_chunk:  # after a part of a prompt it would be a long wait
                         self._encode(pending)
