@@ -194,6 +194,28 @@ def test_a_request_that_is_cancelled_behind_another_one_leaves_and_its_image_is_
     assert batches == [(2, 2), (1, 1)]
 
 
+@pytest.mark.parametrize("num_good_events", [0, 1])
+def test_a_receiver_that_raises_ends_its_request_only(num_good_events: int, loaded: LoadedModel) -> None:
+    first, second, last = (Asked(loaded, "hello", max_new_tokens=60) for _ in range(3))
+    received: list[Event] = []
+
+    def fail(event: Event) -> None:
+        received.append(event)
+        if len(received) > num_good_events:
+            raise ValueError("the receiver is gone")
+
+    second.request.on_event = fail
+    with running(loaded) as scheduler:
+        scheduler.submit([first.request, second.request])
+        expected = Chat(loaded).ask("hello", temperature=0, max_new_tokens=60)
+        assert first.text() == expected
+        scheduler.submit([last.request])
+        assert last.text() == expected
+        assert (scheduler.num_running, len(scheduler._engine)) == (0, 0)
+    assert len(received) == num_good_events + 2
+    assert isinstance(received[-1], ValueError)
+
+
 def test_the_least_recently_used_image_is_encoded_again(loaded: LoadedModel) -> None:
     encoder = ImageEncoder(loaded.model, 2)
     photo, wide, other = sent(loaded, PHOTO), sent(loaded, WIDE), sent(loaded, PHOTO, copy=1)

@@ -126,14 +126,14 @@ class Scheduler:
                 self._queue = waiting[free:]
             for request in cancelled:
                 self._fail(request, Cancelled())
-            self._compute_prompts()
             try:
+                self._compute_prompts()
                 self._deliver(self._engine.step())
             except Exception as error:
                 self._fail_batch(error)
         self._fail_batch(Overloaded())
         for request in [one.request for one in self._joining] + self._queue:
-            request.on_event(Overloaded())
+            self._fail(request, Overloaded())
         self._joining, self._queue = [], []
 
     def _compute_prompts(self) -> None:
@@ -193,11 +193,16 @@ class Scheduler:
     def _deliver(self, pieces: Sequence[tuple[GenerationState, str]]) -> None:
         texts = {id(state): text for state, text in pieces}
         for request, state in list(self._running):
-            if text := texts.get(id(state)):
-                request.on_event(text)
-            if state.finish_reason:
-                self._running.remove((request, state))
-                request.on_event(state)
+            try:
+                if text := texts.get(id(state)):
+                    request.on_event(text)
+                if state.finish_reason:
+                    self._running.remove((request, state))
+                    request.on_event(state)
+            except Exception as error:  # it does not affect the other requests
+                self._running = [one for one in self._running if one[0] is not request]
+                self._engine.remove([state])
+                self._fail(request, error)
 
     def _fail_batch(self, error: Exception) -> None:
         self._engine.clear()
@@ -211,4 +216,7 @@ class Scheduler:
             logger.error("an answer failed", exc_info=None if is_out_of_memory(error) else error)
         if is_out_of_memory(error):
             self._engine.prefixes.clear()
-        request.on_event(error)
+        try:
+            request.on_event(error)
+        except Exception:
+            logger.exception("an error could not be delivered")
