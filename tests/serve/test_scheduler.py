@@ -160,6 +160,33 @@ def test_out_of_memory_in_a_prompt_fails_its_request_only_and_empties_the_store(
         assert state.text == Chat(loaded).ask("And now?", **GREEDY)
 
 
+def test_out_of_memory_in_a_prompt_drops_the_stored_prefixes_and_computes_it_again(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = loaded.model.model.layers[1]
+    forward = layer.forward
+    failed: list[int] = []
+    with running(loaded) as scheduler:
+        earlier, asked = Asked(loaded, "And now?"), Asked(loaded, "What is this?", [sent(loaded, PHOTO)])
+        scheduler.submit([earlier.request])
+        earlier.text()
+
+        def fail_beside_prefixes(states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if num_bytes := scheduler._engine.prefixes.num_bytes:
+                failed.append(num_bytes)
+                raise RuntimeError("CUDA out of memory")
+            return forward(states, *arguments, **options)
+
+        monkeypatch.setattr(layer, "forward", fail_beside_prefixes)
+        scheduler.submit([asked.request])
+        state = asked.end()
+        monkeypatch.undo()
+    assert len(failed) == 1
+    assert isinstance(state, GenerationState)
+    assert state.num_cached == 0
+    assert state.text == Chat(loaded).ask("What is this?", PHOTO, **GREEDY)
+
+
 def test_a_request_that_is_cancelled_while_its_prompt_is_computed_leaves(loaded: LoadedModel) -> None:
     first = Asked(loaded, "hello", max_new_tokens=60)
     second = Asked(loaded, "What is this?" * 30)

@@ -53,6 +53,8 @@ class _Joining:
     encoded: list[EncodedImage] = field(default_factory=list)
     """The features of the first of its images, or of all."""
     prefill: Prefill | None = None
+    is_retried: bool = False
+    """Whether memory ran out before, and the stored prefixes were dropped for this request."""
 
     @property
     def pending_images(self) -> Sequence[SentImage]:
@@ -149,19 +151,33 @@ class Scheduler:
                     if remaining == self._limits.prefill_chunk:  # after a part of a prompt it would be a long wait
                         self._encode(pending)
                     return
-                one.prefill = prefill = one.prefill or self._start(one)
-                before = prefill.num_remaining
-                # A whole prompt takes less time than its parts; while no answer runs, none is interrupted by it.
-                text = self._engine.advance(prefill, remaining if self._running else before)
+                num_computed, joined = self._advance(one, remaining)
             except Exception as error:  # it does not affect the other requests
-                self._joining.remove(one)
-                self._fail(one.request, error)
+                if is_out_of_memory(error) and self._engine.prefixes.num_bytes and not one.is_retried:
+                    self._engine.prefixes.clear()
+                    one.prefill, one.is_retried = None, True
+                else:
+                    self._joining.remove(one)
+                    self._fail(one.request, error)
                 continue
-            remaining -= before - prefill.num_remaining
-            if text is not None:
+            remaining -= num_computed
+            if joined is not None:
+                state, text = joined
                 self._joining.remove(one)
-                self._running.append((one.request, prefill.state))
-                self._deliver([(prefill.state, text)])
+                self._running.append((one.request, state))
+                self._deliver([(state, text)])
+
+    def _advance(self, one: _Joining, remaining: int) -> tuple[int, tuple[GenerationState, str] | None]:
+        """Compute a part of a prompt.
+
+        Returns:
+            The number of its positions, and after the last part the state and the text of the first token.
+        """
+        one.prefill = prefill = one.prefill or self._start(one)
+        before = prefill.num_remaining
+        # A whole prompt takes less time than its parts; while no answer runs, none is interrupted by it.
+        text = self._engine.advance(prefill, remaining if self._running else before)
+        return before - prefill.num_remaining, None if text is None else (prefill.state, text)
 
     def _pending_images(self) -> list[tuple[_Joining, SentImage]]:
         """Return the images to encode, each with its request; none if the oldest joining request needs none."""
