@@ -1,6 +1,8 @@
 """The growing cache equals a concatenating one after every operation of transformers."""
 
-from collections.abc import Sequence
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from yivl.checkpoint.loading import LoadedModel
+from yivl.inference.chat import Chat
 from yivl.inference.kv_cache import ROOM, PrefixStore, make_cache
 
 
@@ -68,6 +72,11 @@ def assert_holds(cache: Cache, keys: Sequence[int]) -> None:
         assert torch.equal(layer.values, expected_values)
 
 
+def stored(store: PrefixStore) -> list[weakref.ref[torch.Tensor]]:
+    """Return references to all tensors of a store, which do not keep them."""
+    return [weakref.ref(tensor) for node in store._parents for pair in node.layers for tensor in pair]
+
+
 @pytest.mark.parametrize(
     ("prompt", "shared"),
     [([1, 2, 3, 9, 5, 6], 3), ([1, 2, 3, 4, 5, 6, 7], 6), ([1, 2, 3, 4, 5, 6], 5), ([9, 2], 0), ([1], 0)],
@@ -82,6 +91,15 @@ def test_a_store_returns_the_longest_common_prefix_and_leaves_the_last_position(
     for layer in cache.layers:  # a copy: what a request does to its cache changes nothing else
         layer.keys.zero_()
     assert_holds(store.take(prompt)[0], prompt[:shared])
+
+
+def test_a_sequence_that_is_stored_already_copies_nothing() -> None:
+    store = PrefixStore(10**6)
+    store.put([1, 2, 3, 4], layers_of([1, 2, 3, 4]))
+    tensors = [tensor() for tensor in stored(store)]
+    for keys in ([1, 2], [1, 2, 3, 4]):
+        store.put(keys, layers_of(keys))
+    assert all(now() is before for now, before in zip(stored(store), tensors, strict=True))
 
 
 SEQUENCES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=8), max_size=20)
@@ -127,3 +145,38 @@ def test_the_least_recently_used_sequence_is_dropped_first() -> None:
     assert kept == {"1": 3, "2": 1, "3": 3, "4": 3}
     store.clear()
     assert (store.num_bytes, store.take([*first, 0])[1]) == (0, 0)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Objects in reference cycles stay."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_cleared_store_frees_its_memory_at_once(no_collection: None) -> None:
+    store = PrefixStore(10**6)
+    for keys in ([1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 5, 7]):
+        store.put(keys, layers_of(keys))
+    tensors = stored(store)
+    assert len(tensors) == 5 * 2 * 2  # nodes, layers, keys and values
+    store.clear()
+    assert not any(tensor() is not None for tensor in tensors)
+
+
+@pytest.mark.parametrize("is_reset", [True, False])
+def test_a_chat_that_is_reset_or_dropped_frees_its_memory_at_once(
+    is_reset: bool, loaded: LoadedModel, no_collection: None
+) -> None:
+    chat = Chat(loaded)
+    for _ in range(2):
+        chat.ask("hello", temperature=0, max_new_tokens=3)
+    tensors = stored(chat._prefixes)
+    assert tensors
+    if is_reset:
+        chat.reset()
+    else:
+        del chat
+    assert not any(tensor() is not None for tensor in tensors)

@@ -160,6 +160,33 @@ def test_out_of_memory_in_a_prompt_fails_its_request_only_and_empties_the_store(
         assert state.text == Chat(loaded).ask("And now?", **GREEDY)
 
 
+def test_out_of_memory_in_a_prompt_drops_the_stored_prefixes_and_computes_it_again(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = loaded.model.model.layers[1]
+    forward = layer.forward
+    failed: list[int] = []
+    with running(loaded) as scheduler:
+        earlier, asked = Asked(loaded, "And now?"), Asked(loaded, "What is this?", [sent(loaded, PHOTO)])
+        scheduler.submit([earlier.request])
+        earlier.text()
+
+        def fail_beside_prefixes(states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if num_bytes := scheduler._engine.prefixes.num_bytes:
+                failed.append(num_bytes)
+                raise RuntimeError("CUDA out of memory")
+            return forward(states, *arguments, **options)
+
+        monkeypatch.setattr(layer, "forward", fail_beside_prefixes)
+        scheduler.submit([asked.request])
+        state = asked.end()
+        monkeypatch.undo()
+    assert len(failed) == 1
+    assert isinstance(state, GenerationState)
+    assert state.num_cached == 0
+    assert state.text == Chat(loaded).ask("What is this?", PHOTO, **GREEDY)
+
+
 def test_a_request_that_is_cancelled_while_its_prompt_is_computed_leaves(loaded: LoadedModel) -> None:
     first = Asked(loaded, "hello", max_new_tokens=60)
     second = Asked(loaded, "What is this?" * 30)
@@ -174,6 +201,48 @@ def test_a_request_that_is_cancelled_while_its_prompt_is_computed_leaves(loaded:
         assert first.text() == Chat(loaded).ask("hello", temperature=0, max_new_tokens=60)
 
 
+def test_a_request_that_is_cancelled_behind_another_one_leaves_and_its_image_is_not_encoded(
+    loaded: LoadedModel,
+) -> None:
+    first = Asked(loaded, "What is this?", [sent(loaded, PHOTO, copy) for copy in range(3)])
+    second = Asked(loaded, "What is this?", [sent(loaded, WIDE)])
+    with running(loaded, prefill_chunk=2 * loaded.model.config.num_patches) as scheduler:
+        batches: list[tuple[int, int]] = []
+
+        def cancel(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            batches.append((len(inputs[0]), scheduler.num_running))
+            second.cancelled.set()
+
+        hook = loaded.model.get_vision_tower().register_forward_pre_hook(cancel)
+        scheduler.submit([first.request, second.request])
+        assert isinstance(second.end(), Cancelled)
+        assert first.text()
+        hook.remove()
+    assert batches == [(2, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("num_good_events", [0, 1])
+def test_a_receiver_that_raises_ends_its_request_only(num_good_events: int, loaded: LoadedModel) -> None:
+    first, second, last = (Asked(loaded, "hello", max_new_tokens=60) for _ in range(3))
+    received: list[Event] = []
+
+    def fail(event: Event) -> None:
+        received.append(event)
+        if len(received) > num_good_events:
+            raise ValueError("the receiver is gone")
+
+    second.request.on_event = fail
+    with running(loaded) as scheduler:
+        scheduler.submit([first.request, second.request])
+        expected = Chat(loaded).ask("hello", temperature=0, max_new_tokens=60)
+        assert first.text() == expected
+        scheduler.submit([last.request])
+        assert last.text() == expected
+        assert (scheduler.num_running, len(scheduler._engine)) == (0, 0)
+    assert len(received) == num_good_events + 2
+    assert isinstance(received[-1], ValueError)
+
+
 def test_the_least_recently_used_image_is_encoded_again(loaded: LoadedModel) -> None:
     encoder = ImageEncoder(loaded.model, 2)
     photo, wide, other = sent(loaded, PHOTO), sent(loaded, WIDE), sent(loaded, PHOTO, copy=1)
@@ -185,3 +254,16 @@ def test_the_least_recently_used_image_is_encoded_again(loaded: LoadedModel) -> 
     (third,) = encoder.encode([other])
     assert (encoder.find(wide), encoder.find(photo), encoder.find(other)) == (None, first, third)
     assert third.serial != first.serial
+
+
+def test_an_image_that_is_kept_is_not_encoded_again_with_new_ones(loaded: LoadedModel) -> None:
+    encoder = ImageEncoder(loaded.model, 2)
+    photo, wide, other = sent(loaded, PHOTO), sent(loaded, WIDE), sent(loaded, PHOTO, copy=1)
+    first, second = encoder.encode([photo, wide])
+    with recorded(loaded.model.get_vision_tower(), len) as batches:
+        third, again = encoder.encode([other, photo])
+        assert encoder.encode([photo]) == [first]
+    assert batches == [1]
+    assert again is first
+    assert third.serial not in (first.serial, second.serial)
+    assert (encoder.find(wide), encoder.find(photo), encoder.find(other)) == (None, first, third)

@@ -84,11 +84,6 @@ class Chat:
         """The images of each answered turn."""
         return tuple(map(tuple, self._images))
 
-    @property
-    def num_cache_bytes(self) -> int:
-        """Memory of the keys and values that are kept for the next turn."""
-        return self._prefixes.num_bytes
-
     def free_cache(self) -> None:
         """Free the keys and values; the next turn re-computes them."""
         self._close_stream()

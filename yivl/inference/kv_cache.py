@@ -80,11 +80,13 @@ Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(eq=False)
 class _Node:
-    """Positions that follow those of the parent; the children begin with different keys."""
+    """Positions that follow those of the parent; the children begin with different keys.
+
+    It does not refer to its parent: a reference cycle would keep the memory until Python looks for cycles.
+    """
 
     keys: list[int]
     layers: Layers
-    parent: "_Node | None"
     children: dict[int, "_Node"] = field(default_factory=dict)
     """By their first key."""
 
@@ -115,9 +117,10 @@ class PrefixStore:
 
     def clear(self) -> None:
         """Drop everything."""
-        self._root = _Node([], [], None)
-        # From the least to the most recently used. A parent comes after its children, so the first node is a leaf.
-        self._nodes: OrderedDict[_Node, None] = OrderedDict()
+        self._root = _Node([], [])
+        # The parent of each node, from the least to the most recently used node. A parent comes after its children,
+        # so the first node is a leaf.
+        self._parents: OrderedDict[_Node, _Node] = OrderedDict()
         self._num_bytes = 0
 
     def take(self, keys: Sequence[int]) -> tuple[Cache, int]:
@@ -150,16 +153,17 @@ class PrefixStore:
         node, length = self._root, 0
         for found, shared in path:
             node, length = found, length + shared
+        if length == len(keys):
+            self._touch(node)
+            return
         if path and path[-1][1] < len(node.keys):
             node = self._split(node, path[-1][1])
         self._touch(node)  # the nodes on the path are dropped last
-        if length == len(keys):
-            return
         added = num_bytes // len(keys) * (len(keys) - length)
         while self._num_bytes + added > self._max_bytes:
-            self._drop(next(iter(self._nodes)))
-        leaf = _Node(list(keys[length:]), _copy(layers, length, len(keys)), node)
-        node.children[keys[length]] = leaf
+            self._drop(next(iter(self._parents)))
+        leaf = _Node(list(keys[length:]), _copy(layers, length, len(keys)))
+        node.children[keys[length]], self._parents[leaf] = leaf, node
         self._num_bytes += leaf.num_bytes
         self._touch(leaf)
 
@@ -180,27 +184,22 @@ class PrefixStore:
 
     def _split(self, node: _Node, length: int) -> _Node:
         """Move the first positions of a node to a new parent and return it."""
-        assert node.parent is not None
         # Copies, not views, which would keep the memory of both alive until both are dropped.
         first, rest = _copy(node.layers, 0, length), _copy(node.layers, length, len(node.keys))
-        head = _Node(node.keys[:length], first, node.parent)
-        node.keys, node.layers, node.parent = node.keys[length:], rest, head
-        head.children[node.keys[0]] = node
-        assert head.parent is not None
-        head.parent.children[head.keys[0]] = head
-        self._nodes[head] = None
+        head, parent = _Node(node.keys[:length], first), self._parents[node]
+        node.keys, node.layers = node.keys[length:], rest
+        head.children[node.keys[0]], self._parents[node] = node, head
+        parent.children[head.keys[0]], self._parents[head] = head, parent
         return head
 
     def _touch(self, node: _Node) -> None:
         """Mark a node and its ancestors as the most recently used."""
-        while node.parent is not None:
-            self._nodes[node] = None
-            self._nodes.move_to_end(node)
-            node = node.parent
+        while node is not self._root:
+            self._parents.move_to_end(node)
+            node = self._parents[node]
 
     def _drop(self, leaf: _Node) -> None:
-        assert leaf.parent is not None
-        del self._nodes[leaf], leaf.parent.children[leaf.keys[0]]
+        del self._parents.pop(leaf).children[leaf.keys[0]]
         self._num_bytes -= leaf.num_bytes
 
 

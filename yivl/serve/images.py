@@ -1,13 +1,16 @@
 """Images of requests, and the vision features of recent ones."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from yivl.image_processing import ImageProcessor, load_image
 from yivl.inference.request import EncodedImage
 from yivl.model.modeling import YiVLForCausalLM
+from yivl.serve.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,16 @@ class SentImage:
     """``(3, image_size, image_size)``."""
     digest: bytes
     """SHA-256 of the file, by which images are equal."""
+
+
+def read_image(data: bytes, limits: Limits, image_processor: ImageProcessor) -> SentImage:
+    """Return the image of a file.
+
+    Raises:
+        ImageError: If it cannot be used.
+    """
+    image = load_image(data, max_pixels=limits.max_image_pixels)
+    return SentImage(image_processor([image])[0], hashlib.sha256(data).digest())
 
 
 class ImageEncoder:
@@ -41,11 +54,12 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[SentImage]) -> list[EncodedImage]:
-        """Encode images in one batch, equal ones once; return the features of each."""
-        unique = list(dict.fromkeys(images))
-        features = self._model.encode_images([image.pixel_values for image in unique])
-        # Copies, not views, which would keep the memory of the batch alive until all of its images are dropped.
-        encoded = {image: EncodedImage(row.clone()) for image, row in zip(unique, features, strict=True)}
+        """Return the features of each image; those that are not kept are encoded in one batch, equal ones once."""
+        encoded = {image: found for image in images if (found := self.find(image))}
+        if new := [image for image in dict.fromkeys(images) if image not in encoded]:
+            features = self._model.encode_images([image.pixel_values for image in new])
+            # Copies, not views, which would keep the memory of the batch alive until all of its images are dropped.
+            encoded |= {image: EncodedImage(row.clone()) for image, row in zip(new, features, strict=True)}
         self._encoded |= encoded
         while len(self._encoded) > self._max_images:
             self._encoded.popitem(last=False)

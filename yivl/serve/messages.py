@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -10,8 +9,8 @@ from typing import Final
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
-from yivl.image_processing import ImageProcessor, load_image
-from yivl.serve.images import SentImage
+from yivl.image_processing import ImageProcessor
+from yivl.serve.images import SentImage, read_image
 from yivl.serve.limits import Limits
 from yivl.serve.remote import Fetcher
 from yivl.serve.schema import ImagePart, Message, SystemMessage, TextPart
@@ -42,7 +41,7 @@ def read_messages(
     ]
     if sum(map(len, urls)) > limits.max_images:
         raise YiVLError(f"a request may hold at most {limits.max_images} images")
-    images = [[_read_image(_data(url, limits, fetcher), limits, image_processor) for url in group] for group in urls]
+    images = [[read_image(_data(url, limits, fetcher), limits, image_processor) for url in group] for group in urls]
     texts = [_text(message) for message in messages]
     turns = [
         Turn(question, answer, num_images=len(group))
@@ -55,11 +54,6 @@ def _text(message: Message) -> str:
     if isinstance(message.content, str):
         return message.content
     return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
-
-
-def _read_image(data: bytes, limits: Limits, image_processor: ImageProcessor) -> SentImage:
-    image = load_image(data, max_pixels=limits.max_image_pixels)
-    return SentImage(image_processor([image])[0], hashlib.sha256(data).digest())
 
 
 def _data(url: str, limits: Limits, fetcher: Fetcher) -> bytes:

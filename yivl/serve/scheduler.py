@@ -53,6 +53,8 @@ class _Joining:
     encoded: list[EncodedImage] = field(default_factory=list)
     """The features of the first of its images, or of all."""
     prefill: Prefill | None = None
+    is_retried: bool = False
+    """Whether memory ran out before, and the stored prefixes were dropped for this request."""
 
     @property
     def pending_images(self) -> Sequence[SentImage]:
@@ -126,41 +128,56 @@ class Scheduler:
                 self._queue = waiting[free:]
             for request in cancelled:
                 self._fail(request, Cancelled())
-            self._compute_prompts()
             try:
+                self._compute_prompts()
                 self._deliver(self._engine.step())
             except Exception as error:
                 self._fail_batch(error)
         self._fail_batch(Overloaded())
         for request in [one.request for one in self._joining] + self._queue:
-            request.on_event(Overloaded())
+            self._fail(request, Overloaded())
         self._joining, self._queue = [], []
 
     def _compute_prompts(self) -> None:
         """Compute prompts, the oldest first, until running answers need their next token."""
+        for one in [one for one in self._joining if one.request.cancelled.is_set()]:
+            self._joining.remove(one)
+            self._fail(one.request, Cancelled())
         remaining = self._limits.prefill_chunk
         while self._joining and remaining > 0:
             one = self._joining[0]
             try:
-                if one.request.cancelled.is_set():
-                    raise Cancelled
                 if pending := self._pending_images():
                     if remaining == self._limits.prefill_chunk:  # after a part of a prompt it would be a long wait
                         self._encode(pending)
                     return
-                one.prefill = prefill = one.prefill or self._start(one)
-                before = prefill.num_remaining
-                # A whole prompt takes less time than its parts; while no answer runs, none is interrupted by it.
-                text = self._engine.advance(prefill, remaining if self._running else before)
+                num_computed, joined = self._advance(one, remaining)
             except Exception as error:  # it does not affect the other requests
-                self._joining.remove(one)
-                self._fail(one.request, error)
+                if is_out_of_memory(error) and self._engine.prefixes.num_bytes and not one.is_retried:
+                    self._engine.prefixes.clear()
+                    one.prefill, one.is_retried = None, True
+                else:
+                    self._joining.remove(one)
+                    self._fail(one.request, error)
                 continue
-            remaining -= before - prefill.num_remaining
-            if text is not None:
+            remaining -= num_computed
+            if joined is not None:
+                state, text = joined
                 self._joining.remove(one)
-                self._running.append((one.request, prefill.state))
-                self._deliver([(prefill.state, text)])
+                self._running.append((one.request, state))
+                self._deliver([(state, text)])
+
+    def _advance(self, one: _Joining, remaining: int) -> tuple[int, tuple[GenerationState, str] | None]:
+        """Compute a part of a prompt.
+
+        Returns:
+            The number of its positions, and after the last part the state and the text of the first token.
+        """
+        one.prefill = prefill = one.prefill or self._start(one)
+        before = prefill.num_remaining
+        # A whole prompt takes less time than its parts; while no answer runs, none is interrupted by it.
+        text = self._engine.advance(prefill, remaining if self._running else before)
+        return before - prefill.num_remaining, None if text is None else (prefill.state, text)
 
     def _pending_images(self) -> list[tuple[_Joining, SentImage]]:
         """Return the images to encode, each with its request; none if the oldest joining request needs none."""
@@ -192,11 +209,16 @@ class Scheduler:
     def _deliver(self, pieces: Sequence[tuple[GenerationState, str]]) -> None:
         texts = {id(state): text for state, text in pieces}
         for request, state in list(self._running):
-            if text := texts.get(id(state)):
-                request.on_event(text)
-            if state.finish_reason:
-                self._running.remove((request, state))
-                request.on_event(state)
+            try:
+                if text := texts.get(id(state)):
+                    request.on_event(text)
+                if state.finish_reason:
+                    self._running.remove((request, state))
+                    request.on_event(state)
+            except Exception as error:  # it does not affect the other requests
+                self._running = [one for one in self._running if one[0] is not request]
+                self._engine.remove([state])
+                self._fail(request, error)
 
     def _fail_batch(self, error: Exception) -> None:
         self._engine.clear()
@@ -210,4 +232,7 @@ class Scheduler:
             logger.error("an answer failed", exc_info=None if is_out_of_memory(error) else error)
         if is_out_of_memory(error):
             self._engine.prefixes.clear()
-        request.on_event(error)
+        try:
+            request.on_event(error)
+        except Exception:
+            logger.exception("an error could not be delivered")

@@ -1,7 +1,6 @@
 """Callbacks of the web page; ``web_layout`` has its components."""
 
 import dataclasses
-import hashlib
 import html
 import queue
 import threading
@@ -16,13 +15,12 @@ from gradio.data_classes import FileDataDict
 from gradio.utils import get_upload_folder
 
 from yivl.command_line import is_out_of_memory
-from yivl.errors import YiVLError
-from yivl.image_processing import load_image
+from yivl.errors import ImageError, YiVLError
 from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.bubbles import Bubble, as_bubbles, bubble, bubbles_up_to
-from yivl.serve.images import SentImage
+from yivl.serve.images import SentImage, read_image
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Overloaded, Scheduler
 from yivl.serve.sessions import Session, Sessions
@@ -77,10 +75,9 @@ class Page:
         if file.stat().st_size > self.limits.max_image_bytes:
             raise YiVLError(f"the image has more than {self.limits.max_image_bytes:,} bytes")
         try:
-            image = load_image(path, max_pixels=self.limits.max_image_pixels)
-        except YiVLError as error:  # the visitor must not learn the path on the server
-            raise YiVLError(str(error).replace(path, Path(path).name)) from error
-        return SentImage(self.loaded.image_processor([image])[0], hashlib.sha256(file.read_bytes()).digest())
+            return read_image(file.read_bytes(), self.limits, self.loaded.image_processor)
+        except ImageError as error:
+            raise YiVLError(str(error).replace("image bytes", Path(path).name, 1)) from error
 
     def send(
         self,
