@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from yivl.model.decoder import DecoderLayer
 from yivl.model.loss import BLOCK_SIZE, cross_entropy_sum
+from yivl.model.packed_linear import Linear8
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -69,13 +70,44 @@ def test_bf16_is_as_near_to_float32_as_that_of_transformers(dtype: torch.dtype) 
         assert error <= 1.2 * their_error + 1e-3 * expected.norm()
 
 
-def test_without_gradients_the_modules_are_those_of_transformers() -> None:
+def test_without_gradients_the_norm_is_that_of_transformers() -> None:
     theirs, ours = layers()
     hidden = torch.randn(1, 5, 64)
     with torch.no_grad(), autocast():
         assert torch.equal(ours.input_layernorm(hidden), theirs.input_layernorm(hidden))
         assert ours.input_layernorm(hidden).dtype == torch.float32
-        assert torch.equal(ours.mlp(hidden), theirs.mlp(hidden))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_mlp_is_that_of_transformers_and_keeps_its_input(
+    activation: str, dtype: torch.dtype
+) -> None:
+    theirs, ours = (layer.to(dtype) for layer in layers(hidden_act=activation))
+    hidden = torch.randn(2, 5, 64, dtype=dtype)
+    before = hidden.clone()
+    torch.testing.assert_close(ours.mlp(hidden), theirs.mlp(hidden))
+    assert torch.equal(hidden, before)
+
+
+def test_the_weight_of_a_quantized_layer_is_not_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = layers()
+    ours.mlp.down_proj = Linear8(ours.mlp.down_proj, torch.float32)
+    hidden = torch.randn(1, 5, 64)
+    with torch.no_grad():
+        expected = ours.mlp(hidden)
+    monkeypatch.setattr(Linear8, "_dequantized", lambda *_: pytest.fail("dequantized"))
+    torch.testing.assert_close(ours.mlp(hidden), expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    _, ours = layers()
+    for module in (ours.input_layernorm, ours.mlp):
+        hidden = torch.randn(1, 5, 64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(module(hidden).square().sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def saved_bytes(layer: LlamaDecoderLayer) -> int:

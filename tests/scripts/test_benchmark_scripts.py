@@ -4,10 +4,14 @@ import json
 import runpy
 import subprocess
 import sys
+import threading
+from argparse import Namespace
 
 import pytest
 import torch
-from support.golden import ROOT
+from support.golden import CHECKPOINT, ROOT
+
+from yivl.checkpoint.loading import empty_model, load_model
 
 
 def test_the_loader_is_measured_on_the_data_it_streams(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +24,29 @@ def test_the_loader_is_measured_on_the_data_it_streams(monkeypatch: pytest.Monke
         torch.set_num_threads(threads)
     assert results["time_over_decoding"] > 0
     assert results["images_per_s_per_worker"] > 0
+
+
+def test_the_estimate_is_that_of_the_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = runpy.run_path(str(ROOT / "scripts/benchmark_training.py"))
+    config = script["shape_config"]("small")
+    model = empty_model(config)
+    estimates = {
+        variant: script["estimate"](Namespace(variant=variant, dtype="bfloat16"), model, config, 100, 2)
+        for variant in ("packed", "packed_8bit")
+    }
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert estimates["packed"] - estimates["packed_8bit"] == 6 * parameters
+
+
+def test_the_server_ends_when_a_measurement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    serving = runpy.run_path(str(ROOT / "scripts/benchmark_serving.py"))["serving"]
+    before = set(threading.enumerate())
+    flags = Namespace(clients=2, prefill_chunk=64)
+    with pytest.raises(ZeroDivisionError), serving(load_model(CHECKPOINT, device="cpu"), flags):
+        raise ZeroDivisionError
+    assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
 
 
 @pytest.mark.slow

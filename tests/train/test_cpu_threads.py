@@ -13,8 +13,10 @@ from support.training import flags, write_rows
 
 from yivl.train import cpu_threads, launch
 from yivl.train.__main__ import main
+from yivl.train.arguments import parse_arguments
 from yivl.train.compilation import describe_compilation
-from yivl.train.plan import Zero
+from yivl.train.plan import RunPlan, Zero
+from yivl.train.run import prepare
 
 OFFLOAD = ROOT / "scripts/zero2_offload.json"
 
@@ -52,19 +54,30 @@ def test_a_run_says_its_threads_and_keeps_what_the_user_set(
     assert f"CPU threads: 1 x 1 processes; idle threads {expected} " in result.stderr
 
 
-@pytest.mark.parametrize(("native", "bf16", "warns"), [(False, True, True), (False, False, False), (True, True, False)])
+@pytest.mark.parametrize(
+    ("native", "bf16", "dry_run", "warns"),
+    [
+        (False, True, False, True),
+        (False, True, True, False),  # the run may be for a machine with GPUs
+        (False, False, False, False),
+        (True, True, False, False),
+    ],
+)
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     native: bool,
     bf16: bool,
+    dry_run: bool,
     warns: bool,
 ) -> None:
     monkeypatch.setattr("yivl.train.run.has_native_bfloat16", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data = write_rows(tmp_path / "rows.json")
+    arguments = parse_arguments(flags(tmp_path / "out", data, dry_run=dry_run, bf16=bf16))
     with caplog.at_level("WARNING"):
-        main(flags(tmp_path / "out", write_rows(tmp_path / "rows.json"), dry_run=True, bf16=bf16))
+        prepare(arguments, RunPlan.of(arguments))
     assert ("give --bf16 False" in caplog.text) is warns
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from yivl.checkpoint.loading import read_small_files
 from yivl.model.configuration import YiVLConfig
 from yivl.model.decoder import DecoderLayer
+from yivl.model.modeling import YiVLForCausalLM
+from yivl.train import parameters
 from yivl.train.arguments import Arguments, parse_arguments
 from yivl.train.dry_run import Memory, estimate_memory
 from yivl.train.parameters import PartSize
@@ -57,6 +60,38 @@ def test_the_activations_of_a_layer_are_those_it_saves(dtype: torch.dtype) -> No
     more = YiVLConfig(**config.to_dict() | {"num_hidden_layers": config.num_hidden_layers + 1})
     estimated = estimate(more, flags).activations - estimate(config, flags).activations
     assert saved_bytes(config, dtype) == pytest.approx(estimated, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("flags", "zero"),
+    [
+        (("--bf16", "True"), Zero()),
+        (("--bf16", "True"), Zero(2)),
+        (("--bf16", "True", "--lora_enable", "True"), Zero()),
+        (("--bf16", "True", "--tune_mm_mlp_adapter", "True"), Zero()),
+        ((), Zero()),
+    ],
+)
+def test_a_checkpointed_layer_saves_the_residual_stream_in_the_dtype_it_has(flags: Sequence[str], zero: Zero) -> None:
+    config, _, _ = read_small_files(CHECKPOINT)
+    parsed = arguments(*flags, "--gradient_checkpointing", "True")
+    is_bf16 = bool(parsed.training.bf16)
+    # As the trainer does it.
+    model: Any = YiVLForCausalLM(config).to(torch.bfloat16 if is_bf16 else torch.float32)
+    if parsed.model.lora_enable:
+        model = parameters.add_adapters(model, parsed.model, base="m")
+    parameters.select_trainable(model, parsed.model, config.num_vision_layers)
+    if not zero.stage:
+        parameters.upcast_trainable_params(model)
+    inputs: list[torch.Tensor] = []
+    last = [module for module in model.modules() if isinstance(module, DecoderLayer)][-1]
+    last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16 and not zero.stage):
+        model.train()(input_ids=torch.arange(10, 15)[None])
+    sizes = parameters.part_sizes(model, parsed.training)
+    more = YiVLConfig(**config.to_dict() | {"num_hidden_layers": config.num_hidden_layers + 1})
+    found = [estimate_memory(sizes, other, parsed, zero, 1).activations for other in (config, more)]
+    assert found[1] - found[0] == LENGTH * config.hidden_size * inputs[0].element_size()
 
 
 def test_8_bit_optimizer_states_need_a_quarter() -> None:

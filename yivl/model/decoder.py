@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 
 class DecoderLayer(LlamaDecoderLayer):
     """A Llama decoder layer with the norms and the MLP of this module."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+        super(LlamaDecoderLayer, self).__init__()  # not its own __init__, which would build another MLP and norms
+        self.hidden_size = config.hidden_size
+        self.self_attn = LlamaAttention(config, layer_idx)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -52,7 +55,8 @@ class MLP(LlamaMLP):
             activated = nn.functional.silu(self.gate_proj(x), inplace=True)
             return self.down_proj(activated.mul_(self.up_proj(x)))  # type: ignore[no-any-return]
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not self.down_proj.weight.requires_grad:  # nor is the product saved for a frozen weight
+        # The product is not saved for a frozen weight. A quantized layer would dequantize at an access of its weight.
+        if not any(parameter.requires_grad for parameter in self.down_proj.parameters(recurse=False)):
             return self._down(gate, up)
         # The product is re-computed. The matrix product is not: re-computation ends at the last saved tensor.
         output: torch.Tensor = checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
@@ -71,6 +75,7 @@ class _RMSNorm(torch.autograd.Function):
         return (weight * (x.float() * scale).to(x.dtype)).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         grad, normalized = grads[0].float(), x.float() * scale
@@ -89,6 +94,7 @@ class _SwiGLU(torch.autograd.Function):
         return nn.functional.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         grad_up = nn.functional.silu(gate).mul_(grads[0])

@@ -65,25 +65,28 @@ def estimate_memory(
     optimizer = trained * moments / (num_gpus if zero.stage >= 1 else 1)
     if zero.offloads_optimizer:
         gradients = optimizer = 0.0  # gradients move to the CPU as they are computed
-    return Memory(weights, gradients, optimizer, _activations(sizes, config, arguments, width))
+    return Memory(weights, gradients, optimizer, _activations(sizes, config, arguments, width, zero))
 
 
-def _activations(sizes: Sequence[PartSize], config: YiVLConfig, arguments: Arguments, width: int) -> float:
+def _activations(sizes: Sequence[PartSize], config: YiVLConfig, arguments: Arguments, width: int, zero: Zero) -> float:
     """Return the bytes of the activations saved for the backward pass.
 
-    A layer under gradient checkpointing saves its input. A decoder layer without it saves the residual stream in
-    float32 twice, the normalized states twice, queries, keys and values, the output of attention and of its heads
-    joined, and the gate and up projections (``yivl.model.decoder``); adapters save the product of the last two as well.
+    A layer under gradient checkpointing saves its input. A decoder layer without it saves the residual stream twice,
+    the normalized states twice, queries, keys and values, the output of attention and of its heads joined, and the gate
+    and up projections (``yivl.model.decoder``); adapters save the product of the last two as well. The residual stream
+    has the dtype of the embeddings: float32 where autocast trains them, else that of the frozen or DeepSpeed's weights.
     A ViT layer saves the inputs of its linear layers, norms and activation function.
     """
     training, vision = arguments.training, config.vision_config
     samples = training.per_device_train_batch_size
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     mlp = (3 if arguments.model.lora_enable else 2) * config.intermediate_size
-    decoder_layer = 4 * config.hidden_size + heads * config.head_dim + mlp + 2 * config.hidden_size * 4 // width
-    saved = config.hidden_size if training.gradient_checkpointing else decoder_layer
+    trains_embeddings = any(size.trainable for size in sizes if size.name == "language_model")
+    residual = config.hidden_size * (4 if trains_embeddings and not zero.stage else width)
+    decoder_layer = 2 * residual + width * (4 * config.hidden_size + heads * config.head_dim + mlp)
+    saved = residual if training.gradient_checkpointing else decoder_layer
     tokens = samples * min(arguments.data.model_max_length, config.max_position_embeddings)
-    total = tokens * width * (config.num_hidden_layers * saved + decoder_layer)
+    total = tokens * (config.num_hidden_layers * saved + decoder_layer)
     if any(size.trainable for size in sizes if size.name.startswith("vision_tower")):
         vit_layer = 12 * vision.hidden_size + 2 * vision.intermediate_size
         saved = vision.hidden_size if training.vision_gradient_checkpointing else vit_layer

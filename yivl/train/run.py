@@ -64,7 +64,7 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
     set_seed(training.seed)
     if args.device.type == "cpu":
         logger.info("%s", describe_threads())
-        if training.bf16 and not has_native_bfloat16():
+        if training.bf16 and not training.dry_run and not has_native_bfloat16():
             logger.warning("--bf16 True: this CPU emulates bfloat16, which is slower than float32; give --bf16 False")
     if training.deepspeed and not training.dry_run:
         import deepspeed
