@@ -70,8 +70,9 @@ def block_sdpa(
 
 
 def _in_blocks(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether prompts of a model, which callers may have moved or cast, are computed in blocks."""
-    return device.type == "cpu" and not torch.is_grad_enabled() and is_faster(dtype)
+    """Return whether prompts of a model, which callers may have moved, cast or compiled, are computed in blocks."""
+    is_plain = device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_plain and is_faster(dtype)  # the CPU cannot be asked inside of compiled code
 
 
 def block_attention(
