@@ -1,5 +1,6 @@
 """Outcome of an endurance campaign, and the table of docs/reliability.md."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -11,3 +12,10 @@ class Outcome:
     tried: int
     held: int
     notes: str = ""
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> str:
+    """Return a Markdown table with a row for each promise."""
+    rows = [(outcome.promise, str(outcome.tried), str(outcome.held), outcome.notes) for outcome in outcomes]
+    cells = [("promise", "tried", "held", "notes"), ("---", "--:", "--:", "---"), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in row)} |" for row in cells)

@@ -1,0 +1,67 @@
+"""Try what docs/reliability.md promises: interrupted training, requests to the API, hostile files.
+
+python scripts/endurance.py kills           runs and conversions are killed at random moments, and started again
+python scripts/endurance.py requests        valid, wrong and abandoned requests to the API and the page
+python scripts/endurance.py hostile         damaged and hostile files of every format that is read
+python scripts/endurance.py all --short     all of them, in their short form
+
+The table goes to stdout. Exit code 1 if a promise did not hold.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmark_report import replace_section
+from endurance_report import Outcome, outcome_table
+
+from yivl import command_line
+from yivl.parser import Parser
+
+CAMPAIGNS = ("kills", "requests", "hostile")
+MINUTES = {False: 15.0, True: 1.5}
+"""Default ``--minutes``, by ``--short``."""
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the flags."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("campaign", choices=(*CAMPAIGNS, "all"), help="what to try")
+    parser.add_argument("--short", action="store_true", help="a small part of each campaign, as in the tests")
+    parser.add_argument(
+        "--minutes", type=float, help="time limit of each campaign; 15 by default, 1.5 with --short"
+    )
+    parser.add_argument("--output", type=Path, help="folder for the outcomes as JSON, and figures")
+    parser.add_argument("--markdown", type=Path, help="write the table, or replace it in a page that has its section")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the campaigns and print their table."""
+    arguments = parse_args()
+    minutes = MINUTES[arguments.short] if arguments.minutes is None else arguments.minutes
+    outcomes: list[Outcome] = []
+    for name in CAMPAIGNS if arguments.campaign == "all" else (arguments.campaign,):
+        started = time.monotonic()
+        campaign = importlib.import_module(f"endurance_{name}")  # heavy imports, for what is run only
+        found = campaign.run(60 * minutes, arguments.short)
+        outcomes += found
+        if arguments.output is not None:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            report = {"seconds": round(time.monotonic() - started), "outcomes": [asdict(outcome) for outcome in found]}
+            text = json.dumps(report, indent=2, ensure_ascii=False)
+            (arguments.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    table = outcome_table(outcomes)
+    print(table)
+    if arguments.markdown is not None:
+        replace_section(arguments.markdown, "campaigns", table)
+    if any(outcome.held < outcome.tried or not outcome.tried for outcome in outcomes):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
