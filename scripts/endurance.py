@@ -32,9 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("campaign", choices=(*CAMPAIGNS, "all"), help="what to try")
     parser.add_argument("--short", action="store_true", help="a small part of each campaign, as in the tests")
-    parser.add_argument(
-        "--minutes", type=float, help="time limit of each campaign; 15 by default, 1.5 with --short"
-    )
+    parser.add_argument("--minutes", type=float, help="time limit of each campaign; 15 by default, 1.5 with --short")
     parser.add_argument("--output", type=Path, help="folder for the outcomes as JSON, and figures")
     parser.add_argument("--markdown", type=Path, help="write the table, or replace it in a page that has its section")
     return parser.parse_args()
