@@ -3,7 +3,6 @@
 The model is the small random one of the tests. A kill ends all processes of a command at once, by SIGKILL.
 """
 
-import hashlib
 import json
 import random
 import shutil
@@ -16,11 +15,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from endurance_processes import ROOT, Program
+from endurance_processes import MODEL, Program, file_hashes
 from endurance_report import Outcome
+from endurance_writes import try_writes
 from PIL import Image
 
-MODEL = ROOT / "tests/golden/checkpoint"
 STEPS = 16
 SAVE_STEPS = 2
 CHECKPOINTS = 2
@@ -86,14 +85,17 @@ def run(budget_seconds: float, short: bool) -> list[Outcome]:
     wanted = SHORT_KILLS if short else {kind.name: kind.kills for kind in KINDS}
     kinds = [kind for kind in KINDS if kind.name in wanted]
     with ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(lambda kind: try_runs(kind, wanted[kind.name], work, deadline), kinds))
+        until = deadline if short else deadline - budget_seconds / 4  # the rest is for the commands that write
+        runs = list(pool.map(lambda kind: try_runs(kind, wanted[kind.name], work, until), kinds))
     promise = "{}: a killed run resumes; its losses and weights are bit-identical to those of an uninterrupted one"
     outcomes = [
         Outcome(promise.format(tally.name), tally.kills, tally.held, "; ".join(tally.failures[:3])) for tally in runs
     ]
     promise = f"resumed runs leave the files of an uninterrupted one, with {CHECKPOINTS} checkpoints"
     outcomes.append(Outcome(promise, sum(tally.runs for tally in runs), sum(tally.tidy for tally in runs)))
-    if any(tally.failures for tally in runs):
+    if not short:
+        outcomes += try_writes(work / "LoRA/whole", work, deadline)
+    if any(outcome.held < outcome.tried for outcome in outcomes):
         outcomes[-1] = replace(outcomes[-1], notes=f"kept in {work}")
     else:
         shutil.rmtree(work)
@@ -227,12 +229,3 @@ def names_in(out: Path) -> set[str]:
     """Return the paths of all files of an output folder, and of what lies beside it under a similar name."""
     beside = {path.name for path in out.parent.iterdir() if out.name in path.name and path != out}
     return {path.relative_to(out).as_posix() for path in out.rglob("*")} | beside
-
-
-def file_hashes(folder: Path, pattern: str) -> dict[str, str]:
-    """Return the SHA-256 of the files of a folder, without those of its checkpoints, by relative path."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob(pattern))
-        if path.is_file() and not path.relative_to(folder).parts[0].startswith("checkpoint-")
-    }

@@ -1,5 +1,6 @@
 """Programs that the endurance campaigns start and kill, with all processes that they start."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import TracebackType
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "tests/golden/checkpoint"
 ATTEMPT_SECONDS = 300
 """After this time a program counts as one that hangs: fifty times what it takes on an idle machine."""
 
@@ -21,7 +23,7 @@ class Program:
     """A running command; leaving the ``with`` block kills what is left of it."""
 
     def __init__(self, command: Sequence[str | Path], **environment: str) -> None:
-        self._output = TemporaryFile()
+        self._output = TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         set_here = {"GPUS": "0", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = psutil.Popen(
@@ -106,3 +108,12 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def file_hashes(folder: Path, pattern: str) -> dict[str, str]:
+    """Return the SHA-256 of the files of a folder, without those of its checkpoints, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob(pattern))
+        if path.is_file() and not path.relative_to(folder).parts[0].startswith("checkpoint-")
+    }
