@@ -54,11 +54,7 @@ def try_command(name: str, command: list[str | Path], folder: Path, deadline: fl
         old = dict(expected) if number % 2 and (target / "config.json").exists() else {}
         if not old:
             shutil.rmtree(target)
-        with Program([*command, target]) as program:
-            before = _names(folder)
-            program.wait_until(lambda: _names(folder) != before)
-            time.sleep(chance.uniform(0, window))
-            tried += program.kill()
+        tried += _kill_writing(command, target, delay=chance.uniform(0, window))
         if failure := _check_killed(target, old, expected) or _check_repeated(command, target, expected):
             failures.append(failure)
             shutil.rmtree(folder)
@@ -66,6 +62,15 @@ def try_command(name: str, command: list[str | Path], folder: Path, deadline: fl
             with Program([*command, target]) as program:
                 program.finish()
     return Outcome(promise, tried, tried - len(failures), "; ".join(failures[:3]))
+
+
+def _kill_writing(command: list[str | Path], target: Path, *, delay: float) -> bool:
+    """Kill the command ``delay`` seconds after it began to write, and return whether it was running still."""
+    before = _names(target.parent)
+    with Program([*command, target]) as program:
+        program.wait_until(lambda: _names(target.parent) != before)
+        time.sleep(delay)
+        return program.kill()
 
 
 def _names(folder: Path) -> set[str]:
