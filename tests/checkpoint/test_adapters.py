@@ -1,6 +1,7 @@
 """Adapter folders hold everything an answer needs: the image settings and the ViT of training."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.golden import CHECKPOINT
 from support.training import IMAGES, VIT, train, write_language_model, write_rows
 
@@ -96,7 +98,7 @@ def test_an_adapter_on_a_language_model_without_a_projector_is_refused(loaded: L
 
 def test_an_adapter_without_image_settings_takes_those_of_its_base_and_damaged_ones_are_named(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
-    train(tmp_path / "out", rows, lora_enable=True, max_steps=1, image_size=28)
+    train(tmp_path / "out", rows, lora_enable=True, max_steps=1, image_size=28, freeze_mm_mlp_adapter=True)
     settings = tmp_path / "out" / SETTINGS
     assert json.loads(settings.read_text()) == {"image_aspect_ratio": "pad", "image_size": 28}
     settings.write_text('{"image_size": "28"}')
@@ -110,3 +112,47 @@ def test_an_adapter_without_image_settings_takes_those_of_its_base_and_damaged_o
             train(tmp_path / "new", rows, image_size=size)
     settings.unlink()
     assert load_model(tmp_path / "out", device="cpu").image_processor.image_size == 56
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that was trained with the projector."""
+    folder = tmp_path_factory.mktemp("adapter")
+    rows = write_rows(folder / "rows.json")
+    train(folder / "out", rows, lora_enable=True, max_steps=1, save_strategy="no", freeze_mm_mlp_adapter=False)
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("peft_type", "PREFIX_TUNING", "adapter_config.json: peft_type is 'PREFIX_TUNING'; expected 'LORA'"),
+        ("r", 10**9, "adapter_config.json: r is 1000000000; expected an integer from 1 to"),
+        ("r", "8", "adapter_config.json: r is '8'; expected an integer from 1 to"),
+        ("target_modules", "((", "not an adapter of this base model (missing ), unterminated subpattern"),
+        ("rank_pattern", [1], "not an adapter of this base model ("),
+    ],
+)
+def test_an_adapter_with_a_wrong_field_is_refused_by_name(
+    field: str, value: Any, said: str, adapter: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        load_model(folder, model_base=CHECKPOINT, device="cpu")
+
+
+@pytest.mark.parametrize("damage", ["missing", "incomplete"])
+def test_an_adapter_without_what_was_trained_with_it_is_refused(damage: str, adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    path = folder / "non_lora_trainables.safetensors"
+    trained = load_file(path)
+    path.unlink()
+    if damage == "incomplete":
+        save_file(dict(list(trained.items())[1:]), path)
+    held = len(trained) - 1 if damage == "incomplete" else 0
+    with pytest.raises(CheckpointError, match=f"{path.name}: holds {held} of the {len(trained)} tensors trained with"):
+        load_model(folder, model_base=CHECKPOINT, device="cpu")
+    (folder / SETTINGS).unlink()  # as in adapters of LLaVA, which do not record it
+    assert load_model(folder, model_base=CHECKPOINT, device="cpu")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
@@ -12,6 +13,7 @@ from torch import nn
 from yivl.checkpoint.atomic import write_json
 from yivl.checkpoint.format import (
     ADAPTER,
+    ADAPTER_CONFIG,
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
     METADATA,
@@ -20,11 +22,16 @@ from yivl.checkpoint.format import (
     check_keys,
     find_weights,
     published_name,
+    read_json,
     read_weights,
 )
+from yivl.command_line import is_out_of_memory
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
 from yivl.model.modeling import YiVLForCausalLM
+
+_NUM_TRAINED: Final = "num_non_lora_trainables"
+"""Field of ``ADAPTER_SETTINGS``: tensors in ``NON_LORA_TRAINABLES``. Adapters of LLaVA and older ones lack it."""
 
 
 def save_adapter(
@@ -45,8 +52,8 @@ def save_adapter(
     model.save_pretrained(os.fspath(folder), state_dict=state_dict, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty template of peft
     settings = {"image_size": image_processor.image_size, "image_aspect_ratio": image_processor.aspect_ratio}
-    write_json(folder / ADAPTER_SETTINGS, settings)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ADAPTER not in name]
+    write_json(folder / ADAPTER_SETTINGS, settings | ({_NUM_TRAINED: len(trained)} if trained else {}))
     if trained:
         weights = model.state_dict() if state_dict is None else state_dict
         tensors = {published_name(name): weights[name].detach().cpu().contiguous() for name in trained}
@@ -82,18 +89,37 @@ def load_adapter(model: YiVLForCausalLM, folder: Path, *, merge: bool = False) -
             f"{folder}: an adapter of transformers' LLaVA; merge it into its -hf model with the program that trained "
             "it (llamafactory-cli export) and give the merged folder"
         )
+    _check_config(folder, weights)
     try:
         config = PeftConfig.from_pretrained(os.fspath(folder))
         if not any("vision_tower" in key for key in weights):
             # LLaVA names targets by their last part, which the ViT shares; its adapters never include the ViT.
             config.exclude_modules = r".*vision_tower.*"
         adapted = PeftModel.from_pretrained(model, os.fspath(folder), config=config)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+    except Exception as error:  # peft checks few of the fields, and a wrong one can raise any exception
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{folder}: not an adapter of this base model ({error})") from error
     _check_adapter(folder, adapted, weights)
     model = adapted.merge_and_unload() if merge else adapted.get_base_model()
     _copy_trained(model, folder)
     return model
+
+
+def _check_config(folder: Path, weights: StateDict) -> None:
+    """Check the fields of ``adapter_config.json`` that decide what peft builds and how large.
+
+    Raises:
+        CheckpointError: If the adapter is not LoRA, or its rank exceeds every dimension of its weights.
+    """
+    path = folder / ADAPTER_CONFIG
+    fields = read_json(path)
+    kind, rank = fields.get("peft_type"), fields.get("r", 8)  # 8 is the default of peft
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {kind!r}; expected 'LORA'")
+    largest = max((size for value in weights.values() for size in value.shape), default=0)
+    if not isinstance(rank, int) or not 0 < rank <= largest:
+        raise CheckpointError(f"{path}: r is {rank!r}; expected an integer from 1 to {largest}")
 
 
 def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:
@@ -109,11 +135,23 @@ def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:
 def _copy_trained(model: nn.Module, folder: Path) -> None:
     """Copy the parameters that were trained in addition to the adapter into the model."""
     path = next((folder / name for name in NON_LORA_TRAINABLES if (folder / name).is_file()), None)
-    if path is None:
-        return
-    trained = {published_name(key): value for key, value in read_weights(path).items()}
+    trained = {} if path is None else {published_name(key): value for key, value in read_weights(path).items()}
+    path = path or folder / NON_LORA_TRAINABLES[0]
+    if len(trained) < (expected := _read_num_trained(folder)):
+        raise CheckpointError(
+            f"{path}: holds {len(trained)} of the {expected} tensors trained with the adapter; copy the whole folder"
+        )
     own = {published_name(name): parameter for name, parameter in model.named_parameters()}
     check_keys(path, {key: own[key] for key in trained.keys() & own.keys()}, trained, fit="this base model")
     with torch.no_grad():
         for key, value in trained.items():
             own[key].copy_(value)
+
+
+def _read_num_trained(folder: Path) -> int:
+    """Return how many tensors were trained in addition to the adapter; 0 if the folder does not record it."""
+    path = folder / ADAPTER_SETTINGS
+    number = read_json(path).get(_NUM_TRAINED, 0) if path.is_file() else 0
+    if not isinstance(number, int):
+        raise CheckpointError(f"{path}: {_NUM_TRAINED} is {number!r}; expected an integer")
+    return number
