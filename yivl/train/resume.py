@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import re
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -14,11 +16,25 @@ from typing import Any, Final
 
 from peft import PeftModel
 from torch import nn
+from transformers import TrainerState
 
 import yivl
 from yivl.checkpoint.adapters import restore_adapter
-from yivl.checkpoint.atomic import move_entries
-from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, check_keys, read_json, read_main_weights
+from yivl.checkpoint.atomic import REMOVED, move_entries, settle
+from yivl.checkpoint.format import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ARGUMENTS,
+    LOG,
+    RECORD,
+    check_keys,
+    check_weight_file,
+    find_weights,
+    read_json,
+    read_main_weights,
+    weight_files,
+)
+from yivl.checkpoint.manifest import MANIFEST, find_damage
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.train.arguments import ModelArguments
@@ -27,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED: Final = ".unfinished"
 """Folder in which a checkpoint or the final model is written before it is moved."""
+READY: Final = ".final"
+"""Folder of the complete final model while its files are moved into the output folder."""
 _STATE: Final = "trainer_state.json"
 GLOBAL_BATCH_FLAGS: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 """Flags whose product is the global batch size."""
@@ -42,7 +60,7 @@ _STREAMS_MUST_AGREE: Final = (*GLOBAL_BATCH_FLAGS, "dataloader_num_workers", "sh
 _ADAPTIVE: Final = ("reduce_lr_on_plateau", "greedy")
 _RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay")
 _MAY_DIFFER: Final = (
-    *("output_dir", "image_folder", "run_name", "resume", "dry_run", "local_rank"),
+    *("output_dir", "image_folder", "run_name", "resume", "allow_changed_data", "dry_run", "local_rank"),
     *("save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
     *("global_batch_size", "gradient_checkpointing", "vision_gradient_checkpointing"),
 )
@@ -50,13 +68,25 @@ _CONFIGURATIONS: Final = ("config.json", ADAPTER_CONFIG)
 
 
 def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first.
+
+    A folder has this name only while it is complete; one that lacks files is damaged, as ``check_files`` reports.
+    """
     found: dict[int, Path] = {}
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / _STATE).is_file():
+        if match and path.is_dir():
             found[int(match[1])] = path
     return [path for _, path in sorted(found.items())]
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Complete the move of a final model that a kill interrupted, and remove what else killed runs left."""
+    if (output_dir / READY).is_dir():
+        move_entries(output_dir / READY, output_dir, last=_CONFIGURATIONS)
+    for folder in (output_dir / UNFINISHED, *output_dir.glob(f".checkpoint-*{REMOVED}")):
+        shutil.rmtree(folder, ignore_errors=True)
+    (output_dir / f".{LOG}.partial").unlink(missing_ok=True)
 
 
 def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,7 +112,7 @@ def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> P
         return finished[-1]
     if resume is not None and resume != "auto":
         checkpoint = Path(resume)
-        if not (checkpoint / _STATE).is_file():
+        if not any((checkpoint / name).is_file() for name in (_STATE, MANIFEST)):
             raise CheckpointError(f"{resume}: no checkpoint of a run; give one of its checkpoint-N folders, or auto")
         if finished and finished[-1].resolve() == checkpoint.resolve():
             return checkpoint
@@ -112,6 +142,70 @@ def is_finished(checkpoint: Path, output_dir: str | os.PathLike[str], total_step
     return _global_step(checkpoint) == total_steps and _holds_model(output_dir)
 
 
+def check_files(checkpoint: Path) -> None:
+    """Check that the files of a checkpoint are those that were written.
+
+    Sizes and hashes are compared with the manifest. Earlier versions wrote none: then the files that a resumed run
+    needs have to be there, and not truncated.
+
+    Raises:
+        CheckpointError: If files are missing or damaged; names the checkpoint before.
+    """
+    if (checkpoint / MANIFEST).is_file():
+        damage = find_damage(checkpoint)
+    else:
+        logger.warning("%s: an earlier version wrote no %s; hashes are not checked", checkpoint, MANIFEST)
+        damage = _find_damage_without_manifest(checkpoint)
+    if damage:
+        raise CheckpointError(f"{checkpoint} is damaged: {', '.join(damage[:3])}; {_advise(checkpoint)}")
+
+
+def _find_damage_without_manifest(checkpoint: Path) -> list[str]:
+    if missing := [name for name in (_STATE, ARGUMENTS, RECORD) if not (checkpoint / name).is_file()]:
+        return [f"{name} is missing" for name in missing]
+    arguments, damage = read_json(checkpoint / ARGUMENTS), []
+    world_size = arguments.get("world_size", 1)
+    ranks = range(world_size if isinstance(world_size, int) else 1)
+    needed = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    # DeepSpeed and FSDP have files of their own, beside the state of the schedule.
+    needed += (
+        ["scheduler.pt"] if arguments.get("deepspeed") or arguments.get("fsdp") else ["optimizer.pt", "scheduler.pt"]
+    )
+    damage = [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
+    try:
+        TrainerState.load_from_json(str(checkpoint / _STATE))
+    except (ValueError, TypeError, RecursionError):
+        damage.append(f"{_STATE} is damaged")
+    if (checkpoint / ADAPTER_CONFIG).is_file():
+        find_weights(checkpoint, ADAPTER_WEIGHTS)
+    elif not arguments.get("deepspeed"):
+        weight_files(checkpoint)
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            try:
+                check_weight_file(path)
+            except CheckpointError:
+                damage.append(f"{path.relative_to(checkpoint).as_posix()} is damaged or truncated")
+    return damage
+
+
+def _advise(checkpoint: Path) -> str:
+    """Return how to continue without a damaged checkpoint."""
+    checkpoints = finished_checkpoints(checkpoint.parent)
+    before = [path for path in checkpoints if path.name != checkpoint.name and _step(path) < _step(checkpoint)]
+    moved = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    move = f"move it away (mv {shlex.quote(str(checkpoint))} {shlex.quote(str(moved))})"
+    if not before:
+        return f"there is no checkpoint before it: {move} and start again without --resume"
+    return f"{move} and give --resume {shlex.quote(str(before[-1]))}"
+
+
+def _step(checkpoint: Path) -> float:
+    """Return the step in the name of a checkpoint, or infinity for another name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else math.inf
+
+
 def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int) -> None:
     """Warn of flags that changed since a checkpoint was written.
 
@@ -125,6 +219,8 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
             flags changed that decide what is trained, how, and on which samples.
     """
     before, now = read_json(checkpoint / ARGUMENTS), json.loads(json.dumps(flags, default=str))
+    if unknown := [name for name in (*GLOBAL_BATCH_FLAGS, "optim", "lr_scheduler_type") if name not in before]:
+        raise CheckpointError(f"{checkpoint / ARGUMENTS}: {unknown[0]} is missing; the checkpoint is damaged")
     must_agree = _MUST_AGREE
     if any(source.is_streamed for source in read_sources(now["data_path"], ".")):
         must_agree += _STREAMS_MUST_AGREE
@@ -151,18 +247,25 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
 
 
 def _global_step(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
+    step = read_json(checkpoint / _STATE).get("global_step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{checkpoint / _STATE}: global_step is {step}; the checkpoint is damaged")
+    return step
 
 
 def publish(folder: Path, output_dir: Path) -> None:
     """Move the final model into ``output_dir``, which also holds the checkpoints and logs.
 
-    The configuration of an older model is removed first and the new one moved last: with it, a folder is complete.
+    The configuration of an older model is removed first and the new one moved last: with it, a folder is complete. A
+    move that a crash interrupts is completed by ``remove_leftovers``.
     """
-    stale = [output_dir / name for name in _CONFIGURATIONS]
+    settle(folder)
     # The old model may have had more shards.
-    stale += [*output_dir.glob("model*.safetensors"), *output_dir.glob("model*.safetensors.index.json")]
-    move_entries(folder, output_dir, stale=stale, last=_CONFIGURATIONS)
+    stale = [*output_dir.glob("model*.safetensors"), *output_dir.glob("model*.safetensors.index.json")]
+    for path in [*(output_dir / name for name in _CONFIGURATIONS), *stale]:
+        path.unlink(missing_ok=True)
+    ready = folder.rename(output_dir / READY)
+    move_entries(ready, output_dir, last=_CONFIGURATIONS)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
