@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_environment(arguments.training)
     command_line.log_to_stderr()
     from yivl.train.dry_run import describe_run
+    from yivl.train.full_disk import explain_full_disk
     from yivl.train.run import build_model, fit, prepare, save
 
     with ExitStack() as resources:
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.training.dry_run:
             logger.info("%s", describe_run(run, model.config, sizes))
         else:
-            save(run, *fit(run, model))
+            with explain_full_disk(run.args.output_dir):
+                save(run, *fit(run, model))
         if run.args.should_log and (report := run.bad_rows.report()):
             logger.warning("%s", report)
 

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,25 +15,19 @@ from typing import Any, Final
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerState
 
 import yivl
 from yivl.checkpoint.adapters import restore_adapter
 from yivl.checkpoint.atomic import REMOVED, move_entries, settle
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     ARGUMENTS,
     LOG,
-    RECORD,
     check_keys,
-    check_weight_file,
-    find_weights,
     read_json,
     read_main_weights,
-    weight_files,
 )
-from yivl.checkpoint.manifest import MANIFEST, find_damage
+from yivl.checkpoint.manifest import MANIFEST
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.train.arguments import ModelArguments
@@ -45,7 +38,8 @@ UNFINISHED: Final = ".unfinished"
 """Folder in which a checkpoint or the final model is written before it is moved."""
 READY: Final = ".final"
 """Folder of the complete final model while its files are moved into the output folder."""
-_STATE: Final = "trainer_state.json"
+STATE: Final = "trainer_state.json"
+"""File of transformers with the step and the log of a run."""
 GLOBAL_BATCH_FLAGS: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 """Flags whose product is the global batch size."""
 # Paths may have changed, and kernels differ between machines.
@@ -70,7 +64,8 @@ _CONFIGURATIONS: Final = ("config.json", ADAPTER_CONFIG)
 def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoints of a run, oldest first.
 
-    A folder has this name only while it is complete; one that lacks files is damaged, as ``check_files`` reports.
+    A folder has this name only while it is complete; one that lacks files is damaged, which
+    ``yivl.train.damage`` reports.
     """
     found: dict[int, Path] = {}
     for path in Path(output_dir).glob("checkpoint-*"):
@@ -112,7 +107,7 @@ def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> P
         return finished[-1]
     if resume is not None and resume != "auto":
         checkpoint = Path(resume)
-        if not any((checkpoint / name).is_file() for name in (_STATE, MANIFEST)):
+        if not any((checkpoint / name).is_file() for name in (STATE, MANIFEST)):
             raise CheckpointError(f"{resume}: no checkpoint of a run; give one of its checkpoint-N folders, or auto")
         if finished and finished[-1].resolve() == checkpoint.resolve():
             return checkpoint
@@ -140,70 +135,6 @@ def _holds_model(folder: str | os.PathLike[str]) -> bool:
 def is_finished(checkpoint: Path, output_dir: str | os.PathLike[str], total_steps: int) -> bool:
     """Return whether a checkpoint is of the last step and the final model is saved."""
     return _global_step(checkpoint) == total_steps and _holds_model(output_dir)
-
-
-def check_files(checkpoint: Path) -> None:
-    """Check that the files of a checkpoint are those that were written.
-
-    Sizes and hashes are compared with the manifest. Earlier versions wrote none: then the files that a resumed run
-    needs have to be there, and not truncated.
-
-    Raises:
-        CheckpointError: If files are missing or damaged; names the checkpoint before.
-    """
-    if (checkpoint / MANIFEST).is_file():
-        damage = find_damage(checkpoint)
-    else:
-        logger.warning("%s: an earlier version wrote no %s; hashes are not checked", checkpoint, MANIFEST)
-        damage = _find_damage_without_manifest(checkpoint)
-    if damage:
-        raise CheckpointError(f"{checkpoint} is damaged: {', '.join(damage[:3])}; {_advise(checkpoint)}")
-
-
-def _find_damage_without_manifest(checkpoint: Path) -> list[str]:
-    if missing := [name for name in (_STATE, ARGUMENTS, RECORD) if not (checkpoint / name).is_file()]:
-        return [f"{name} is missing" for name in missing]
-    arguments, damage = read_json(checkpoint / ARGUMENTS), []
-    world_size = arguments.get("world_size", 1)
-    ranks = range(world_size if isinstance(world_size, int) else 1)
-    needed = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
-    # DeepSpeed and FSDP have files of their own, beside the state of the schedule.
-    needed += (
-        ["scheduler.pt"] if arguments.get("deepspeed") or arguments.get("fsdp") else ["optimizer.pt", "scheduler.pt"]
-    )
-    damage = [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
-    try:
-        TrainerState.load_from_json(str(checkpoint / _STATE))
-    except (ValueError, TypeError, RecursionError):
-        damage.append(f"{_STATE} is damaged")
-    if (checkpoint / ADAPTER_CONFIG).is_file():
-        find_weights(checkpoint, ADAPTER_WEIGHTS)
-    elif not arguments.get("deepspeed"):
-        weight_files(checkpoint)
-    for path in sorted(checkpoint.rglob("*")):
-        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-            try:
-                check_weight_file(path)
-            except CheckpointError:
-                damage.append(f"{path.relative_to(checkpoint).as_posix()} is damaged or truncated")
-    return damage
-
-
-def _advise(checkpoint: Path) -> str:
-    """Return how to continue without a damaged checkpoint."""
-    checkpoints = finished_checkpoints(checkpoint.parent)
-    before = [path for path in checkpoints if path.name != checkpoint.name and _step(path) < _step(checkpoint)]
-    moved = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    move = f"move it away (mv {shlex.quote(str(checkpoint))} {shlex.quote(str(moved))})"
-    if not before:
-        return f"there is no checkpoint before it: {move} and start again without --resume"
-    return f"{move} and give --resume {shlex.quote(str(before[-1]))}"
-
-
-def _step(checkpoint: Path) -> float:
-    """Return the step in the name of a checkpoint, or infinity for another name."""
-    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match[1]) if match else math.inf
 
 
 def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int) -> None:
@@ -247,9 +178,9 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
 
 
 def _global_step(checkpoint: Path) -> int:
-    step = read_json(checkpoint / _STATE).get("global_step")
+    step = read_json(checkpoint / STATE).get("global_step")
     if not isinstance(step, int):
-        raise CheckpointError(f"{checkpoint / _STATE}: global_step is {step}; the checkpoint is damaged")
+        raise CheckpointError(f"{checkpoint / STATE}: global_step is {step}; the checkpoint is damaged")
     return step
 
 

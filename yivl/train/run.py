@@ -22,12 +22,12 @@ from yivl.train import parameters
 from yivl.train.arguments import Arguments
 from yivl.train.compilation import describe_compilation
 from yivl.train.cpu_threads import describe_threads
+from yivl.train.damage import check_files
 from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader, unwrap_worker_error
 from yivl.train.initialization import Start, empty_start, load_start, read_start
 from yivl.train.plan import RunPlan, as_dict, trainer_arguments
 from yivl.train.ranks import on_rank_0
 from yivl.train.resume import (
-    check_files,
     check_same_run,
     find_checkpoint,
     finished_checkpoints,
@@ -109,7 +109,7 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
     run = Run(arguments, plan, args, start, encoder, batches, eval_loader, bad_rows, checkpoint, total_steps)
     if checkpoint is not None and not run.is_finished:
         check_same_run(checkpoint, as_dict(arguments, args), total_steps)
-        batches.check_record(checkpoint)
+        batches.check_record(checkpoint, allow_changed_data=training.allow_changed_data)
     return run
 
 
