@@ -264,7 +264,7 @@ def _explain(error: Exception) -> str | None:
         return _missing(str(error.name))
     filename = getattr(error, "filename", None)
     if "No space left on device" in str(error):  # safetensors has an exception of its own
-        return f"{filename or 'output'}: No space left on device"
+        return f"{filename or 'output'}: {getattr(error, 'strerror', None) or 'No space left on device'}"
     if not isinstance(error, OSError) or not isinstance(filename, str | os.PathLike):
         return None
     if error.errno in _NO_PERMISSION or (error.errno in _WRONG_PATH and _is_argument(Path(filename))):

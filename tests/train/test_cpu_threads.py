@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,8 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     data = write_rows(tmp_path / "rows.json")
     arguments = parse_arguments(flags(tmp_path / "out", data, dry_run=dry_run, bf16=bf16))
-    with caplog.at_level("WARNING"):
-        prepare(arguments, RunPlan.of(arguments))
+    with caplog.at_level("WARNING"), ExitStack() as resources:
+        prepare(arguments, RunPlan.of(arguments), resources)
     assert ("give --bf16 False" in caplog.text) is warns
 
 

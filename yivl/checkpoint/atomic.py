@@ -3,41 +3,91 @@
 Every rename and ``fsync`` of the package is here.
 """
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+REMOVED: Final = ".removed"
+"""Suffix of a folder that ``remove_dir`` has renamed and not removed yet."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, which replaces ``path`` on success and is removed on failure."""
+    """Yield a temporary path in the same folder, which replaces ``path`` on success and is removed on failure.
+
+    Raises:
+        OSError: As writing does; one about a full disk names ``path``.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder, which replaces the folder ``path`` on success and is removed on failure."""
+    """Yield a temporary folder, which replaces the folder ``path`` on success and is removed on failure.
+
+    First, what killed writers of the same folder left is removed; if one was killed while it replaced the folder, the
+    former one is restored.
+    """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        with suppress(OSError):  # a file system without locks: leftovers of killed writers stay
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         replace_dir(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary folders of killed writers of ``target``; writers that live hold a lock on theirs."""
+    # The names of tempfile.mkdtemp.
+    pattern = re.compile(rf"(\.{re.escape(target.name)}\.[a-z0-9_]{{8}})(\.old)?")
+    stems = {match[1] for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+    for temporary in (target.with_name(stem) for stem in sorted(stems)):
+        if temporary.is_dir() and not _is_abandoned(temporary):
+            continue
+        aside = _aside(temporary)
+        if aside.is_dir() and not target.exists():
+            aside.rename(target)
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Return whether no process holds the lock on a folder; without locks that is not known."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def replace_dir(folder: Path, target: Path) -> None:
@@ -45,38 +95,49 @@ def replace_dir(folder: Path, target: Path) -> None:
 
     If the rename fails, ``target`` is left as it was.
     """
-    _settle(folder)
-    aside = folder.with_name(f"{folder.name}.old")
+    settle(folder)
+    aside = _aside(folder)
     if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)  # no portable call swaps two folders in one step
     try:
         folder.rename(target)
-    except OSError:
-        if aside.exists():
+    except BaseException:
+        if aside.exists() and not target.exists():
             aside.rename(target)
         raise
     _sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def move_entries(folder: Path, target: Path, *, stale: Iterable[Path], last: Collection[str]) -> None:
-    """Move what a finished folder holds into an existing one and remove the folder.
+def _aside(folder: Path) -> Path:
+    """Return where the former folder is while ``folder`` takes its place."""
+    return folder.with_name(f"{folder.name}.old")
+
+
+def remove_dir(folder: Path) -> None:
+    """Rename a folder so that nobody takes it for a complete one, and remove it."""
+    removed = folder.with_name(f".{folder.name}{REMOVED}")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    _sync(folder.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def move_entries(folder: Path, target: Path, *, last: Collection[str]) -> None:
+    """Move what a finished folder holds into an existing one and remove the folder; can be repeated after a crash.
 
     Args:
-        folder: On the file system of ``target``; flushed to disk first.
+        folder: On the file system of ``target``; flushed to disk before.
         target: Entries of the same name are replaced.
-        stale: Files that are removed first.
         last: Names that are moved after all others, so that their presence marks a complete move.
     """
-    _settle(folder)
-    for path in stale:
-        path.unlink(missing_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name in last):
         if (target / path.name).is_dir():
             shutil.rmtree(target / path.name)
         path.replace(target / path.name)
-    folder.rmdir()
     _sync(target)
+    folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,7 +151,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     """Flush a folder to disk and give its files the permissions of the umask."""
     umask = os.umask(0)  # the only way to read it is to set it
     os.umask(umask)

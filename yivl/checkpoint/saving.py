@@ -21,7 +21,7 @@ from yivl.model.packed_linear import Linear16
 # Weights and records about them, which a replaced checkpoint must not pass on to the next model.
 _OF_THE_MODEL: Final = (
     *("*.safetensors", "*.bin", "*.index.json", "published.json"),
-    *("training_*.json", "train_results.json", "log.jsonl", "loss.png"),
+    *("training_*.json", "checkpoint_manifest.json", "train_results.json", "log.jsonl", "loss.png"),
 )
 
 

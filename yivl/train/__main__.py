@@ -8,6 +8,7 @@ The scripts of ``scripts/`` call this with the flags of each case; docs/training
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from yivl import command_line
 from yivl.train.arguments import parse_arguments
@@ -27,20 +28,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_environment(arguments.training)
     command_line.log_to_stderr()
     from yivl.train.dry_run import describe_run
+    from yivl.train.full_disk import explain_full_disk
     from yivl.train.run import build_model, fit, prepare, save
 
-    run = prepare(arguments, plan)
-    if run.is_finished:
-        step = run.total_steps
-        logger.info("this run is finished (%d of %d steps); the model is in %s", step, step, run.args.output_dir)
-        return
-    model, sizes = build_model(run)
-    if arguments.training.dry_run:
-        logger.info("%s", describe_run(run, model.config, sizes))
-    else:
-        save(run, *fit(run, model))
-    if run.args.should_log and (report := run.bad_rows.report()):
-        logger.warning("%s", report)
+    with ExitStack() as resources:
+        run = prepare(arguments, plan, resources)
+        if run.is_finished:
+            step = run.total_steps
+            logger.info("this run is finished (%d of %d steps); the model is in %s", step, step, run.args.output_dir)
+            return
+        model, sizes = build_model(run)
+        if arguments.training.dry_run:
+            logger.info("%s", describe_run(run, model.config, sizes))
+        else:
+            with explain_full_disk(run.args.output_dir):
+                save(run, *fit(run, model))
+        if run.args.should_log and (report := run.bad_rows.report()):
+            logger.warning("%s", report)
 
 
 def _shut_down() -> None:

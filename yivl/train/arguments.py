@@ -180,6 +180,7 @@ class YiVLTrainingArguments:
     report_to: str = _flag("tensorboard", "tensorboard, wandb or none")
     ddp_find_unused_parameters: bool = _flag(False, "search for parameters without gradients in every step")
     resume: str | None = _flag(None, "checkpoint folder to resume from, or auto: the newest in --output_dir")
+    allow_changed_data: bool = _flag(False, "resume although the content of the data has changed")
     dry_run: bool = _flag(False, "print the run's parameters, data, steps and estimated memory, and stop")
     others: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Flags of transformers that were given and are not listed above."""

@@ -42,10 +42,11 @@ class Batches:
 
     loader: BatchLoader
     sources: Sequence[Mapping[str, Any]]
-    """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``images`` (samples with images per
-    epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``,
-    and ``rows`` of files and of shards with a limit. ``rows_found`` if the limit leaves out some; ``limited`` if it did
-    not limit the epoch in earlier versions, which means all tar shards, and files with a weight above 1."""
+    """For ``training_run.json``. ``fingerprint`` of the content. Files: ``source``, ``rows``, ``rows_per_epoch``,
+    ``images`` (samples with images per epoch), ``subsampled`` if the weight has a fraction. If anything is streamed:
+    ``source``, ``weight``, ``shards``, and ``rows`` of files and of shards with a limit. ``rows_found`` if the limit
+    leaves out some; ``limited`` if it did not limit the epoch in earlier versions, which means all tar shards, and
+    files with a weight above 1."""
 
     @property
     def mix(self) -> str:
@@ -66,14 +67,20 @@ class Batches:
             for *cells, name in table
         )
 
-    def check_record(self, checkpoint: Path) -> None:
-        """Check that a checkpoint was trained on the same subsamples of as many rows; their paths may have changed.
+    def check_record(self, checkpoint: Path, *, allow_changed_data: bool = False) -> None:
+        """Check that a checkpoint was trained on the same subsamples of the same data; their paths may have changed.
+
+        Args:
+            checkpoint: To resume from.
+            allow_changed_data: Warn of a source with another content, instead of an error.
 
         Raises:
             CheckpointError: If weights, limits or data differ, or the fraction of a weight was one subset for all
                 epochs when it was written.
         """
-        recorded = read_json(checkpoint / RECORD)["sources"]
+        recorded = read_json(checkpoint / RECORD).get("sources")
+        if not isinstance(recorded, list) or not all(isinstance(source, dict) for source in recorded):
+            raise CheckpointError(f"{checkpoint / RECORD}: expected a list of sources; the checkpoint is damaged")
         for ours, theirs in zip(self.sources, recorded, strict=False):
             if "limited" in ours and "limited" not in theirs:
                 raise CheckpointError(
@@ -93,7 +100,16 @@ class Batches:
             )
         for ours, theirs in zip(self.sources, recorded, strict=True):
             # What earlier versions did not record is not compared.
-            for name in ("weight", "shards", "rows", "rows_found", "rows_per_epoch"):
+            has_changed = ours.get("fingerprint", "") != theirs.get("fingerprint", ours.get("fingerprint", ""))
+            if has_changed:
+                change = f"{checkpoint}: the content of {ours['source']} has changed since it was written"
+                if not allow_changed_data:
+                    raise CheckpointError(
+                        f"{change}; restore the former data, start a new run, or add --allow_changed_data True"
+                    )
+                logger.warning("%s; the run continues with the new content", change)
+            of_the_content = () if has_changed else ("shards", "rows", "rows_found", "rows_per_epoch")
+            for name in ("weight", *of_the_content):
                 if ours.get(name, theirs.get(name)) != theirs.get(name, ours.get(name)):
                     raise CheckpointError(
                         f"{checkpoint}: {name} of {ours['source']} was {theirs[name]} when it was written, and is "

@@ -139,7 +139,7 @@ def as_config(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]
     model, data, training = (dict(vars(group)) for group in arguments)
     flags = model | data | training | training.pop("others")
     flags |= {name: as_dict(arguments, args)[name] for name in ("per_device_train_batch_size", "global_batch_size")}
-    left_out = {"others", "origins", "gradient_accumulation_steps", "resume", "dry_run"}
+    left_out = {"others", "origins", "gradient_accumulation_steps", "resume", "allow_changed_data", "dry_run"}
     left_out.add("warmup_ratio" if training["warmup_ratio"] is None else "warmup_steps")
     return {name: value for name, value in flags.items() if name not in left_out}
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +18,16 @@ from torch import nn
 
 import yivl
 from yivl.checkpoint.adapters import restore_adapter
-from yivl.checkpoint.atomic import move_entries
-from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, check_keys, read_json, read_main_weights
+from yivl.checkpoint.atomic import REMOVED, move_entries, settle
+from yivl.checkpoint.format import (
+    ADAPTER_CONFIG,
+    ARGUMENTS,
+    LOG,
+    check_keys,
+    read_json,
+    read_main_weights,
+)
+from yivl.checkpoint.manifest import MANIFEST
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.train.arguments import ModelArguments
@@ -27,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED: Final = ".unfinished"
 """Folder in which a checkpoint or the final model is written before it is moved."""
-_STATE: Final = "trainer_state.json"
+READY: Final = ".final"
+"""Folder of the complete final model while its files are moved into the output folder."""
+STATE: Final = "trainer_state.json"
+"""File of transformers with the step and the log of a run."""
 GLOBAL_BATCH_FLAGS: Final = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 """Flags whose product is the global batch size."""
 # Paths may have changed, and kernels differ between machines.
@@ -42,7 +54,7 @@ _STREAMS_MUST_AGREE: Final = (*GLOBAL_BATCH_FLAGS, "dataloader_num_workers", "sh
 _ADAPTIVE: Final = ("reduce_lr_on_plateau", "greedy")
 _RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay")
 _MAY_DIFFER: Final = (
-    *("output_dir", "image_folder", "run_name", "resume", "dry_run", "local_rank"),
+    *("output_dir", "image_folder", "run_name", "resume", "allow_changed_data", "dry_run", "local_rank"),
     *("save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
     *("global_batch_size", "gradient_checkpointing", "vision_gradient_checkpointing"),
 )
@@ -50,13 +62,26 @@ _CONFIGURATIONS: Final = ("config.json", ADAPTER_CONFIG)
 
 
 def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first.
+
+    A folder has this name only while it is complete; one that lacks files is damaged, which
+    ``yivl.train.damage`` reports.
+    """
     found: dict[int, Path] = {}
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / _STATE).is_file():
+        if match and path.is_dir():
             found[int(match[1])] = path
     return [path for _, path in sorted(found.items())]
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Complete the move of a final model that a kill interrupted, and remove what else killed runs left."""
+    if (output_dir / READY).is_dir():
+        move_entries(output_dir / READY, output_dir, last=_CONFIGURATIONS)
+    for folder in (output_dir / UNFINISHED, *output_dir.glob(f".checkpoint-*{REMOVED}")):
+        shutil.rmtree(folder, ignore_errors=True)
+    (output_dir / f".{LOG}.partial").unlink(missing_ok=True)
 
 
 def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,7 +107,7 @@ def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> P
         return finished[-1]
     if resume is not None and resume != "auto":
         checkpoint = Path(resume)
-        if not (checkpoint / _STATE).is_file():
+        if not any((checkpoint / name).is_file() for name in (STATE, MANIFEST)):
             raise CheckpointError(f"{resume}: no checkpoint of a run; give one of its checkpoint-N folders, or auto")
         if finished and finished[-1].resolve() == checkpoint.resolve():
             return checkpoint
@@ -125,6 +150,8 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
             flags changed that decide what is trained, how, and on which samples.
     """
     before, now = read_json(checkpoint / ARGUMENTS), json.loads(json.dumps(flags, default=str))
+    if unknown := [name for name in (*GLOBAL_BATCH_FLAGS, "optim", "lr_scheduler_type") if name not in before]:
+        raise CheckpointError(f"{checkpoint / ARGUMENTS}: {unknown[0]} is missing; the checkpoint is damaged")
     must_agree = _MUST_AGREE
     if any(source.is_streamed for source in read_sources(now["data_path"], ".")):
         must_agree += _STREAMS_MUST_AGREE
@@ -151,18 +178,25 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
 
 
 def _global_step(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
+    step = read_json(checkpoint / STATE).get("global_step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{checkpoint / STATE}: global_step is {step}; the checkpoint is damaged")
+    return step
 
 
 def publish(folder: Path, output_dir: Path) -> None:
     """Move the final model into ``output_dir``, which also holds the checkpoints and logs.
 
-    The configuration of an older model is removed first and the new one moved last: with it, a folder is complete.
+    The configuration of an older model is removed first and the new one moved last: with it, a folder is complete. A
+    move that a crash interrupts is completed by ``remove_leftovers``.
     """
-    stale = [output_dir / name for name in _CONFIGURATIONS]
+    settle(folder)
     # The old model may have had more shards.
-    stale += [*output_dir.glob("model*.safetensors"), *output_dir.glob("model*.safetensors.index.json")]
-    move_entries(folder, output_dir, stale=stale, last=_CONFIGURATIONS)
+    stale = [*output_dir.glob("model*.safetensors"), *output_dir.glob("model*.safetensors.index.json")]
+    for path in [*(output_dir / name for name in _CONFIGURATIONS), *stale]:
+        path.unlink(missing_ok=True)
+    ready = folder.rename(output_dir / READY)
+    move_entries(ready, output_dir, last=_CONFIGURATIONS)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from yivl import command_line
+from yivl.checkpoint.atomic import write_json
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
@@ -20,10 +22,19 @@ from yivl.train import parameters
 from yivl.train.arguments import Arguments
 from yivl.train.compilation import describe_compilation
 from yivl.train.cpu_threads import describe_threads
+from yivl.train.damage import check_files
 from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader, unwrap_worker_error
 from yivl.train.initialization import Start, empty_start, load_start, read_start
 from yivl.train.plan import RunPlan, as_dict, trainer_arguments
-from yivl.train.resume import check_same_run, find_checkpoint, finished_checkpoints, is_finished
+from yivl.train.ranks import on_rank_0
+from yivl.train.resume import (
+    check_same_run,
+    find_checkpoint,
+    finished_checkpoints,
+    is_finished,
+    remove_leftovers,
+)
+from yivl.train.run_lock import run_lock
 from yivl.train.trainer import YiVLTrainer
 
 logger = logging.getLogger(__name__)
@@ -51,8 +62,13 @@ class Run:
         return self.checkpoint is not None and is_finished(self.checkpoint, self.args.output_dir, self.total_steps)
 
 
-def prepare(arguments: Arguments, plan: RunPlan) -> Run:
+def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
     """Set up the process, and read the checkpoint's small files and the data, so that errors show before weights load.
+
+    Args:
+        arguments: The flags.
+        plan: Of these flags.
+        resources: Takes the lock of the output folder, which is released when it closes.
 
     Raises:
         YiVLError: If the checkpoint, the data or the output folder cannot be used, or a resumed run had other flags.
@@ -74,7 +90,9 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
         # Before the model is built: ZeRO-3 partitions its weights as they are created.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
 
-    checkpoint = None if training.dry_run else find_checkpoint(training.output_dir, training.resume)
+    checkpoint = None
+    if not training.dry_run:
+        checkpoint = on_rank_0(args, lambda: _open_output(Path(args.output_dir), training.resume, resources))
     with args.main_process_first(desc="reading the checkpoint folder"):
         start = read_start(model, weights=not training.dry_run)
     num_patches = start.config.num_patches_at(start.image_size)
@@ -91,8 +109,22 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
     run = Run(arguments, plan, args, start, encoder, batches, eval_loader, bad_rows, checkpoint, total_steps)
     if checkpoint is not None and not run.is_finished:
         check_same_run(checkpoint, as_dict(arguments, args), total_steps)
-        batches.check_record(checkpoint)
+        batches.check_record(checkpoint, allow_changed_data=training.allow_changed_data)
     return run
+
+
+def _open_output(output_dir: Path, resume: str | None, resources: ExitStack) -> Path | None:
+    """Lock the output folder, remove what killed runs left there, and return the checkpoint to resume from, checked.
+
+    Raises:
+        YiVLError: If another run writes to the folder, or there is no such checkpoint, or it is damaged.
+    """
+    resources.enter_context(run_lock(output_dir))
+    remove_leftovers(output_dir)
+    checkpoint = find_checkpoint(output_dir, resume)
+    if checkpoint is not None:
+        check_files(checkpoint)
+    return checkpoint
 
 
 def build_model(run: Run) -> tuple[Any, list[parameters.PartSize]]:
@@ -151,7 +183,8 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
 
 def save(run: Run, trainer: YiVLTrainer, metrics: dict[str, float]) -> None:
     """Write the metrics and the trained model to the output folder."""
-    trainer.save_metrics("train", metrics)
+    if run.args.should_save:
+        write_json(Path(run.args.output_dir) / "train_results.json", metrics)
     trainer.save_final()
     speed = metrics["train_samples_per_second"]
     logger.info("train_samples_per_second %s; the model is in %s", speed, run.args.output_dir)

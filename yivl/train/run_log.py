@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from yivl.checkpoint.atomic import write_text
+from yivl.checkpoint.atomic import atomic_file, write_text
 from yivl.checkpoint.format import LOG
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,8 @@ def draw_losses(logs: Mapping[str, Path], plot: Path) -> None:
     for place, (title, log) in enumerate(logs.items(), 1):
         axes = figure.add_subplot(rows, columns, place, title=title, xlabel="step", ylabel="loss")
         _plot(axes, read_log(log))
-    figure.savefig(plot, dpi=120)
+    with atomic_file(plot) as partial:
+        figure.savefig(partial, dpi=120, format=plot.suffix.removeprefix("."))
 
 
 def _plot(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.adapters import save_adapter
-from yivl.checkpoint.atomic import replace_dir, write_json, write_text
-from yivl.checkpoint.format import ARGUMENTS, RECORD, RUN_CONFIG
+from yivl.checkpoint.atomic import remove_dir, replace_dir, write_json, write_text
+from yivl.checkpoint.format import ARGUMENTS, RECORD, RUN_CONFIG, read_json
+from yivl.checkpoint.manifest import write_manifest
 from yivl.checkpoint.saving import write_checkpoint
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.collator import normalize_images
@@ -215,10 +216,11 @@ class YiVLTrainer(Trainer):
             finally:
                 self._run_dir = Path(self.args.output_dir)
         if self.args.should_save:
+            write_manifest(folder / name)
             replace_dir(folder / name, self._run_dir / name)
             if self.args.save_total_limit is not None:
                 for old in finished_checkpoints(self._run_dir)[: -max(self.args.save_total_limit, 1)]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove_dir(old)
             self.run_log.draw()
         self.accelerator.wait_for_everyone()
         self._since += time.perf_counter() - started  # saving does not count as training
@@ -242,7 +244,12 @@ class YiVLTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        yield folder
+        try:
+            yield folder
+        except BaseException:  # such as a full disk, which an incomplete checkpoint must not keep full
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -268,6 +275,13 @@ class YiVLTrainer(Trainer):
         write_json(folder / ARGUMENTS, as_dict(self.arguments, self.args))
         write_text(folder / RUN_CONFIG, run_config_text(as_config(self.arguments, self.args)))
         write_json(folder / RECORD, describe_origin(self.arguments.model.model_name_or_path, self.sources))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the random state of this rank; at another number of ranks, it follows from the seed and the step."""
+        if checkpoint is None or read_json(Path(checkpoint) / ARGUMENTS)["world_size"] == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:
+            set_seed(self.args.seed + self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
