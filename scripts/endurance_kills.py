@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -194,13 +195,18 @@ def kill_run(program: Program, out: Path, chance: random.Random, seconds: float)
     log, unfinished, newest = out / "log.jsonl", out / ".unfinished", _newest_step(out)
     step, any_time = chance.randint(min(newest + 1, STEPS), STEPS), chance.uniform(0, seconds)
 
+    def is_saving() -> bool:
+        with suppress(FileNotFoundError):
+            return any(unfinished.iterdir())
+        return False
+
     def at_step() -> bool:
         return log.exists() and log.read_bytes().count(b"\n") >= step
 
     moments: tuple[tuple[float, Sequence[Callable[[], bool]]], ...] = (
         (0, [lambda: program.seconds > any_time]),
         (0.1, [lambda: program.seconds > seconds / 4, at_step]),  # the log of a resumed run is cut when it starts
-        (SAVING_SECONDS, [lambda: program.seconds > seconds / 4, at_step, unfinished.exists]),
+        (SAVING_SECONDS, [lambda: program.seconds > seconds / 4, at_step, is_saving]),
         (SAVING_SECONDS, [(out / "train_results.json").exists]),
     )
     (latest, conditions), *_ = chance.choices(moments, weights=(25, 25, 40, 10))
