@@ -12,6 +12,7 @@ import runpy
 import select
 import signal
 import struct
+import shlex
 import subprocess
 import sys
 import termios
@@ -536,3 +537,26 @@ def test_ctrl_c_while_an_image_is_encoded_does_not_exit(loaded: LoadedModel, mon
 
 def test_errors_are_value_errors() -> None:
     assert issubclass(YiVLError, ValueError)
+
+
+@pytest.mark.parametrize(("closed", "stderr"), [("<&- >&-", "error: this is stderr\n"), ("<&- >&- 2>&-", "")])
+def test_files_are_not_opened_in_the_place_of_closed_streams(closed: str, stderr: str, tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint"
+    code = f"""
+import os, sys
+from yivl import command_line
+from yivl.errors import YiVLError
+def main():
+    with open({str(file)!r}, "wb") as file:
+        os.write(1, b"of a library")
+        print("ours", sys.stdin.read(), flush=True)
+        sys.stderr.isatty()
+        file.write(b"weights")
+    raise YiVLError("this is stderr")
+command_line.run(main)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        f"{shlex.join(command)} {closed}", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr, file.read_bytes()) == (2, stderr, b"weights")

@@ -219,6 +219,7 @@ def run(
     """
     from yivl.errors import YiVLError
 
+    _open_closed_streams()
     for stream in (sys.stdin, sys.stdout):
         # A terminal that cannot show Chinese, or a question in another encoding, must not end the program.
         if isinstance(stream, io.TextIOWrapper):
@@ -236,6 +237,21 @@ def run(
         if message is None:
             raise
         _fail(message, 1)
+
+
+def _open_closed_streams() -> None:
+    """Connect closed standard streams to the null device.
+
+    Otherwise the next file that is opened, such as a checkpoint, would take their place and receive what libraries
+    print, and ``sys.stderr`` would be ``None``.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (open to the end)
 
 
 def require(module: str) -> None:

@@ -169,6 +169,18 @@ def read_shapes(path: Path) -> StateDict:
         return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
 
 
+def check_utf8(path: Path) -> None:
+    """Refuse a path that is not UTF-8: safetensors writes such files and cannot read them.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: is not a UTF-8 path, which safetensors needs; rename it") from error
+
+
 def check_weight_file(path: Path) -> None:
     """Check the header of a weight file, which an incomplete download lacks or contradicts.
 
@@ -177,6 +189,7 @@ def check_weight_file(path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; download it")
+    check_utf8(path)
     is_whole = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
     if path.suffix == ".safetensors":
         with suppress(SafetensorError), safe_open(path, framework="pt"):

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from yivl.checkpoint.atomic import atomic_dir, write_json
-from yivl.checkpoint.format import ADAPTER, METADATA, TOWER
+from yivl.checkpoint.format import ADAPTER, METADATA, TOWER, check_utf8
+from yivl.checkpoint.full_disk import explain_full_disk
 from yivl.errors import CheckpointError
 from yivl.model.packed_linear import Linear16
 
@@ -34,9 +35,10 @@ def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         CheckpointError: If ``folder`` is a file, or holds something other than one checkpoint.
+        OSError: If the disk is full; ``folder`` is as it was.
     """
     check_replaceable(folder)
-    with atomic_dir(folder) as new:
+    with explain_full_disk(folder), atomic_dir(folder) as new:
         yield new
         old = Path(folder).resolve()
         for path in old.rglob("*"):
@@ -50,9 +52,10 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
     """Refuse to replace a folder that is not one checkpoint; the output folder of a run holds several.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, or holds something other than one checkpoint.
+        CheckpointError: If ``folder`` is a file, holds something other than one checkpoint, or is not UTF-8.
     """
     target = Path(folder)
+    check_utf8(target)
     if target.is_file():
         raise CheckpointError(f"{target}: is a file; give a folder to write")
     held = list(target.iterdir()) if target.exists() else []

@@ -25,6 +25,7 @@ from yivl.checkpoint.atomic import atomic_file
 from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.folder import read_all_weights
 from yivl.checkpoint.format import PROJECTOR, VIT, StateDict, check_keys
+from yivl.checkpoint.full_disk import explain_full_disk
 from yivl.checkpoint.loading import empty_model, read_small_files
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError, YiVLError
@@ -73,7 +74,7 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
     weights = read_all_weights(source, config)
     check_keys(source, empty_model(config).state_dict(), weights)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
+    with explain_full_disk(folder), atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
         with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
             _add_language_fields(writer, config)
             _add_vocabulary(writer, config, tokenizer)

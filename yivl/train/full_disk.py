@@ -1,18 +1,12 @@
-"""The error of a run whose disk is full, which libraries report in several ways."""
+"""The error of a run whose disk is full."""
 
 import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
-from safetensors import SafetensorError
-
+from yivl.checkpoint.full_disk import ERRORS, NO_SPACE, is_full_disk
 from yivl.train.resume import finished_checkpoints
-
-_CODES: Final = (errno.ENOSPC, errno.EDQUOT)
-# safetensors passes on the text of the system; torch.save reports a refused write without its reason.
-_TEXTS: Final = ("No space left", "quota exceeded", "PytorchStreamWriter", "unexpected pos", "iostream error")
 
 
 @contextmanager
@@ -24,10 +18,9 @@ def explain_full_disk(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in _CODES and not any(text in str(error) for text in _TEXTS):
+    except ERRORS as error:
+        if not is_full_disk(error):
             raise
         newest = finished_checkpoints(output_dir)[-1:]
         how = f"add --resume auto, which continues from {newest[0].name}" if newest else "start the run again"
-        reason = f"No space left on device, or the quota is exceeded; free some and {how}"
-        raise OSError(errno.ENOSPC, reason, os.fspath(output_dir)) from error
+        raise OSError(errno.ENOSPC, f"{NO_SPACE}; free some and {how}", os.fspath(output_dir)) from error

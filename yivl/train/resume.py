@@ -24,6 +24,7 @@ from yivl.checkpoint.format import (
     ARGUMENTS,
     LOG,
     check_keys,
+    check_utf8,
     read_json,
     read_main_weights,
 )
@@ -99,9 +100,10 @@ def find_checkpoint(output_dir: str | os.PathLike[str], resume: str | None) -> P
     """Return the checkpoint that ``--resume`` means, or ``None`` for a new run.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or ``output_dir`` holds what would be overwritten: another run,
-            a model, or later checkpoints.
+        CheckpointError: If there is no such checkpoint, or ``output_dir`` is not UTF-8 or holds what would be lost:
+            another run, a model, or later checkpoints.
     """
+    check_utf8(Path(output_dir))
     finished = finished_checkpoints(output_dir)
     if resume == "auto" and finished:
         return finished[-1]
