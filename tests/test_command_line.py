@@ -10,9 +10,9 @@ import pty
 import re
 import runpy
 import select
+import shlex
 import signal
 import struct
-import shlex
 import subprocess
 import sys
 import termios

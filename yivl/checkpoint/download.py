@@ -16,6 +16,7 @@ from yivl.checkpoint.format import (
     NON_LORA_TRAINABLES,
     UNUSED_FILES,
     WEIGHTS,
+    check_utf8,
     read_index,
     read_json,
 )
@@ -44,14 +45,16 @@ def resolve_checkpoint(model_path: str | os.PathLike[str], *, weights: bool = Tr
         weights: Whether to download weights, too; without them the folder has what ``read_small_files`` reads.
 
     Raises:
-        CheckpointError: If there is no such folder and no such repository can be reached.
+        CheckpointError: If there is no such folder and no such repository can be reached, or its path is not UTF-8.
         YiVLError: If the ``modelscope`` package is needed and not installed.
     """
     name = os.fspath(model_path)
     if not name:
         raise CheckpointError("the model path is empty; give a checkpoint folder or a hub id")
     fetch_rest = _fetch_weights if weights else _fetch_weights_of_another_llava
-    return Path(name) if Path(name).is_dir() else download_model(name, [*_SMALL_FILES], fetch_rest)
+    folder = Path(name) if Path(name).is_dir() else download_model(name, [*_SMALL_FILES], fetch_rest)
+    check_utf8(folder)
+    return folder
 
 
 def download_model(

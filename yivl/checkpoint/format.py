@@ -170,7 +170,7 @@ def read_shapes(path: Path) -> StateDict:
 
 
 def check_utf8(path: Path) -> None:
-    """Refuse a path that is not UTF-8: safetensors writes such files and cannot read them.
+    """Refuse a path that is not UTF-8: safetensors writes such files and cannot read them, nor sentencepiece.
 
     Raises:
         CheckpointError: If it is not.
@@ -178,7 +178,7 @@ def check_utf8(path: Path) -> None:
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
-        raise CheckpointError(f"{path}: is not a UTF-8 path, which safetensors needs; rename it") from error
+        raise CheckpointError(f"{path}: is not a UTF-8 path; rename it") from error
 
 
 def check_weight_file(path: Path) -> None:
