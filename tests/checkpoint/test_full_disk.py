@@ -64,11 +64,11 @@ def test_an_export_to_a_full_disk_leaves_nothing(small_disk: Path) -> None:
 
 def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     target = tmp_path / os.fsdecode(b"caf\xe9")
-    with pytest.raises(CheckpointError, match="is not a UTF-8 path; rename it"):
+    with pytest.raises(CheckpointError, match="is not a UTF-8 path in this locale; rename it"):
         to_hf(CHECKPOINT, target)
     try:
         target.mkdir()
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
-    with pytest.raises(CheckpointError, match="is not a UTF-8 path; rename it"):
+    with pytest.raises(CheckpointError, match="is not a UTF-8 path in this locale; rename it"):
         to_hf(target, tmp_path / "out")

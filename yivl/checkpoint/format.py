@@ -178,7 +178,7 @@ def check_utf8(path: Path) -> None:
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
-        raise CheckpointError(f"{path}: is not a UTF-8 path; rename it") from error
+        raise CheckpointError(f"{path}: is not a UTF-8 path in this locale; rename it, or set LC_ALL=C.UTF-8") from error
 
 
 def check_weight_file(path: Path) -> None:
