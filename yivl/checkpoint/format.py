@@ -178,7 +178,8 @@ def check_utf8(path: Path) -> None:
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
-        raise CheckpointError(f"{path}: is not a UTF-8 path in this locale; rename it, or set LC_ALL=C.UTF-8") from error
+        advice = "rename it, or set LC_ALL=C.UTF-8"
+        raise CheckpointError(f"{path}: is not a UTF-8 path in this locale; {advice}") from error
 
 
 def check_weight_file(path: Path) -> None:
