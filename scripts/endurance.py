@@ -11,9 +11,12 @@ The table goes to stdout. Exit code 1 if a promise did not hold.
 import argparse
 import importlib
 import json
+import os
+import platform
 import sys
 import time
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 from benchmark_report import replace_section
@@ -34,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a small part of each campaign, as in the tests")
     parser.add_argument("--minutes", type=float, help="time limit of each campaign; 15 by default, 1.5 with --short")
     parser.add_argument("--output", type=Path, help="folder for the outcomes as JSON, and figures")
-    parser.add_argument("--markdown", type=Path, help="write the table, or replace it in a page that has its section")
+    parser.add_argument("--markdown", type=Path, help="replace the table of each campaign in a page with its section")
     return parser.parse_args()
 
 
@@ -46,19 +49,29 @@ def main() -> None:
     for name in CAMPAIGNS if arguments.campaign == "all" else (arguments.campaign,):
         started = time.monotonic()
         campaign = importlib.import_module(f"endurance_{name}")  # heavy imports, for what is run only
-        found = campaign.run(60 * minutes, arguments.short)
+        found: list[Outcome] = campaign.run(60 * minutes, arguments.short)
         outcomes += found
+        seconds = time.monotonic() - started
+        text = f"{describe_machine()}, {seconds / 60:.0f} minutes.\n\n{outcome_table(found)}"
+        print(text, flush=True)
         if arguments.output is not None:
             arguments.output.mkdir(parents=True, exist_ok=True)
-            report = {"seconds": round(time.monotonic() - started), "outcomes": [asdict(outcome) for outcome in found]}
-            text = json.dumps(report, indent=2, ensure_ascii=False)
-            (arguments.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    table = outcome_table(outcomes)
-    print(table)
-    if arguments.markdown is not None:
-        replace_section(arguments.markdown, "campaigns", table)
+            report = {"seconds": round(seconds), "outcomes": [asdict(outcome) for outcome in found]}
+            lines = json.dumps(report, indent=2, ensure_ascii=False)
+            (arguments.output / f"{name}.json").write_text(lines + "\n", encoding="utf-8")
+        if arguments.markdown is not None:
+            replace_section(arguments.markdown, name, text)
     if any(outcome.held < outcome.tried or not outcome.tried for outcome in outcomes):
         sys.exit(1)
+
+
+def describe_machine() -> str:
+    """Return the CPU, the number of cores, and the versions that matter."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {versions}"
 
 
 if __name__ == "__main__":

@@ -232,6 +232,7 @@ PROGRAMS = [
     ["-m", "yivl.tiny.recipe"],
     ["-m", "yivl.tiny.recipe", "clip"],
     *([f"scripts/benchmark_{what}.py"] for what in ("inference", "peers", "quantization", "serving", "training")),
+    ["scripts/endurance.py"],
     *(["scripts/convert.py", command] for command in ("from-hf", "to-gguf", "to-llamafactory")),
     *(["scripts/hub.py", command] for command in ("upload", "download", "card")),
 ]
