@@ -295,6 +295,6 @@ def test_damaged_weights_fail_one_request_and_the_log_names_the_checkpoint(
     assert (answer.status, answer.body.type, answer.body.code) == (500, "server_error", "model_error")
     assert "checkpoint" not in answer.body.message
     assert [record.getMessage().partition(": the logits")[0] for record in caplog.records] == [
-        f"an answer failed: {model.name_or_path}"
+        f"an answer failed: {loaded.name}"
     ]
     assert "Traceback" not in caplog.text

@@ -58,6 +58,10 @@ RECORD: Final = "training_run.json"
 LOG: Final = "log.jsonl"
 """Log of a run, in its output folder."""
 
+WEIGHT_DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of weights that are not quantized."""
+_SAFETENSORS_DTYPES: Final = dict(zip(("F64", "F32", "F16", "BF16"), WEIGHT_DTYPES, strict=True))
+
 # Suffixes of computed buffers that old versions of transformers saved.
 _BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 _MAX_PROBLEMS: Final = 5  # named in a message
@@ -92,6 +96,8 @@ def check_keys(
         shape = list(getattr(expected[key], "ds_shape", expected[key].shape))
         if shape != list(found[key].shape):
             problems.append(f"{key} is {list(found[key].shape)}, expected {shape}")
+        elif found[key].dtype not in WEIGHT_DTYPES:
+            problems.append(f"{key} is {str(found[key].dtype).removeprefix('torch.')}, expected a floating-point dtype")
     if problems:
         more = f"; {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckpointError(f"{source}: the weights do not fit {fit}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")
@@ -201,8 +207,14 @@ def read_shapes(path: Path) -> StateDict:
     if path.suffix != ".safetensors":
         return {key: value.to("meta") for key, value in read_weights(path).items()}
     check_weight_file(path)
+    shapes: StateDict = {}
     with safe_open(path, framework="pt") as file:
-        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+        for key in file.keys():  # noqa: SIM118 (no dictionary)
+            part = file.get_slice(key)
+            # Of the other dtypes only that they are not of weights is asked.
+            dtype = _SAFETENSORS_DTYPES.get(part.get_dtype(), torch.int64)
+            shapes[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return shapes
 
 
 def check_weight_file(path: Path) -> None:

@@ -26,6 +26,7 @@ from yivl.checkpoint.format import (
     without_tower,
 )
 from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_weights
+from yivl.checkpoint.schema import library_errors
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.command_line import require
 from yivl.errors import CheckpointError, YiVLError
@@ -161,7 +162,8 @@ def read_small_files(folder: Path, **image_settings: Any) -> tuple[YiVLConfig, Y
     config = read_config(folder)
     tokenizer, clip_processor = read_processors(folder, config)
     check_vocabulary(folder, tokenizer, config.vocab_size)
-    return config, tokenizer, set_images(config, clip_processor, **image_settings)
+    with library_errors(folder):
+        return config, tokenizer, set_images(config, clip_processor, **image_settings)
 
 
 def set_images(
@@ -242,7 +244,8 @@ def load_pretrained(
         CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
     """
     config = read_config(folder) if config is None else config
-    expected = without_tower(empty_model(config).state_dict())
+    with library_errors(f"{folder}/config.json"):
+        expected = without_tower(empty_model(config).state_dict())
     weights = read_hf_weights(folder, config) if is_hf(folder) else None
     found = without_tower(read_main_shapes(folder) if weights is None else weights)
     if fresh_projector:

@@ -250,7 +250,7 @@ class AdapterSettings(TypedDict):
     """``yivl_adapter_config.json``."""
 
     image_size: Annotated[int, within(1, _IMAGE_SIDE)]
-    image_aspect_ratio: str
+    image_aspect_ratio: Annotated[str, one_of("pad", "square")]
 
 
 class OpenClipFields(TypedDict, total=False):
@@ -326,6 +326,7 @@ def check_fields(source: str | os.PathLike[str], fields: Mapping[str, Any], sche
         CheckpointError: If a required field is missing, or a field has a wrong type or value.
     """
     for name, annotation in get_type_hints(schema, include_extras=True).items():
+        annotation = get_args(annotation)[0] if get_origin(annotation) is NotRequired else annotation
         if name in fields:
             _check_value(source, name, fields[name], annotation)
         elif name in schema.__required_keys__:

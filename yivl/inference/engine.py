@@ -135,7 +135,7 @@ class Engine:
         try:
             return state.sampler.choose(logits)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{self.loaded.model.name_or_path or self.loaded.name}: {error}") from error
+            raise NonFiniteError(f"{self.loaded.name}: {error}") from error
 
     def _decode_logits(self) -> torch.Tensor:
         """Append the last token of every request to the cache; return ``(rows, vocabulary)`` logits."""
@@ -272,7 +272,7 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             if not scores.amax().isfinite():
-                raise NonFiniteError(f"{model.name_or_path or loaded.name}: {NOT_FINITE}")
+                raise NonFiniteError(f"{loaded.name}: {NOT_FINITE}")
             return scores
 
     with torch.inference_mode(), torch.random.fork_rng(enabled=settings.seed is not None):

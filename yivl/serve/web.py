@@ -15,7 +15,7 @@ from gradio.data_classes import FileDataDict
 from gradio.utils import get_upload_folder
 
 from yivl.command_line import is_out_of_memory
-from yivl.errors import ImageError, NonFiniteError, YiVLError
+from yivl.errors import ImageError, YiVLError
 from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
@@ -257,7 +257,7 @@ class Page:
 
 def _explain(error: Exception, language: Language) -> str:
     """Return what the visitor is told; the scheduler has logged the error."""
-    if isinstance(error, YiVLError) and not isinstance(error, NonFiniteError):  # which names a local path
+    if isinstance(error, YiVLError):
         return str(error)
     if isinstance(error, Overloaded):
         return TEXTS[language]["busy"]
