@@ -49,7 +49,7 @@ class Verdict:
     format: str
     number: int
     status: str
-    """``opened`` and ``refused`` hold; ``error``, ``crash``, ``hang``, ``memory``, ``unnamed`` and ``outside`` do not."""
+    """``opened`` or ``refused`` if the promise holds, else how it does not."""
     detail: str
 
 
