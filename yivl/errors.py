@@ -16,5 +16,9 @@ class CheckpointError(YiVLError):
     """A checkpoint, adapter or tensor that cannot be used."""
 
 
+class NonFiniteError(CheckpointError):
+    """Logits that are NaN or infinite: the weights are damaged, or exceed the range of the dtype."""
+
+
 class ContextLengthError(YiVLError):
     """A conversation that exceeds the context length."""

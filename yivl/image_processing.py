@@ -11,15 +11,17 @@ import os
 import time
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from yivl.checkpoint.format import read_json
+from yivl.checkpoint.schema import PreprocessorFields, library_errors
 from yivl.errors import CheckpointError, ImageError
 
 AspectRatio = Literal["pad", "square"]
@@ -167,9 +169,13 @@ class ImageProcessor:
     def __init__(self, clip_processor: CLIPImageProcessorPil, aspect_ratio: str = "pad") -> None:
         if aspect_ratio not in get_args(AspectRatio):
             raise CheckpointError(f"image_aspect_ratio={aspect_ratio!r}; expected 'pad' or 'square'")
-        crop, steps = clip_processor.crop_size, ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-        if not clip_processor.size.get("shortest_edge") == crop["height"] == crop["width"]:
-            raise CheckpointError(f"preprocessor_config.json: size {clip_processor.size} and crop_size {crop} differ")
+        size, crop, steps = (
+            clip_processor.size,
+            clip_processor.crop_size,
+            ("do_resize", "do_center_crop", "do_rescale", "do_normalize"),
+        )
+        if size.get("shortest_edge") is None or not size["shortest_edge"] == crop.get("height") == crop.get("width"):
+            raise CheckpointError(f"preprocessor_config.json: size {size} and crop_size {crop} differ")
         if not all(getattr(clip_processor, step) for step in steps):
             raise CheckpointError(f"preprocessor_config.json: expected {', '.join(steps)} to be true, as in Yi-VL")
         self.clip_processor = clip_processor
@@ -244,8 +250,24 @@ def load_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil
     """Load the CLIP preprocessing from the ``preprocessor_config.json`` of a ViT folder.
 
     Raises:
-        CheckpointError: If the folder has none.
+        CheckpointError: If the folder has none, or a damaged one.
     """
-    if not (Path(folder) / "preprocessor_config.json").is_file():
+    path = Path(folder) / "preprocessor_config.json"
+    if not path.is_file():
         raise CheckpointError(f"{folder}: no preprocessor_config.json; download the whole ViT folder")
-    return CLIPImageProcessorPil.from_pretrained(os.fspath(folder))
+    return clip_processor(read_json(path), path)
+
+
+def clip_processor(fields: Mapping[str, Any], source: str | os.PathLike[str]) -> CLIPImageProcessorPil:
+    """Return the CLIP preprocessing of the fields of a ``preprocessor_config.json``.
+
+    Args:
+        fields: Checked; those that CLIP does not know are left out.
+        source: Of the fields, for the error.
+
+    Raises:
+        CheckpointError: If transformers refuses them.
+    """
+    known = PreprocessorFields.__annotations__.keys() & fields.keys()
+    with library_errors(source):
+        return CLIPImageProcessorPil(**{name: fields[name] for name in known})

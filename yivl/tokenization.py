@@ -11,6 +11,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
+from yivl.checkpoint.format import read_json
+from yivl.checkpoint.schema import library_errors
 from yivl.constants import ASSISTANT, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
 from yivl.conversation import Turn, render_chunks
 from yivl.errors import CheckpointError
@@ -19,7 +21,8 @@ _WORD_START = "▁"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _UTF8_LENGTHS = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}
 """Bytes of a character, by the upper half of the first one."""
-_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = ("tokenizer.model", *_JSON_FILES)
 
 
 class YiTokenizer(LlamaTokenizer):
@@ -147,7 +150,33 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model; download the whole checkpoint")
     read_sentencepiece(path)
-    return YiTokenizer.from_pretrained(os.fspath(folder), add_prefix_space=False)  # type: ignore[no-any-return]
+    for name in _JSON_FILES:
+        if (path.parent / name).is_file():
+            read_json(path.parent / name)
+    with library_errors(f"{folder}/tokenizer_config.json"):
+        # A path in tokenizer_config.json must not replace that of the folder.
+        return YiTokenizer.from_pretrained(  # type: ignore[no-any-return]
+            os.fspath(folder), add_prefix_space=False, vocab_file=os.fspath(path)
+        )
+
+
+def check_vocabulary(folder: str | os.PathLike[str], tokenizer: YiTokenizer, vocab_size: int) -> None:
+    """Check that a model has an embedding for every id that text becomes.
+
+    Args:
+        folder: Of the tokenizer, for the error.
+        tokenizer: Loaded from the folder.
+        vocab_size: Of the model.
+
+    Raises:
+        CheckpointError: If an id is too large.
+    """
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    largest = max(*vocabulary.values(), tokenizer.sp_model.get_piece_size() - 1)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has the id {largest}; expected less than vocab_size, {vocab_size}"
+        )
 
 
 def read_sentencepiece(path: Path) -> SentencePieceProcessor:

@@ -185,9 +185,9 @@ def test_the_projector_tells_a_yi_vl_without_its_mark(hf: Path, tmp_path: Path) 
     [
         ({"image_token_index": 900}, r"model.embed_tokens|not the tokenizer of"),
         ({"text_config": {}}, "the weights do not fit config.json"),
-        ({"vision_config": 3}, "config.json: not the -hf format of a Yi-VL model"),
-        ({"vision_feature_select_strategy": "all"}, "config.json: not the -hf format of a Yi-VL model"),
-        ({"vision_feature_layer": [-2, -3]}, "config.json: not the -hf format of a Yi-VL model .*select_layer"),
+        ({"vision_config": 3}, "config.json: vision_config is 3; expected an object"),
+        ({"vision_feature_select_strategy": "all"}, "config.json: vision_feature_select_strategy is 'all'; expected"),
+        ({"vision_feature_layer": [-2, -3]}, r"config.json: vision_feature_layer is \[-2, -3\]; expected an integer"),
     ],
 )
 def test_a_bad_configuration_is_one_line(hf: Path, change: dict[str, Any], said: str, tmp_path: Path) -> None:

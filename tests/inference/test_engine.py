@@ -1,5 +1,7 @@
 """Requests that are decoded together get the answers that each gets alone."""
 
+import copy
+import dataclasses
 import threading
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from support.golden import GOLDEN
 
 from yivl.checkpoint.loading import LoadedModel
-from yivl.errors import YiVLError
+from yivl.errors import CheckpointError, NonFiniteError, YiVLError
 from yivl.inference.chat import Chat, GenerationState, answer_batch
 from yivl.inference.engine import Engine, _pad_left, finish_together
 from yivl.inference.kv_cache import PrefixStore
@@ -285,3 +287,49 @@ def test_a_failed_step_leaves_the_stored_prefixes_valid(loaded: LoadedModel, mon
         complete(engine, state)
         assert state.num_cached > 20
         assert state.text == reference.ask("And now?", **GREEDY)
+
+
+@pytest.fixture
+def damaged(loaded: LoadedModel) -> LoadedModel:
+    """The model, of which the embedding of the first token it answers to "hi" is damaged."""
+    state = Chat(loaded).begin("hi", **GREEDY)
+    Engine(loaded).add(state)
+    model = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[state.new_ids[0]] = torch.nan
+    return dataclasses.replace(loaded, model=model)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 0, "top_p": 0.5}, {"num_beams": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_end_an_answer_with_an_error(loaded: LoadedModel, value: float, sampling: Any) -> None:
+    model = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    chat = Chat(dataclasses.replace(loaded, model=model))
+    with pytest.raises(NonFiniteError, match=r"checkpoint: the logits are NaN or infinite; download"):
+        chat.ask("hi", **(GREEDY | sampling))
+    assert not chat.turns
+    assert issubclass(NonFiniteError, CheckpointError)  # exit code 2
+
+
+def test_one_damaged_embedding_ends_the_request_that_needs_it(loaded: LoadedModel, damaged: LoadedModel) -> None:
+    expected = Chat(loaded).ask("What is this?", PHOTO, **GREEDY)
+    prefixes = PrefixStore(2**30)
+    engine = Engine(damaged, prefixes)
+    bad, good = Chat(damaged).begin("hi", **GREEDY), Chat(damaged).begin("What is this?", PHOTO, **GREEDY)
+    engine.add(bad)
+    engine.add(good)
+    while len(engine):
+        engine.step()
+    assert (bad.finish_reason, type(bad.error)) == ("error", NonFiniteError)
+    assert (good.text, good.error) == (expected, None)
+    assert prefixes.take([*bad.keys, *bad.new_ids, 5])[1] <= len(bad.keys)  # nothing that is not finite is reused
+    with pytest.raises(NonFiniteError):
+        finish_together(damaged, [Chat(damaged).begin("hi", **GREEDY)])
+    with pytest.raises(NonFiniteError):
+        Chat(damaged).ask("hi", **GREEDY)

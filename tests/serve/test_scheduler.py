@@ -1,6 +1,9 @@
 """Requests that wait, join and fail while others are answered."""
 
+import copy
+import dataclasses
 import hashlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +16,11 @@ import torch
 from support.golden import GOLDEN
 
 from yivl.checkpoint.loading import LoadedModel
+from yivl.errors import NonFiniteError
 from yivl.image_processing import load_image
 from yivl.inference.chat import Chat, GenerationState
+from yivl.inference.engine import Engine
+from yivl.serve.api_errors import as_api_error
 from yivl.serve.images import ImageEncoder, SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Event, Request, Scheduler
@@ -267,3 +273,28 @@ def test_an_image_that_is_kept_is_not_encoded_again_with_new_ones(loaded: Loaded
     assert again is first
     assert third.serial not in (first.serial, second.serial)
     assert (encoder.find(wide), encoder.find(photo), encoder.find(other)) == (None, first, third)
+
+
+def test_damaged_weights_fail_one_request_and_the_log_names_the_checkpoint(
+    loaded: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Chat(loaded).begin("hi", **GREEDY)
+    Engine(loaded).add(first)
+    model = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[first.new_ids[0]] = torch.nan
+    damaged = dataclasses.replace(loaded, model=model)
+    expected = Chat(loaded).ask("What is this?", **GREEDY)
+    with caplog.at_level(logging.ERROR), running(damaged) as scheduler:
+        bad, good = Asked(damaged, "hi"), Asked(damaged, "What is this?")
+        scheduler.submit([bad.request, good.request])
+        assert good.text() == expected
+        error = bad.end()
+    assert isinstance(error, NonFiniteError)
+    answer = as_api_error(error)
+    assert (answer.status, answer.body.type, answer.body.code) == (500, "server_error", "model_error")
+    assert "checkpoint" not in answer.body.message
+    assert [record.getMessage().partition(": the logits")[0] for record in caplog.records] == [
+        f"an answer failed: {loaded.name}"
+    ]
+    assert "Traceback" not in caplog.text

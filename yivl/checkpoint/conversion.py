@@ -1,7 +1,6 @@
 """Conversion of ``.bin`` and open_clip checkpoints; ``scripts/convert.py`` is the command."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors.torch import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.atomic import write_json
-from yivl.checkpoint.format import METADATA, read_weights
+from yivl.checkpoint.format import METADATA, read_json, read_weights
 from yivl.checkpoint.saving import check_apart, checkpoint_dir
 from yivl.checkpoint.vit import open_clip_to_vit_weights, read_open_clip_config
 from yivl.errors import CheckpointError
@@ -46,7 +45,7 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
                 save_file(weights, place, metadata=METADATA)
                 hashes[str(target / place.relative_to(folder))] = sha256(place)
             elif path.name.endswith(".bin.index.json"):
-                index = json.loads(path.read_text(encoding="utf-8"))
+                index = read_json(path)
                 index["weight_map"] = {key: _safetensors_name(name) for key, name in index["weight_map"].items()}
                 write_json(place.with_name(_safetensors_name(path.name)), index)
             else:

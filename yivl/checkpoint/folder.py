@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.format import VIT, StateDict, read_json, read_main_weights, without_tower
@@ -16,10 +14,11 @@ from yivl.checkpoint.hf_format import (
     read_hf_vit,
     read_hf_weights,
 )
-from yivl.checkpoint.vit import read_clip_weights
+from yivl.checkpoint.schema import library_errors
+from yivl.checkpoint.vit import read_clip_weights, read_vision_config
 from yivl.errors import CheckpointError
 from yivl.image_processing import load_clip_processor
-from yivl.model.configuration import YiVLConfig
+from yivl.model.configuration import YiVLConfig, fields_for
 from yivl.tokenization import YiTokenizer, load_tokenizer
 
 
@@ -31,16 +30,15 @@ def read_config(folder: str | os.PathLike[str]) -> YiVLConfig:
     """
     if is_hf(folder):
         return read_hf_config(folder)
-    fields = read_json(Path(folder) / "config.json")
+    path = Path(folder) / "config.json"
+    fields = read_json(path)
     if not isinstance(fields.get("mm_vision_tower"), str):
-        raise CheckpointError(f"{folder}/config.json: no mm_vision_tower; this is not a Yi-VL checkpoint")
-    vision = read_json(Path(folder) / fields["mm_vision_tower"] / "config.json")
+        raise CheckpointError(f"{path}: no mm_vision_tower; this is not a Yi-VL checkpoint")
+    vision = read_vision_config(path.parent / fields["mm_vision_tower"] / "config.json")
     for name in ("model_type", "text_config", "vision_config"):  # the last two are for SGLang
         fields.pop(name, None)
-    try:
-        return YiVLConfig(**fields, vision_config=CLIPVisionConfig(**vision))
-    except (StrictDataclassError, CheckpointError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
+    with library_errors(path):
+        return YiVLConfig(**fields_for(YiVLConfig, fields), vision_config=vision)
 
 
 def read_processors(folder: str | os.PathLike[str], config: YiVLConfig) -> tuple[YiTokenizer, CLIPImageProcessorPil]:

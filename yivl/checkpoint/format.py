@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from yivl.checkpoint.schema import check_file
 from yivl.errors import CheckpointError
 
 StateDict = dict[str, torch.Tensor]
@@ -44,6 +46,9 @@ ADAPTER_SETTINGS: Final = "yivl_adapter_config.json"
 ADAPTER: Final = ".lora_"
 """Part of the name of every LoRA parameter of peft."""
 
+MAX_JSON_BYTES: Final = 2**27
+"""Largest JSON file that is read. Source: ours; the index of the released 34B has 68 kB, a ``tokenizer.json`` 4 MB."""
+
 ARGUMENTS: Final = "training_arguments.json"
 """Resolved flags of a run, in its output folder and its checkpoints."""
 RUN_CONFIG: Final = "training_config.yaml"
@@ -52,6 +57,10 @@ RECORD: Final = "training_run.json"
 """Origin of a run: ``base_model`` (a hub id, or null), ``sources`` of the data, ``versions`` of software."""
 LOG: Final = "log.jsonl"
 """Log of a run, in its output folder."""
+
+WEIGHT_DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of weights that are not quantized."""
+_SAFETENSORS_DTYPES: Final = dict(zip(("F64", "F32", "F16", "BF16"), WEIGHT_DTYPES, strict=True))
 
 # Suffixes of computed buffers that old versions of transformers saved.
 _BUFFERS: Final = (".rotary_emb.inv_freq", ".embeddings.position_ids")
@@ -87,25 +96,49 @@ def check_keys(
         shape = list(getattr(expected[key], "ds_shape", expected[key].shape))
         if shape != list(found[key].shape):
             problems.append(f"{key} is {list(found[key].shape)}, expected {shape}")
+        elif found[key].dtype not in WEIGHT_DTYPES:
+            problems.append(f"{key} is {str(found[key].dtype).removeprefix('torch.')}, expected a floating-point dtype")
     if problems:
         more = f"; {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckpointError(f"{source}: the weights do not fit {fit}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+    """Return the object in a JSON file; the known fields of the files of a checkpoint are checked.
 
     Raises:
-        CheckpointError: If the file is missing or holds no JSON object.
+        CheckpointError: If the file is missing, larger than ``MAX_JSON_BYTES``, holds no JSON object or one with
+            repeated keys, or has a known field of a wrong type or value.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{path}: no such file; a Yi-VL checkpoint has one")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; download it again")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: nested too deeply; download it again") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
+    check_file(path, fields)
+    return fields
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a regular file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is given more than once")
     return fields
 
 
@@ -118,10 +151,8 @@ def read_image_settings(adapter: Path) -> dict[str, Any]:
     path = adapter / ADAPTER_SETTINGS
     if not path.is_file():
         return {}
-    match read_json(path):
-        case {"image_size": int(size), "image_aspect_ratio": str(ratio)}:
-            return {"image_size": size, "image_aspect_ratio": ratio}
-    raise CheckpointError(f"{path}: expected image_size and image_aspect_ratio")
+    fields = read_json(path)
+    return {name: fields[name] for name in ("image_size", "image_aspect_ratio")}
 
 
 def find_weights(folder: str | os.PathLike[str], names: tuple[str, ...] = WEIGHTS) -> Path:
@@ -139,21 +170,32 @@ def find_weights(folder: str | os.PathLike[str], names: tuple[str, ...] = WEIGHT
 def read_weights(path: Path) -> StateDict:
     """Return the tensors of a safetensors or ``.bin`` file; a ``.bin`` file is memory-mapped.
 
+    Of the checkpoint of a training run with a ``state_dict``, as open_clip writes it, these are its tensors.
+
     Raises:
-        CheckpointError: If the file is missing, damaged, or pickles more than tensors.
+        CheckpointError: If the file is missing, damaged, pickles more than tensors, or holds quantized weights.
     """
     check_weight_file(path)
+    weights: Any
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        weights: StateDict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: holds more than tensors; use a file in safetensors format") from error
     except Exception as error:  # torch.load has no exception type of its own for damaged files
         raise CheckpointError(
             f"{path}: cannot be read as weights ({type(error).__name__}); download it again"
         ) from error
-    return weights
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path}: holds no tensors by name; download it again")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: {key!r} is no tensor; download it again")
+    return dict(weights)
 
 
 def read_shapes(path: Path) -> StateDict:
@@ -165,8 +207,14 @@ def read_shapes(path: Path) -> StateDict:
     if path.suffix != ".safetensors":
         return {key: value.to("meta") for key, value in read_weights(path).items()}
     check_weight_file(path)
+    shapes: StateDict = {}
     with safe_open(path, framework="pt") as file:
-        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+        for key in file.keys():  # noqa: SIM118 (no dictionary)
+            part = file.get_slice(key)
+            # Of the other dtypes only that they are not of weights is asked.
+            dtype = _SAFETENSORS_DTYPES.get(part.get_dtype(), torch.int64)
+            shapes[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return shapes
 
 
 def check_utf8(path: Path) -> None:
@@ -203,12 +251,9 @@ def read_index(path: Path) -> list[str]:
     """Return the names of the shards that the index of a sharded checkpoint lists.
 
     Raises:
-        CheckpointError: If the file is damaged.
+        CheckpointError: If the file is damaged, or names a file outside of its folder.
     """
-    try:
-        return sorted(map(os.fspath, set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not the index of a sharded checkpoint; download it again") from error
+    return sorted(set(read_json(path)["weight_map"].values()))
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:

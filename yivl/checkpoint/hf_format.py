@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.atomic import write_json
@@ -26,10 +25,12 @@ from yivl.checkpoint.format import (
     read_main_shapes,
     read_main_weights,
 )
+from yivl.checkpoint.schema import HfFields, check_fields, library_errors
+from yivl.checkpoint.vit import vision_config
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError
-from yivl.image_processing import load_clip_processor
-from yivl.model.configuration import YiVLConfig
+from yivl.image_processing import clip_processor, load_clip_processor
+from yivl.model.configuration import YiVLConfig, fields_for, generation_config
 from yivl.tokenization import YiTokenizer, load_tokenizer, read_sentencepiece
 
 PUBLISHED: Final = "published.json"
@@ -130,9 +131,11 @@ def read_hf_config(folder: str | os.PathLike[str], published: Mapping[str, Any] 
     """
     fields = read_json(Path(folder) / "config.json")
     original = (read_published(folder) if published is None else published).get("config.json", {})
-    try:
-        text = LlamaConfig(**fields["text_config"]).to_dict()
-        vision = CLIPVisionConfig(**fields["vision_config"])
+    path = Path(folder) / "config.json"
+    check_fields(path, fields, HfFields)
+    vision = vision_config(fields["vision_config"], f"{path}: vision_config")
+    with library_errors(f"{path}: not the -hf format of a Yi-VL model"):
+        text = LlamaConfig(**fields_for(LlamaConfig, fields["text_config"])).to_dict()
         [select_feature] = [
             feature for feature, name in STRATEGIES.items() if name == fields["vision_feature_select_strategy"]
         ]
@@ -151,10 +154,7 @@ def read_hf_config(folder: str | os.PathLike[str], published: Mapping[str, Any] 
         # rope_parameters holds the next two; an export for SGLang has the last.
         for name in ("model_type", "rope_theta", "rope_scaling", "text_config"):
             config.pop(name, None)
-        result = YiVLConfig(**config)
-    except (StrictDataclassError, CheckpointError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}/config.json: not the -hf format of a Yi-VL model ({reason})") from error
+        result = YiVLConfig(**fields_for(YiVLConfig, config))
     if not fields.get("is_yi_vl_derived_model") and not any(_LAST_LAYER in key for key in read_main_shapes(folder)):
         raise CheckpointError(f"{folder}: another LLaVA; the projector of Yi-VL has four layers, linear_1 to linear_4")
     return result
@@ -191,13 +191,13 @@ def read_hf_generation_config(
         CheckpointError: If a file is damaged.
     """
     name, published = "generation_config.json", read_published(folder) if published is None else published
-    if name in published:
-        return GenerationConfig(**published[name])
     path = Path(folder) / name
+    if name in published:
+        return generation_config(published[name], path)
     fields = read_json(path) if path.is_file() else {}
     sampling = {key: value for key, value in fields.items() if key not in _NOT_SAMPLING and not key.startswith("_")}
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": 0}
-    return GenerationConfig(**sampling, **ids)
+    return generation_config(sampling | ids, path)
 
 
 def load_hf_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:
@@ -208,9 +208,8 @@ def load_hf_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessor
     """
     if not (Path(folder) / "preprocessor_config.json").is_file():
         path = Path(folder) / "processor_config.json"
-        fields = read_json(path).get("image_processor") if path.is_file() else None
-        if isinstance(fields, dict):
-            return CLIPImageProcessorPil(**fields)
+        if path.is_file() and "image_processor" in (fields := read_json(path)):
+            return clip_processor(fields["image_processor"], path)
     return load_clip_processor(folder)
 
 

@@ -26,14 +26,15 @@ from yivl.checkpoint.format import (
     without_tower,
 )
 from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_weights
+from yivl.checkpoint.schema import library_errors
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.command_line import require
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
 from yivl.model.block_attention import register_block_sdpa
-from yivl.model.configuration import YiVLConfig
+from yivl.model.configuration import YiVLConfig, generation_config
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.tokenization import YiTokenizer
+from yivl.tokenization import YiTokenizer, check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,9 @@ def read_small_files(folder: Path, **image_settings: Any) -> tuple[YiVLConfig, Y
     """
     config = read_config(folder)
     tokenizer, clip_processor = read_processors(folder, config)
-    return config, tokenizer, set_images(config, clip_processor, **image_settings)
+    check_vocabulary(folder, tokenizer, config.vocab_size)
+    with library_errors(folder):
+        return config, tokenizer, set_images(config, clip_processor, **image_settings)
 
 
 def set_images(
@@ -189,7 +192,12 @@ def set_images(
             raise CheckpointError(f"image_size {image_size} is not a multiple of the patch size {patch_size}")
         clip_processor.size = {"shortest_edge": image_size}
         clip_processor.crop_size = {"height": image_size, "width": image_size}
-    return ImageProcessor(clip_processor, config.image_aspect_ratio)
+    processor, expected = ImageProcessor(clip_processor, config.image_aspect_ratio), config.vision_config.image_size
+    if image_size is None and processor.image_size != expected:
+        raise CheckpointError(
+            f"preprocessor_config.json: size is {processor.image_size}; expected image_size of the ViT, {expected}"
+        )
+    return processor
 
 
 def check_support(config: YiVLConfig, attn_implementation: str, *, bnb_bits_on_cpu: int = 16) -> None:
@@ -236,7 +244,8 @@ def load_pretrained(
         CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
     """
     config = read_config(folder) if config is None else config
-    expected = without_tower(empty_model(config).state_dict())
+    with library_errors(f"{folder}/config.json"):
+        expected = without_tower(empty_model(config).state_dict())
     weights = read_hf_weights(folder, config) if is_hf(folder) else None
     found = without_tower(read_main_shapes(folder) if weights is None else weights)
     if fresh_projector:
@@ -246,6 +255,8 @@ def load_pretrained(
     if weights is not None:  # memory-mapped, with other names than in the files
         config.dtype = weights["lm_head.weight"].dtype
         kwargs = {"state_dict": weights, "generation_config": read_hf_generation_config(folder, config)} | kwargs
+    elif (path := Path(folder) / "generation_config.json").is_file():
+        kwargs = {"generation_config": generation_config(read_json(path), path)} | kwargs
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
     # The copy of the ViT in the main files may be of any shape: it is replaced.

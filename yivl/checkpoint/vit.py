@@ -3,7 +3,6 @@
 Keys become those of ``CLIPVisionModel`` without ``vision_model.``, a prefix that transformers 5.6 dropped in memory.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights
+from yivl.checkpoint.schema import OpenClipVision, check_fields, library_errors
 from yivl.errors import CheckpointError
+from yivl.model.configuration import fields_for
 from yivl.model.vision_tower import gathered
 
 _PREFIX = "vision_model."
@@ -67,8 +68,31 @@ def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
         return read_open_clip_config(Path(folder) / OPEN_CLIP_CONFIG)
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder}: no ViT; expected config.json (CLIP of transformers) or open_clip_config.json")
-    fields = read_json(Path(folder) / "config.json")
-    return CLIPVisionConfig(**fields.get("vision_config", fields))
+    return read_vision_config(Path(folder) / "config.json")
+
+
+def read_vision_config(path: Path) -> CLIPVisionConfig:
+    """Return the vision configuration in a ``config.json``, whether of a ViT or of a CLIP that holds one.
+
+    Raises:
+        CheckpointError: If the file is missing, or a field has a wrong type or value.
+    """
+    fields = read_json(path)
+    return vision_config(fields.get("vision_config", fields), path)
+
+
+def vision_config(fields: Any, source: str | os.PathLike[str]) -> CLIPVisionConfig:
+    """Return the configuration of a ViT.
+
+    Args:
+        fields: Of the configuration, checked.
+        source: Of the fields, for the error.
+
+    Raises:
+        CheckpointError: If transformers refuses them.
+    """
+    with library_errors(source):
+        return CLIPVisionConfig(**fields_for(CLIPVisionConfig, fields))
 
 
 def is_open_clip(folder: str | os.PathLike[str]) -> bool:
@@ -102,13 +126,11 @@ def open_clip_to_vit_weights(state_dict: Mapping[str, torch.Tensor]) -> StateDic
     """Return the visual tower of an open_clip checkpoint under the keys of this module.
 
     Args:
-        state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone; or the checkpoint of a
-            training run of open_clip, which holds it.
+        state_dict: Of a whole open_clip model (``visual.*`` keys) or of its visual tower alone.
 
     Raises:
         CheckpointError: If a key is unknown: the tower is not a plain CLIP ViT.
     """
-    state_dict = state_dict.get("state_dict", state_dict)  # type: ignore[assignment]  # of a training run
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if any(key.startswith("visual.") for key in state_dict):
         state_dict = {key.removeprefix("visual."): v for key, v in state_dict.items() if key.startswith("visual.")}
@@ -146,10 +168,7 @@ def read_open_clip_config(path: Path) -> CLIPVisionConfig:
     Raises:
         CheckpointError: If it does not describe a ViT.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not the configuration of an open_clip ViT ({error!r})") from error
+    fields = read_json(path)
     return read_open_clip_model(fields.get("model_cfg", fields), path)
 
 
@@ -163,20 +182,19 @@ def read_open_clip_model(fields: Mapping[str, Any], source: str | os.PathLike[st
     Raises:
         CheckpointError: If they do not describe a plain ViT.
     """
-    try:
-        vision = fields["vision_cfg"]
-        width, layers = vision["width"], vision["layers"]
-        if not isinstance(layers, int):
-            raise TypeError("the tower is a ResNet")
+    vision = fields.get("vision_cfg")
+    if not isinstance(vision, dict) or isinstance(vision.get("layers"), list):  # a ResNet has a list
+        raise CheckpointError(f"{source}: not the configuration of an open_clip ViT")
+    check_fields(f"{source}: vision_cfg", vision, OpenClipVision)
+    width = vision["width"]
+    with library_errors(source):
         return CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
-            num_hidden_layers=layers,
+            num_hidden_layers=vision["layers"],
             num_attention_heads=width // vision.get("head_width", 64),
             image_size=vision["image_size"],
             patch_size=vision["patch_size"],
             hidden_act="quick_gelu" if fields.get("quick_gelu") else "gelu",  # the sigmoid approximation
             layer_norm_eps=1e-5,
         )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{source}: not the configuration of an open_clip ViT ({error!r})") from error

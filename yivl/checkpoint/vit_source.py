@@ -10,6 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from yivl.checkpoint.download import Fetch, download_model, fetch_first, reason_of
 from yivl.checkpoint.format import WEIGHTS, StateDict, read_json
+from yivl.checkpoint.schema import OpenClipPreprocessing, check_fields
 from yivl.checkpoint.vit import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
@@ -81,7 +82,9 @@ def _fetch_nothing(folder: Path, fetch: Fetch) -> None:
 
 def _clip_processor(folder: Path) -> CLIPImageProcessorPil:
     if is_open_clip(folder):
-        return _open_clip_processor(read_json(folder / OPEN_CLIP_CONFIG).get("preprocess_cfg", {}))
+        fields = read_json(folder / OPEN_CLIP_CONFIG).get("preprocess_cfg", {})
+        check_fields(folder / OPEN_CLIP_CONFIG, fields, OpenClipPreprocessing)
+        return _open_clip_processor(fields)
     return load_clip_processor(folder)
 
 

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.command_line import is_out_of_memory
 from yivl.constants import STOP_STRING
-from yivl.errors import YiVLError
+from yivl.errors import NonFiniteError, YiVLError
 from yivl.inference.decoding import DecodingStep, supports
 from yivl.inference.kv_cache import Layers, PrefixStore
 from yivl.inference.request import GenerationState
+from yivl.inference.sampling import NOT_FINITE
 
 
 @dataclass(eq=False)
@@ -94,6 +95,9 @@ class Engine:
         Returns:
             ``None`` until the last position is computed, then the text of the first token, which may be empty. After
             any error the request has not joined.
+
+        Raises:
+            NonFiniteError: If the logits of the last position are not finite.
         """
         state, cache, past = prefill.state, prefill.cache, prefill.cache.get_seq_length()
         logits = self.loaded.model(
@@ -104,7 +108,7 @@ class Engine:
         ).logits
         if prefill.num_remaining:
             return None
-        text = state.take(state.sampler.choose(logits[:, -1]))
+        text = state.take(self._choose(state, logits[:, -1]))
         self._store(state.keys, [(layer.keys, layer.values) for layer in cache.layers])
         if state.finish_reason is None:
             self._join(state, cache)
@@ -112,13 +116,26 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[GenerationState, str]]:
-        """Return every request with the text of its next token; after an error only ``clear`` is left."""
+        """Return every request with the text of its next token; after an error only ``clear`` is left.
+
+        A request whose logits are not finite ends, with the error in its state; the others continue.
+        """
         if not self._states:
             return []
-        rows = zip(self._states, self._decode_logits(), strict=True)
-        pieces = [(state, state.take(state.sampler.choose(row[None]))) for state, row in rows]
+        pieces = []
+        for state, row in zip(self._states, self._decode_logits(), strict=True):
+            try:
+                pieces.append((state, state.take(self._choose(state, row[None]))))
+            except NonFiniteError as error:
+                pieces.append((state, state.fail(error)))
         self.remove([state for state in self._states if state.finish_reason])
         return pieces
+
+    def _choose(self, state: GenerationState, logits: torch.Tensor) -> int:
+        try:
+            return state.sampler.choose(logits)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.loaded.name}: {error}") from error
 
     def _decode_logits(self) -> torch.Tensor:
         """Append the last token of every request to the cache; return ``(rows, vocabulary)`` logits."""
@@ -149,7 +166,7 @@ class Engine:
         if not leaving or self._cache is None:
             return
         for row, (state, length) in enumerate(zip(self._states, self._lengths, strict=True)):
-            if state in leaving:
+            if state in leaving and state.error is None:
                 rows = (slice(row, row + 1), slice(None), slice(-length, None))
                 self._store(
                     (state.keys + state.new_ids)[:length],
@@ -211,6 +228,8 @@ def decode(loaded: LoadedModel, state: GenerationState, prefixes: PrefixStore | 
         while True:
             if text:
                 yield text
+            if state.error is not None:
+                raise state.error
             if state.finish_reason:
                 return
             ((_, text),) = engine.step()
@@ -220,12 +239,18 @@ def decode(loaded: LoadedModel, state: GenerationState, prefixes: PrefixStore | 
 
 
 def finish_together(loaded: LoadedModel, states: Sequence[GenerationState]) -> list[str]:
-    """Decode requests to their ends in one batch and return the answers."""
+    """Decode requests to their ends in one batch and return the answers.
+
+    Raises:
+        NonFiniteError: If logits of any of them are not finite.
+    """
     engine = Engine(loaded)
     for state in states:
         engine.add(state)
     while len(engine):
-        engine.step()
+        for state, _ in engine.step():
+            if state.error is not None:
+                raise state.error
     return [state.text for state in states]
 
 
@@ -242,6 +267,14 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
             is_stopped = [STOP_STRING in text or state.stop_event.is_set() for text in texts]
             return torch.tensor(is_stopped, device=input_ids.device)
 
+    class Check(LogitsProcessor):
+        """Refuses scores that are not finite, for which the library would return any tokens."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if not scores.amax().isfinite():
+                raise NonFiniteError(f"{loaded.name}: {NOT_FINITE}")
+            return scores
+
     with torch.inference_mode(), torch.random.fork_rng(enabled=settings.seed is not None):
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
@@ -249,6 +282,7 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
             torch.tensor([state.input_ids], device=model.device),
             image_features=state.features,
             generation_config=settings.generation_config(tokenizer, state.max_new_tokens),
+            logits_processor=LogitsProcessorList([Check()]),
             stopping_criteria=StoppingCriteriaList([Stop()]),
         )
     for token in output[0, length:].tolist():

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 
 from yivl.conversation import Turn
+from yivl.errors import YiVLError
 from yivl.image_processing import ImageSource
 from yivl.inference.sampling import AnswerText, Sampler
 from yivl.tokenization import Detokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class GenerationState:
     first_token_at: float = 0.0
     finish_reason: FinishReason | None = None
     """``None`` while the request runs."""
+    error: YiVLError | None = None
+    """The reason of ``error``, which whoever decodes the request raises."""
 
     @property
     def text(self) -> str:
@@ -99,6 +102,11 @@ class GenerationState:
         if self.stop_event.is_set():
             return piece + self.finish("cancelled")
         return piece + self.finish("length") if len(self.new_ids) >= self.max_new_tokens else piece
+
+    def fail(self, error: YiVLError) -> str:
+        """End the request with an error and return the rest of its text."""
+        self.error = error
+        return self.finish("error")
 
     def finish(self, reason: FinishReason) -> str:
         """End the request and return the rest of its text."""

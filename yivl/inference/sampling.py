@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from transformers import GenerationConfig
@@ -14,8 +15,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from yivl.errors import YiVLError
+from yivl.errors import NonFiniteError, YiVLError
 from yivl.tokenization import YiTokenizer
+
+NOT_FINITE: Final = "the logits are NaN or infinite; download the damaged weights again, or use --dtype float32"
+"""Of a model whose weights are damaged, or exceed the range of the dtype."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,23 @@ class Sampler:
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor) -> int:
-        """Return the next token for ``(1, vocabulary)`` logits."""
-        # In float32, which rounds no logits, argmax is faster on a CPU, too.
+        """Return the next token for ``(1, vocabulary)`` logits.
+
+        Raises:
+            NonFiniteError: If a logit is NaN or positive infinity.
+        """
+        # In float32, which rounds no logits, the maximum is found faster on a CPU, too.
         scores = self._processors(self._seen, logits.float())
         if self.settings.temperature > 0:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+            probabilities = scores.softmax(-1)
+            checked = probabilities[0, 0]  # one logit that is not finite makes all probabilities NaN
+            if math.isfinite(checked):
+                token = torch.multinomial(probabilities, 1, generator=self._generator)
         else:
-            token = scores.argmax(-1, keepdim=True)
+            checked, token = (value[0] for value in scores.max(-1, keepdim=True))  # NaN counts as the largest
+        if not math.isfinite(checked):
+            raise NonFiniteError(NOT_FINITE)
+        token = token.view(1, 1)
         if self.settings.repetition_penalty != 1:
             self._seen = torch.cat([self._seen, token], dim=1)
         return int(token)

@@ -1,12 +1,16 @@
 """The configuration of a Yi-VL checkpoint: Llama fields, ``mm_*`` fields, and the ViT's own configuration."""
 
+import dataclasses
+import os
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Final
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 
+from yivl.checkpoint.schema import library_errors
 from yivl.errors import CheckpointError
 
 # Fields of transformers or of this process that a checkpoint does not record.
@@ -19,6 +23,41 @@ _UNPUBLISHED: Final = (
     "use_cache",
     "_name_or_path",  # a local path
 )
+# Of old versions of transformers, which become other fields.
+_LEGACY: Final = ("rope_scaling", "torch_dtype")
+_OF_A_PROCESS: Final = (
+    *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config"),
+    *("quantization_config", "transformers_weights"),
+)
+
+
+def fields_for(kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a file that a configuration takes.
+
+    Left out are those that would replace a method or a property of the class, or that are about a process and no model:
+    the attention implementation, for example, may name a kernel that transformers downloads and runs.
+    """
+    known = {field.name for field in dataclasses.fields(kind)} | set(_LEGACY)
+    return {
+        name: value
+        for name, value in fields.items()
+        if name in known or not (name.startswith("_") or name in _OF_A_PROCESS or hasattr(kind, name))
+    }
+
+
+def generation_config(fields: Mapping[str, Any], source: str | os.PathLike[str]) -> GenerationConfig:
+    """Return generation settings; fields that transformers does not know are left out.
+
+    Args:
+        fields: Of a ``generation_config.json``, checked.
+        source: Of the fields, for the error.
+
+    Raises:
+        CheckpointError: If transformers refuses them.
+    """
+    with library_errors(source):
+        known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+        return GenerationConfig(**{name: value for name, value in fields.items() if name in known})
 
 
 @strict
@@ -54,12 +93,38 @@ class YiVLConfig(LlamaConfig):
         if isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**self.vision_config)
         super().__post_init__(**kwargs)
+        self._check_shapes()
         if self.mm_vision_select_feature not in ("patch", "cls_patch"):
             raise CheckpointError(
                 f"mm_vision_select_feature={self.mm_vision_select_feature!r}; expected 'patch' or 'cls_patch'"
             )
         if self.mm_use_im_start_end or self.mm_use_im_patch_token:
             raise CheckpointError("mm_use_im_start_end and mm_use_im_patch_token are not supported: Yi-VL has neither")
+
+    def _check_shapes(self) -> None:
+        """Refuse fields that contradict each other; transformers compares the width with the number of heads."""
+        vision = self.vision_config
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"num_key_value_heads is {self.num_key_value_heads}; expected a divisor of num_attention_heads, "
+                f"{self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"the width of a head is {self.head_dim}; expected an even number, as RoPE needs")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise CheckpointError(
+                f"pad_token_id is {self.pad_token_id}; expected less than vocab_size, {self.vocab_size}"
+            )
+        if isinstance(vision, CLIPVisionConfig):
+            if not isinstance(vision.image_size, int) or not 1 <= vision.patch_size <= vision.image_size:
+                raise CheckpointError(
+                    f"image_size and patch_size of the ViT are {vision.image_size} and {vision.patch_size}; expected "
+                    "numbers, the second at most the first"
+                )
+            if vision.hidden_size != self.mm_hidden_size:
+                raise CheckpointError(
+                    f"mm_hidden_size is {self.mm_hidden_size}; expected that of the ViT, {vision.hidden_size}"
+                )
 
     @property
     def num_patches(self) -> int:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from yivl.command_line import is_out_of_memory
-from yivl.errors import ContextLengthError, ImageError, YiVLError
+from yivl.errors import ContextLengthError, ImageError, NonFiniteError, YiVLError
 from yivl.serve.scheduler import Overloaded
 from yivl.serve.schema import ErrorBody, ErrorResponse
 
@@ -46,6 +46,8 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(400, str(error), code="context_length_exceeded", param="messages")
         case ImageError():
             return APIError(400, str(error), code="invalid_image", param="messages")
+        case NonFiniteError():
+            return APIError(500, "the model computed values that are not finite", code="model_error")
         case YiVLError():
             return APIError(400, str(error))
         case Overloaded():

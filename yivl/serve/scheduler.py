@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.command_line import is_out_of_memory
-from yivl.errors import YiVLError
+from yivl.errors import NonFiniteError, YiVLError
 from yivl.inference.engine import Engine, Prefill
 from yivl.inference.kv_cache import PrefixStore
 from yivl.inference.request import EncodedImage, GenerationState
@@ -214,7 +214,10 @@ class Scheduler:
                     request.on_event(text)
                 if state.finish_reason:
                     self._running.remove((request, state))
-                    request.on_event(state)
+                    if state.error is not None:
+                        self._fail(request, state.error)
+                    else:
+                        request.on_event(state)
             except Exception as error:  # it does not affect the other requests
                 self._running = [one for one in self._running if one[0] is not request]
                 self._engine.remove([state])
@@ -227,7 +230,9 @@ class Scheduler:
             self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if not isinstance(error, YiVLError | Overloaded | Cancelled):
+        if isinstance(error, NonFiniteError):
+            logger.error("an answer failed: %s", error)
+        elif not isinstance(error, YiVLError | Overloaded | Cancelled):
             # The traceback holds no text of the request; out of memory is expected under load.
             logger.error("an answer failed", exc_info=None if is_out_of_memory(error) else error)
         if is_out_of_memory(error):

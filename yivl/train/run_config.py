@@ -9,6 +9,7 @@ from yivl import command_line
 from yivl.errors import YiVLError
 from yivl.train.flags import JSON
 from yivl.train.layers import Layer
+from yivl.yaml_files import parse_nodes, read_nodes, value_of
 
 
 def read_run_config(source: str, parser: command_line.Parser) -> Layer:
@@ -25,13 +26,9 @@ def read_run_config(source: str, parser: command_line.Parser) -> Layer:
 
     name = "the script" if source.startswith("{") else source
     try:
-        text = source if source.startswith("{") else Path(source).expanduser().read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise YiVLError(f"--config {name}: {reason}; give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise YiVLError(f"{name}: not valid YAML ({' '.join(str(error).split())})") from error
+        root = parse_nodes(source, name) if source.startswith("{") else read_nodes(Path(source).expanduser())
+    except YiVLError as error:
+        raise YiVLError(f"--config {error}") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise YiVLError(f"{name}: expected a mapping of flags to values, such as learning_rate: 1e-5")
     found: dict[str, Any] = {}
@@ -40,6 +37,8 @@ def read_run_config(source: str, parser: command_line.Parser) -> Layer:
         if node.tag.endswith(":null"):
             continue
         try:
+            if not isinstance(key, yaml.ScalarNode):
+                raise YiVLError("a key is no name of a flag")
             given = _read_flag(key.value, node, parser)
             if repeated := given.keys() & found.keys():
                 raise YiVLError(f"{repeated.pop()} is given twice")
@@ -64,7 +63,10 @@ def _read_flag(key: Any, node: Any, parser: command_line.Parser) -> dict[str, An
     if not isinstance(node, yaml.ScalarNode):
         if action is not None and action.metavar != JSON:
             raise YiVLError(f"{key}: expected one value")
-        value = json.dumps(yaml.SafeLoader("").construct_document(node))
+        try:
+            value = json.dumps(value_of(node, key))
+        except (TypeError, ValueError) as error:  # a date, for example; keys of several types
+            raise YiVLError(str(error) if isinstance(error, YiVLError) else f"{key}: expected JSON values") from error
     try:
         return vars(parser.parse_args([f"--{key}={value}"]))
     except YiVLError as error:

@@ -1,0 +1,404 @@
+"""The known fields of the JSON files of checkpoints: types and limits, which are checked before any library reads them.
+
+Fields that no schema names are not checked. The limits are far above those of published models: they keep a damaged
+file from allocating memory or running for hours.
+"""
+
+import os
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    NotRequired,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
+
+from yivl.errors import CheckpointError, YiVLError
+
+Number = int | float
+Validator = Callable[[Any], None]
+
+_LONGEST_REASON: Final = 500  # characters of a message of a library
+_WIDTH: Final = 2**17
+_LAYERS: Final = 1_000
+_IMAGE_SIDE: Final = 8_192
+_VOCABULARY: Final = 2**24
+_NAMES: Final = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    NoneType: "null",
+    dict: "an object",
+    list: "a list",
+    Any: "anything",
+}
+
+
+def within(low: float, high: float, length: int | None = None) -> Validator:
+    """Return a validator of a number, or of each number of a list or an object; a list has ``length`` of them."""
+
+    def check(value: Any) -> None:
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if length is not None and isinstance(value, list) and len(value) != length:
+            raise ValueError(f"{length} of them")
+        # Also NaN is not within limits. Values of other types are the other types of a union.
+        if not all(low <= number <= high for number in numbers if isinstance(number, int | float)):
+            raise ValueError(f"{low:,} to {high:,}")
+
+    return check
+
+
+def one_of(*names: str) -> Validator:
+    """Return a validator of a text."""
+
+    def check(value: Any) -> None:
+        if isinstance(value, str) and value not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+
+    return check
+
+
+def file_names(value: Any) -> None:
+    """Check that all values of an object are names of files in the folder of the file, and none a path."""
+    for name in value.values() if isinstance(value, dict) else ():
+        is_name = PurePosixPath(name).name == name and not {"\\", "\0"} & set(name) and name != ".."
+        if not is_name or len(name) > 255:
+            raise ValueError(f"names of files in the same folder, not {reprlib.repr(name)}")
+
+
+def known_activation(value: Any) -> None:
+    """Check that transformers has an activation function of the name."""
+    from transformers.activations import ACT2FN
+
+    if isinstance(value, str) and value not in ACT2FN:
+        raise ValueError("an activation function of transformers, such as silu or gelu")
+
+
+def short(value: Any) -> None:
+    """Check that a text may be a path or a name."""
+    if isinstance(value, str) and (len(value) > 1_024 or "\0" in value):
+        raise ValueError("at most 1,024 characters")
+
+
+Dtype = Literal["float64", "float32", "float16", "bfloat16"] | None
+Width = Annotated[int, within(1, _WIDTH)]
+Text = Annotated[str | None, short]
+TokenId = Annotated[int | None, within(-1, _VOCABULARY)]
+TokenIds = Annotated[int | list[int] | None, within(-1, _VOCABULARY)]
+
+
+class ModelFields(TypedDict, total=False):
+    """``config.json`` of a checkpoint, a language model, a ViT, or a model that consists of them."""
+
+    hidden_size: Width
+    intermediate_size: Annotated[int, within(1, 2**20)]
+    num_hidden_layers: Annotated[int, within(1, _LAYERS)]
+    num_attention_heads: Annotated[int, within(1, 1_024)]
+    num_key_value_heads: Annotated[int | None, within(1, 1_024)]
+    head_dim: Annotated[int | None, within(1, 1_024)]
+    vocab_size: Annotated[int, within(1, _VOCABULARY)]
+    max_position_embeddings: Annotated[int, within(1, 2**24)]
+    rms_norm_eps: Annotated[Number, within(0, 1)]
+    layer_norm_eps: Annotated[Number, within(0, 1)]
+    initializer_range: Annotated[Number, within(0, 1)]
+    initializer_factor: Annotated[Number, within(0, 1_000)]
+    attention_dropout: Annotated[Number | None, within(0, 1)]
+    attention_bias: bool
+    mlp_bias: bool
+    hidden_act: Annotated[str, known_activation]
+    rope_theta: Annotated[Number, within(1, 1e15)]
+    rope_scaling: dict[str, Any] | None
+    rope_parameters: dict[str, Any]
+    pad_token_id: TokenId
+    bos_token_id: TokenId
+    eos_token_id: TokenIds
+    torch_dtype: Dtype
+    dtype: Dtype
+    num_labels: Annotated[int, within(0, 2**20)]
+    quantization_config: None
+    # Of the ViT
+    image_size: Annotated[int, within(1, _IMAGE_SIDE)]
+    patch_size: Annotated[int, within(1, _IMAGE_SIDE)]
+    num_channels: Annotated[int, within(3, 3)]
+    projection_dim: Annotated[int | None, within(0, _WIDTH)]
+    # Of LLaVA and Yi-VL
+    mm_vision_tower: Text
+    mm_projector_type: Annotated[str, short]
+    mm_hidden_size: Width
+    mm_vision_select_layer: Annotated[int, within(-_LAYERS, _LAYERS)]
+    mm_vision_select_feature: str
+    mm_use_im_start_end: bool
+    mm_use_im_patch_token: bool
+    image_aspect_ratio: str | None
+    # Of the -hf format
+    is_yi_vl_derived_model: bool
+
+
+class HfFields(TypedDict):
+    """Fields of ``config.json`` that the ``-hf`` format needs."""
+
+    text_config: dict[str, Any]
+    vision_config: dict[str, Any]
+    vision_feature_layer: Annotated[int, within(-_LAYERS, _LAYERS)]
+    vision_feature_select_strategy: Annotated[str, one_of("default", "full")]
+    image_token_index: Annotated[int, within(1, _VOCABULARY)]
+
+
+class PreprocessorFields(TypedDict, total=False):
+    """``preprocessor_config.json`` of a ViT."""
+
+    size: Annotated[int | dict[str, int], within(1, _IMAGE_SIDE)]
+    crop_size: Annotated[int | dict[str, int], within(1, _IMAGE_SIDE)]
+    image_mean: Annotated[list[Number], within(0, 1, length=3)]
+    image_std: Annotated[list[Number], within(1e-6, 1e6, length=3)]
+    rescale_factor: Annotated[Number, within(1e-6, 1)]
+    resample: Annotated[int, within(0, 5)]
+    do_resize: bool
+    do_center_crop: bool
+    do_rescale: bool
+    do_normalize: bool
+    do_convert_rgb: bool | None
+
+
+class TokenizerFields(TypedDict, total=False):
+    """``tokenizer_config.json``."""
+
+    add_bos_token: bool | None
+    add_eos_token: bool | None
+    added_tokens_decoder: dict[str, dict[str, Any]]
+    additional_special_tokens: list[str | dict[str, Any]] | None
+    extra_special_tokens: list[str | dict[str, Any]] | dict[str, Any] | None
+    bos_token: str | dict[str, Any] | None
+    eos_token: str | dict[str, Any] | None
+    pad_token: str | dict[str, Any] | None
+    unk_token: str | dict[str, Any] | None
+    clean_up_tokenization_spaces: bool | None
+    legacy: bool | None
+    model_max_length: Annotated[Number | None, within(1, 1e31)]  # 1e30 is "no limit" in transformers
+    padding_side: Annotated[str, one_of("left", "right")]
+    sp_model_kwargs: dict[str, Any] | None
+
+
+class SpecialTokenFields(TypedDict, total=False):
+    """``special_tokens_map.json``."""
+
+    additional_special_tokens: list[str | dict[str, Any]]
+    bos_token: str | dict[str, Any]
+    eos_token: str | dict[str, Any]
+    pad_token: str | dict[str, Any]
+    unk_token: str | dict[str, Any]
+
+
+class GenerationFields(TypedDict, total=False):
+    """``generation_config.json``."""
+
+    bos_token_id: TokenIds
+    eos_token_id: TokenIds
+    pad_token_id: TokenIds
+    do_sample: bool | None
+    temperature: Annotated[Number | None, within(0, 1e6)]
+    top_p: Annotated[Number | None, within(0, 1)]
+    top_k: Annotated[int | None, within(0, _VOCABULARY)]
+    num_beams: Annotated[int | None, within(1, 1_000)]
+    repetition_penalty: Annotated[Number | None, within(1e-6, 1e6)]
+    max_length: Annotated[int | None, within(1, 2**40)]
+    max_new_tokens: Annotated[int | None, within(1, 2**40)]
+
+
+class IndexFields(TypedDict):
+    """Index of a sharded checkpoint."""
+
+    weight_map: Annotated[dict[str, str], file_names]
+
+
+class AdapterFields(TypedDict, total=False):
+    """``adapter_config.json`` of peft."""
+
+    base_model_name_or_path: Text
+    peft_type: str
+    r: Annotated[int, within(1, _WIDTH)]
+    lora_alpha: Annotated[Number, within(0, 1e6)]
+    lora_dropout: Annotated[Number, within(0, 1)]
+    target_modules: str | list[str] | None
+    exclude_modules: str | list[str] | None
+    modules_to_save: list[str] | None
+    layers_to_transform: int | list[int] | None
+    rank_pattern: Annotated[dict[str, int], within(1, _WIDTH)]
+    alpha_pattern: dict[str, Number]
+    bias: Annotated[str, one_of("none", "all", "lora_only")]
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+
+
+class AdapterSettings(TypedDict):
+    """``yivl_adapter_config.json``."""
+
+    image_size: Annotated[int, within(1, _IMAGE_SIDE)]
+    image_aspect_ratio: Annotated[str, one_of("pad", "square")]
+
+
+class OpenClipFields(TypedDict, total=False):
+    """``open_clip_config.json``."""
+
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+
+
+class OpenClipVision(TypedDict):
+    """``vision_cfg`` in the configuration of an open_clip model."""
+
+    width: Width
+    layers: Annotated[int, within(1, _LAYERS)]
+    image_size: Annotated[int, within(1, _IMAGE_SIDE)]
+    patch_size: Annotated[int, within(1, _IMAGE_SIDE)]
+    head_width: NotRequired[Width]
+    mlp_ratio: NotRequired[Annotated[Number, within(1e-3, 1e3)]]
+
+
+class OpenClipPreprocessing(TypedDict, total=False):
+    """``preprocess_cfg`` in the configuration of an open_clip model."""
+
+    mean: Annotated[list[Number] | None, within(0, 1, length=3)]
+    std: Annotated[list[Number] | None, within(1e-6, 1e6, length=3)]
+
+
+class ProcessorFields(TypedDict, total=False):
+    """``processor_config.json``."""
+
+    image_processor: dict[str, Any]
+
+
+class VocabularyFields(TypedDict, total=False):
+    """``tokenizer.json``."""
+
+    added_tokens: list[dict[str, Any]]
+    model: dict[str, Any]
+
+
+# By name of file; a schema, or the type of a whole object.
+_SCHEMAS: Final[Mapping[str, Any]] = {
+    "config.json": ModelFields,
+    "preprocessor_config.json": PreprocessorFields,
+    "processor_config.json": ProcessorFields,
+    "tokenizer_config.json": TokenizerFields,
+    "special_tokens_map.json": SpecialTokenFields,
+    "added_tokens.json": Annotated[dict[str, int], within(0, _VOCABULARY)],
+    "tokenizer.json": VocabularyFields,
+    "generation_config.json": GenerationFields,
+    "adapter_config.json": AdapterFields,
+    "yivl_adapter_config.json": AdapterSettings,
+    "open_clip_config.json": OpenClipFields,
+    "published.json": dict[str, dict[str, Any]],
+}
+# Objects in fields that have a schema of their own.
+_NESTED: Final[Mapping[str, Any]] = {
+    "text_config": ModelFields,
+    "vision_config": ModelFields,
+    "image_processor": PreprocessorFields,
+}
+
+
+def check_fields(source: str | os.PathLike[str], fields: Mapping[str, Any], schema: Any) -> None:
+    """Check the known fields of an object.
+
+    Args:
+        source: File of the object, for the error.
+        fields: The object.
+        schema: A ``TypedDict``; validators are the metadata of its annotations.
+
+    Raises:
+        CheckpointError: If a required field is missing, or a field has a wrong type or value.
+    """
+    for name, annotation in get_type_hints(schema, include_extras=True).items():
+        annotation = get_args(annotation)[0] if get_origin(annotation) is NotRequired else annotation
+        if name in fields:
+            _check_value(source, name, fields[name], annotation)
+        elif name in schema.__required_keys__:
+            raise CheckpointError(f"{source}: no {name}; expected {_describe(annotation)}")
+
+
+def check_file(path: Path, fields: Mapping[str, Any]) -> None:
+    """Check the known fields of a JSON file, which its name tells, and of the objects in it.
+
+    Raises:
+        CheckpointError: As ``check_fields``.
+    """
+    schema = IndexFields if path.name.endswith(".index.json") else _SCHEMAS.get(path.name)
+    if schema is None:
+        return
+    if not is_typeddict(schema):
+        _check_value(path, "its content", fields, schema)
+    else:
+        check_fields(path, fields, schema)
+    if path.name == "published.json":
+        for name, content in fields.items():
+            check_file(path / name, content)
+    for name, nested in _NESTED.items():
+        if isinstance(fields.get(name), dict):
+            check_fields(f"{path}: {name}", fields[name], nested)
+
+
+@contextmanager
+def library_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what a library says about the content of a file as a ``CheckpointError`` in one line.
+
+    Libraries raise errors of any type for values they do not expect. Errors of the system and lack of memory are left.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        kind = "" if isinstance(error, YiVLError | StrictDataclassError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{source}: {kind}{reason[:_LONGEST_REASON]}") from error
+
+
+def _check_value(source: str | os.PathLike[str], name: str, value: Any, annotation: Any) -> None:
+    base, *validators = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    try:
+        type_validator(name, value, base)
+        for validator in validators:
+            validator(value)
+    except TypeError as error:
+        raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}; expected {_describe(annotation)}") from error
+    except ValueError as error:
+        expected = f"{_describe(annotation)}, {error}"
+        raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}; expected {expected}") from error
+
+
+def _describe(annotation: Any) -> str:
+    """Return the name of a type in the words of JSON."""
+    arguments = get_args(annotation)
+    match get_origin(annotation):
+        case None:
+            return _NAMES[annotation]
+        case kind if kind is Annotated:
+            return _describe(arguments[0])
+        case kind if kind is Literal:
+            return "one of " + ", ".join(map(str, arguments))
+        case kind if kind in (Union, UnionType):
+            names = dict.fromkeys(map(_describe, arguments))
+            return " or ".join(name for name in names if name != "an integer" or "a number" not in names)
+        case kind if kind is list and arguments != (Any,):
+            return f"a list, each item {_describe(arguments[0])}"
+        case kind if kind is dict and arguments[1] is not Any:
+            return f"an object, each value {_describe(arguments[1])}"
+        case kind:
+            return _NAMES[kind]

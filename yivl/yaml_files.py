@@ -1,0 +1,90 @@
+"""YAML files that users write, read within limits of size and nesting; nothing in them runs."""
+
+from pathlib import Path
+from typing import Any, Final
+
+from yivl import command_line
+from yivl.errors import YiVLError
+
+MAX_BYTES: Final = 2**20
+"""Largest file, in bytes. Source: ours."""
+MAX_DEPTH: Final = 30
+"""Deepest nesting. Source: ours; a mixture has 3 levels, JSON in a run configuration few more."""
+MAX_VALUES: Final = 100_000
+"""Most values, those of an alias counted wherever it stands: ten aliases of aliases can stand for billions."""
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the values in a YAML file.
+
+    Raises:
+        YiVLError: If the file cannot be read, or exceeds the limits.
+    """
+    root = read_nodes(path)
+    return None if root is None else value_of(root, path)
+
+
+def read_nodes(path: Path) -> Any:
+    """Return the root node of the document in a YAML file, or ``None`` if it is empty.
+
+    Raises:
+        YiVLError: If the file cannot be read, or exceeds the limits.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise YiVLError(f"{path}: larger than {MAX_BYTES:,} bytes; give a YAML file")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # not UTF-8, or no name of a file
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise YiVLError(f"{path}: {reason}; give a YAML file") from error
+    return parse_nodes(text, path)
+
+
+def parse_nodes(text: str, source: str | Path) -> Any:
+    """Return the root node of the document in a text, or ``None`` if it is empty.
+
+    Args:
+        text: YAML.
+        source: Of the text, for the error.
+
+    Raises:
+        YiVLError: If the text is no YAML, or exceeds the limits.
+    """
+    command_line.require("yaml")
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise YiVLError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise YiVLError(f"{source}: nested more than {MAX_DEPTH} levels deep") from error
+    num_values, nodes = 0, [] if root is None else [(root, 1)]
+    while nodes:
+        node, depth = nodes.pop()
+        num_values += 1
+        if depth > MAX_DEPTH:
+            raise YiVLError(f"{source}: nested more than {MAX_DEPTH} levels deep")
+        if num_values > MAX_VALUES:
+            raise YiVLError(f"{source}: more than {MAX_VALUES:,} values")
+        if not isinstance(node, yaml.ScalarNode):
+            parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            nodes += [(part, depth + 1) for part in parts]
+    return root
+
+
+def value_of(node: Any, source: str | Path) -> Any:
+    """Return the values of a node.
+
+    Raises:
+        YiVLError: If a value does not fit its tag, or a key is no plain value.
+    """
+    import yaml
+
+    try:
+        return yaml.SafeLoader("").construct_document(node)
+    except yaml.YAMLError as error:
+        raise YiVLError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from error
+    except Exception as error:  # PyYAML checks no text of an explicit tag: !!int x, !!bool x, !!timestamp x
+        line = node.start_mark.line + 1
+        raise YiVLError(f"{source}: not valid YAML (a value from line {line} on does not fit its tag)") from error
