@@ -20,7 +20,8 @@ from yivl.data.rows import Row, RowError, log_notices
 from yivl.data.sampler import BatchSampler, RowDataset
 from yivl.data.shards import ShardSubset
 from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
-from yivl.data.streaming import StreamDataset, StreamSampler
+from yivl.data.stream_progress import StreamProgress
+from yivl.data.streaming import StreamCollator, StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import DataArguments
 
@@ -46,6 +47,9 @@ class Batches:
     epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``,
     and ``rows`` of files and of shards with a limit. ``rows_found`` if the limit leaves out some; ``limited`` if it did
     not limit the epoch in earlier versions, which means all tar shards, and files with a weight above 1."""
+
+    stream: StreamProgress | None = None
+    """Where the streams of this rank are, if anything is streamed."""
 
     @property
     def mix(self) -> str:
@@ -193,7 +197,8 @@ def _streamed_batches(
         for source in sources
     ]
     _warn_of_limit(facts)
-    return Batches(_loader(dataset, sampler, encoder, data, training), facts)
+    loader = _loader(dataset, sampler, encoder, data, training, wrap=StreamCollator)
+    return Batches(loader, facts, StreamProgress(dataset))
 
 
 def _subset_facts(subset: ShardSubset | None) -> dict[str, Any]:
@@ -272,13 +277,18 @@ def keep_image_memory(_: int = 0) -> None:
 
 
 def _loader(
-    dataset: Any, sampler: Any, encoder: Encoder, data: DataArguments, training: TrainingArguments
+    dataset: Any,
+    sampler: Any,
+    encoder: Encoder,
+    data: DataArguments,
+    training: TrainingArguments,
+    wrap: Callable[[Collator], Callable[[Any], dict[str, Any]]] = lambda collator: collator,
 ) -> BatchLoader:
     has_workers = training.dataloader_num_workers > 0
     return BatchLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collator(encoder.tokenizer.pad_token_id, packing=data.packing),
+        collate_fn=wrap(Collator(encoder.tokenizer.pad_token_id, packing=data.packing)),
         num_workers=training.dataloader_num_workers,
         worker_init_fn=keep_image_memory,
         pin_memory=training.dataloader_pin_memory and torch.cuda.is_available(),

@@ -92,6 +92,8 @@ def prepare(arguments: Arguments, plan: RunPlan) -> Run:
     if checkpoint is not None and not run.is_finished:
         check_same_run(checkpoint, as_dict(arguments, args), total_steps)
         batches.check_record(checkpoint)
+        if batches.stream is not None:
+            batches.stream.resume(checkpoint)
     return run
 
 
