@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from yivl.data.shard_file import ShardFile
+from yivl.data.shard_file import ShardFile, ShardUnavailableError
 from yivl.image_processing import MAX_IMAGE_PIXELS
 
 MAX_MEMBER_BYTES: Final = 3 * MAX_IMAGE_PIXELS
@@ -134,6 +134,8 @@ def _members(file: ShardFile, offset: int) -> Iterator[tuple[tarfile.TarInfo, Ca
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise DamagedShardError(f"invalid header at byte {tar.offset}")
             file.seek(tar.offset)
+    except ShardUnavailableError:  # also a ValueError
+        raise
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         # Headers that contradict each other end in more kinds of errors than TarError.
         raise DamagedShardError(" ".join(str(error).split()) or type(error).__name__) from error
