@@ -19,13 +19,13 @@ from support.golden import GOLDEN
 from support.training import conversation, write_rows, write_shards
 
 from yivl.checkpoint.loading import LoadedModel
-from yivl.data import shard_file, shards
+from yivl.data import shard_facts, shard_file, shards
 from yivl.data.bad_rows import BadRows
 from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError
+from yivl.data.shard_facts import fingerprint, select_samples
 from yivl.data.shard_file import ShardFile
-from yivl.data.shards import select_samples
 from yivl.data.sources import DataSource, read_sources
 from yivl.data.stream_position import DataPosition, Layout, read_position
 from yivl.data.streaming import Stream, StreamBatch, StreamCollator, StreamDataset, open_shards, read_shards
@@ -126,9 +126,48 @@ def test_a_read_error_while_samples_are_counted_is_an_error_and_not_a_damaged_sh
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(shard_file, "_open", fail)
-    monkeypatch.setattr(shards, "ShardFile", partial(ShardFile, pauses=()))
+    monkeypatch.setattr(shard_facts, "ShardFile", partial(ShardFile, pauses=()))
     with pytest.raises(RowError, match=r"00000\.tar: cannot be read at byte 0, 1 times \(.*Input/output error\)"):
         select_samples(source, 0)
+
+
+def test_samples_are_counted_once_for_all_ranks_and_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = DataSource(write_shards(tmp_path, 2, 6), max_rows=3)
+    subset = select_samples(source, 0)
+    counted: list[ShardFile] = []
+    original = shard_facts.count_samples
+    monkeypatch.setattr(shard_facts, "count_samples", lambda file: counted.append(file) or original(file))
+    assert select_samples(source, 0) == subset
+    assert not counted
+    write_shards(tmp_path, 1, 7)  # the content of the first shard changes
+    assert select_samples(source, 0).num_samples == 13
+    assert len(counted) == 2
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "a file")
+    assert select_samples(source, 0).num_samples == 13
+    assert "a file/yivl-shards: the numbers of samples are not cached (" in caplog.text
+
+
+def test_the_fingerprint_changes_with_the_shards_and_not_with_their_folder(tmp_path: Path) -> None:
+    def of_folder(name: str) -> str:
+        return fingerprint(DataSource(str(tmp_path / name / "*.tar")))
+
+    for name in ("one", "two"):
+        write_shards(tmp_path / name, 2, 6)
+    before = of_folder("one")
+    assert of_folder("two") == before
+    path = tmp_path / "two/00001.tar"
+    content = path.read_bytes()
+    for changed in (content[:600] + b"x" + content[601:], content[:-10300] + b"x" + content[-10299:], content + b"\0"):
+        path.write_bytes(changed)
+        assert of_folder("two") != before
+    path.write_bytes(content)
+    assert of_folder("two") == before
+    path.rename(tmp_path / "two/00002.tar")
+    assert of_folder("two") != before
 
 
 def kinds_of_sources(folder: Path) -> dict[str, list[DataSource]]:

@@ -1,16 +1,14 @@
-"""Tar shards as img2dataset writes them: reading them in pieces, and subsets of their samples."""
+"""Tar shards as img2dataset writes them: their samples, read in pieces."""
 
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from yivl.data.rows import RowError
 from yivl.data.shard_file import ShardFile, ShardUnavailableError
-from yivl.data.sources import DataSource
 from yivl.data.stream_position import Piece
-from yivl.data.tar_samples import DamagedShardError, TarSample, count_samples, read_samples
+from yivl.data.tar_samples import DamagedShardError, TarSample, read_samples
 
 logger = logging.getLogger(__name__)
 
@@ -66,41 +64,3 @@ class ShardReader:
         counts = ", ".join(f"{problems.count(kind):,} {kind}" for kind in dict.fromkeys(problems))
         logger.warning("%s (of %s shards: %s)", reason, f"{len(self._paths):,}", counts)
         return RowError(reason)
-
-
-@dataclass(frozen=True)
-class ShardSubset:
-    """Which samples of the tar shards of one source are read."""
-
-    num_samples: int
-    """Samples of all shards."""
-    kept: Mapping[str, Sequence[int]]
-    """Path of a shard to the indices of its samples; a shard without any is absent, unless it is damaged."""
-
-
-def select_samples(source: DataSource, seed: int) -> ShardSubset:
-    """Return the random subset of ``max_rows`` samples, by shard and index, from the headers of all shards.
-
-    Raises:
-        RowError: If a shard does not exist or cannot be read: ranks must not draw from different numbers of samples.
-    """
-    logger.info("counting the samples of %s, for its limit of %s", source.name, f"{source.max_rows:,}")
-    counts: dict[str, int] = {}
-    damaged: set[str] = set()
-    for path in source.shards():
-        try:
-            counts[path], is_damaged = count_samples(ShardFile(path))
-        except ShardUnavailableError as error:
-            raise RowError(str(error)) from error
-        if is_damaged:
-            damaged.add(path)  # reading it reports the damage, after the samples before it
-    chosen = source.subset(range(sum(counts.values())), seed)
-    kept: dict[str, Sequence[int]] = {}
-    start = 0
-    for path, number in counts.items():
-        indices = chosen[bisect_left(chosen, start) : bisect_left(chosen, start + number)]
-        if indices or path in damaged:
-            is_whole = len(indices) == number
-            kept[path] = range(number) if is_whole else [index - start for index in indices]
-        start += number
-    return ShardSubset(start, kept)

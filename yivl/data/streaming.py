@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, Sampler
 
 from yivl.data.encoding import Encoder, Sample, encode_or_skip
 from yivl.data.rows import Row, RowError, parse_row
-from yivl.data.shards import ShardReader, ShardSubset, select_samples
+from yivl.data.shard_facts import ShardSubset, select_samples
+from yivl.data.shards import ShardReader
 from yivl.data.sources import DataSource, load_rows
 from yivl.data.stream_position import DataPosition, Layout, Piece, SourcePosition, StreamPosition
 from yivl.data.tar_samples import TarSample

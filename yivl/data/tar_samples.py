@@ -45,7 +45,8 @@ def read_samples(file: ShardFile, offset: int, index: int, is_wanted: Callable[[
         is_wanted: Called with the index of each sample; the others are skipped, their files are not read.
 
     Raises:
-        DamagedShardError: Where the archive is damaged, after the samples before it.
+        DamagedShardError: Where the archive is damaged, after the samples before it except the last, of which files may
+            be missing.
         ShardUnavailableError: If it cannot be read.
     """
     sample: _Collected | None = None

@@ -18,7 +18,7 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError, log_notices
 from yivl.data.sampler import BatchSampler, RowDataset
-from yivl.data.shards import ShardSubset
+from yivl.data.shard_facts import ShardSubset, fingerprint
 from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
 from yivl.data.stream_progress import StreamProgress
 from yivl.data.streaming import StreamCollator, StreamDataset, StreamSampler
@@ -44,9 +44,10 @@ class Batches:
     loader: BatchLoader
     sources: Sequence[Mapping[str, Any]]
     """For ``training_run.json``. Files: ``source``, ``rows``, ``rows_per_epoch``, ``images`` (samples with images per
-    epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards``,
-    and ``rows`` of files and of shards with a limit. ``rows_found`` if the limit leaves out some; ``limited`` if it did
-    not limit the epoch in earlier versions, which means all tar shards, and files with a weight above 1."""
+    epoch), ``subsampled`` if the weight has a fraction. If anything is streamed: ``source``, ``weight``, ``shards`` and
+    their ``fingerprint``, and ``rows`` of files and of shards with a limit. ``rows_found`` if the limit leaves out
+    some; ``limited`` if it did not limit the epoch in earlier versions, which means all tar shards, and files with a
+    weight above 1."""
 
     stream: StreamProgress | None = None
     """Where the streams of this rank are, if anything is streamed."""
@@ -114,7 +115,9 @@ def make_batches(
         RowError: If a source cannot be read, or no row is left.
         YiVLError: If a flag does not apply to streamed data.
     """
-    sources = read_sources(data.data_path, data.image_folder, data.max_rows_per_source)
+    sources = read_sources(
+        data.data_path, data.image_folder, data.max_rows_per_source, allow_remote_data=data.allow_remote_data
+    )
     if data.packing and training.per_device_train_batch_size == 1:
         logger.warning("--packing has no effect with --per_device_train_batch_size 1: it packs the samples of a batch")
     if any(source.is_streamed for source in sources):
@@ -190,7 +193,8 @@ def _streamed_batches(
     facts = [
         {"source": source.name, "weight": source.weight}
         | (
-            {"shards": len(source.shards())} | _subset_facts(dataset.subsets.get(source))
+            {"shards": len(source.shards()), "fingerprint": fingerprint(source)}
+            | _subset_facts(dataset.subsets.get(source))
             if source.is_streamed
             else _file_facts(source, training.seed, on_bad_row)
         )
