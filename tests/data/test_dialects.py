@@ -16,6 +16,7 @@ from yivl.conversation import Turn
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError, parse_row
 from yivl.data.streaming import parse_shard_sample
+from yivl.data.tar_samples import TarSample
 from yivl.serve.limits import Limits
 from yivl.serve.messages import read_messages
 from yivl.serve.remote import Fetcher
@@ -214,7 +215,7 @@ def test_a_conversation_in_a_tar_shard_may_be_in_any_dialect() -> None:
     fields = openai([{"type": "image"}, text("Q?")], image="of-another-folder.jpg", url="http://x/a.jpg")
     fields["messages"].insert(0, system)
     for one in (fields, said(f"{LLAVA}Q?", system="Be brief.", images=["a.jpg", "b.jpg"])):
-        sample = {"origin": "shard", "files": {"jpg": b"image", "json": json.dumps(one).encode()}, "error": ""}
+        sample = TarSample("shard", {"jpg": b"image", "json": json.dumps(one).encode()})
         expected = Row((Turn("Q?", "A.", num_images=1),), (b"image",), "shard", system="Be brief.")
         assert parse_shard_sample(sample) == expected
 

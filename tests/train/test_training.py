@@ -76,6 +76,24 @@ def test_a_resumed_run_is_bit_exact(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(*(optimizer["state"] for optimizer in optimizers), atol=0, rtol=0)
 
 
+def test_a_run_over_tar_shards_resumes_with_another_number_of_workers_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_shards(tmp_path / "shards", 2, 7)
+    stream: dict[str, Any] = {"save_steps": 2, "shuffle_buffer": 4}
+    train(tmp_path / "whole", data, **stream, max_steps=2, dataloader_num_workers=2)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole/checkpoint-2", resumed / "checkpoint-2")
+    others = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "resume": "auto"}
+    assert len(losses(train(resumed, data, **stream, **others, max_steps=4))) == 2
+    (position,) = json.loads((resumed / "checkpoint-4/data_position.json").read_text())["streams"]
+    assert position["rows"] == 4  # of the ten that were left of the epoch
+    assert "2 streams (ranks x --dataloader_num_workers), and this run has 1" in caplog.text
+    (resumed / "checkpoint-4/data_position.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-4: data_position\.json is missing"):
+        train(resumed, data, **stream, **others, max_steps=6)
+
+
 def test_gradient_accumulation_does_not_change_a_step(tmp_path: Path) -> None:
     # Answers of different lengths: a mean of means would weigh them differently.
     rows = [conversation("photo_rgb.jpg" if i % 2 else None, f"q {i}", "word " * (1 + 5 * i)) for i in range(4)]

@@ -47,6 +47,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--max-rows-per-source", type=int, help="as in training")
     parser.add_argument(
+        "--allow-remote-data",
+        "--allow_remote_data",
+        action="store_true",
+        help="allow URLs of tar shards, as in training",
+    )
+    parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="data-loading workers (default: %(default)s)"
     )
     parser.add_argument("--plot", type=Path, help="write the histogram of sequence lengths to this PNG")
@@ -93,7 +99,7 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
     """Yield the finding of every row of a source."""
     from torch.utils.data import DataLoader
 
-    from yivl.data.shards import select_samples
+    from yivl.data.shard_facts import select_samples
     from yivl.data.sources import load_all_rows
     from yivl.data.streaming import open_shards, read_shards
 
@@ -201,7 +207,12 @@ def main() -> None:
     encoder = load_encoder(arguments.model_path, arguments.model_base, max_length=arguments.max_length)
     findings: list[Finding] = []
     reasons: list[str] = []
-    for source in read_sources(arguments.data, arguments.image_folder, arguments.max_rows_per_source):
+    for source in read_sources(
+        arguments.data,
+        arguments.image_folder,
+        arguments.max_rows_per_source,
+        allow_remote_data=arguments.allow_remote_data,
+    ):
         progress = tqdm(inspect_source(source, encoder, arguments.workers), unit="row", disable=not sys.stderr.isatty())
         of_source = list(progress)
         print(describe(source.name, of_source, arguments.max_length))  # noqa: T201 (the result)

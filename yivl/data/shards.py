@@ -1,74 +1,66 @@
-"""Tar shards as img2dataset writes them: their samples by header, and subsets of them."""
+"""Tar shards as img2dataset writes them: their samples, read in pieces."""
 
 import logging
-import os
-import tarfile
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from yivl.data.rows import RowError
-from yivl.data.sources import DataSource
+from yivl.data.shard_file import ShardFile, ShardUnavailableError
+from yivl.data.stream_position import Piece
+from yivl.data.tar_samples import DamagedShardError, TarSample, read_samples
 
 logger = logging.getLogger(__name__)
 
 
-def iterate_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yield the name of every sample of a tar shard and its files by suffix: consecutive files of one name.
+class ShardReader:
+    """Reads pieces of tar shards; the file that was read last stays open."""
 
-    Raises:
-        tarfile.TarError: If the shard is damaged.
-    """
-    named = ((*_split(entry.name), entry) for entry in tar if entry.isreg())
-    for name, group in groupby(named, itemgetter(0)):
-        yield name, {suffix: entry for _, suffix, entry in group}
+    def __init__(self, paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Set the shards, and the indices of the samples to read if not all."""
+        self._paths, self._kept = paths, kept
+        self._file: ShardFile | None = None
+        self._bad: dict[str, str] = {}
+        self._unavailable: set[str] = set()
 
-
-def _split(name: str) -> tuple[str, str]:
-    """Return the path of a file without suffixes, and all its suffixes."""
-    folder, name = os.path.split(name)
-    stem, _, suffix = name.partition(".")
-    return os.path.join(folder, stem), suffix.lower()
-
-
-@dataclass(frozen=True)
-class ShardSubset:
-    """Which samples of the tar shards of one source are read."""
-
-    num_samples: int
-    """Samples of all shards."""
-    kept: Mapping[str, Sequence[int]]
-    """Path of a shard to the indices of its samples; a shard without any is absent, unless it is damaged."""
-
-
-def select_samples(source: DataSource, seed: int) -> ShardSubset:
-    """Return the random subset of ``max_rows`` samples, by shard and index, from the headers of all shards.
-
-    Raises:
-        RowError: If a shard does not exist or cannot be read: ranks must not draw from different numbers of samples.
-    """
-    logger.info("counting the samples of %s, for its limit of %s", source.name, f"{source.max_rows:,}")
-    counts: dict[str, int] = {}
-    damaged: set[str] = set()
-    for path in source.shards():
-        counts[path] = 0
+    def read(self, epoch: int, piece: Piece) -> Iterator[TarSample | RowError]:
+        """Yield the samples of a piece, in every epoch the same; a damaged or unavailable shard ends with its error."""
+        path = self._paths[piece.shard]
+        if piece.modulus:
+            self._unavailable.discard(path)
+        elif path in self._unavailable:  # reported; not tried again for each of its samples
+            return
+        if self._file is None or self._file.path != path:
+            if self._file is not None:
+                self._file.close()
+            self._file = ShardFile(path)
         try:
-            with tarfile.open(path) as tar:
-                for _ in iterate_samples(tar):
-                    counts[path] += 1
-        except (tarfile.TarError, EOFError):
-            damaged.add(path)  # reading it reports the damage, after the samples before it
-        except OSError as error:
-            raise RowError(f"{path}: cannot be read ({error.strerror or error})") from error
-    chosen = source.subset(range(sum(counts.values())), seed)
-    kept: dict[str, Sequence[int]] = {}
-    start = 0
-    for path, number in counts.items():
-        indices = chosen[bisect_left(chosen, start) : bisect_left(chosen, start + number)]
-        if indices or path in damaged:
-            is_whole = len(indices) == number
-            kept[path] = range(number) if is_whole else [index - start for index in indices]
-        start += number
-    return ShardSubset(start, kept)
+            samples = read_samples(self._file, piece.offset, piece.sample, self._wanted(path, piece))
+            yield from samples if piece.modulus else islice(samples, 1)
+        except DamagedShardError as error:
+            yield self._report(path, "damaged", f"{path}: damaged shard ({error}); download it again")
+        except ShardUnavailableError as error:
+            self._unavailable.add(path)
+            yield self._report(path, "could not be read", f"{error}; its other samples are left out of this epoch")
+
+    def _wanted(self, path: str, piece: Piece) -> Callable[[int], bool]:
+        """Return which samples of a shard are read, by index; of a subset, a stream reads each n-th."""
+        if not piece.modulus:
+            return lambda index: index == piece.sample
+        if self._kept is None:
+            return lambda index: index % piece.modulus == piece.remainder
+        kept = self._kept[path]
+
+        def is_wanted(index: int) -> bool:
+            place = bisect_left(kept, index)
+            return place < len(kept) and kept[place] == index and place % piece.modulus == piece.remainder
+
+        return is_wanted
+
+    def _report(self, path: str, problem: str, reason: str) -> RowError:
+        """Return the error of a shard, and log how many of this reader's shards have each problem."""
+        self._bad[path] = problem
+        problems = list(self._bad.values())
+        counts = ", ".join(f"{problems.count(kind):,} {kind}" for kind in dict.fromkeys(problems))
+        logger.warning("%s (of %s shards: %s)", reason, f"{len(self._paths):,}", counts)
+        return RowError(reason)

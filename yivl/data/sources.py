@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from yivl.data.rows import Row, RowError, parse_row, read_rows
+from yivl.data.shard_file import check_urls, is_remote
 
 T = TypeVar("T")
 
@@ -27,7 +28,8 @@ class DataSource:
     """
 
     data_path: str | tuple[str, ...]
-    """``.json`` or ``.jsonl`` rows, or ``.tar`` shards; each path may have ``*`` and ``{00000..00099}`` patterns."""
+    """``.json`` or ``.jsonl`` rows, or ``.tar`` shards, which may be URLs. Each path may have ``*``, URLs may not, and
+    ``{00000..00099}`` patterns."""
     image_folder: str | tuple[str, ...] = "."
     """Base folder of relative image paths, or one for each path of ``data_path``."""
     weight: float = 1.0
@@ -80,12 +82,15 @@ class DataSource:
             if not path.endswith((".json", ".jsonl", ".tar")):
                 raise RowError(f"{path}: expected a .json, .jsonl, .tar or .yaml file")
             for pattern in [path] if os.path.exists(path) else expand_braces(path):
-                found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+                # What a URL names is found when it is read: looking up 10,000 shards takes minutes.
+                is_found = is_remote(pattern) or os.path.exists(pattern)
+                found = [pattern] if is_found else sorted(glob.glob(pattern))
                 if not found:
                     problem = "no such tar shard" if self.is_streamed else "cannot be read (No such file or directory)"
                     raise RowError(f"{pattern}: {problem}")
                 for file in found:
-                    if (place := os.path.abspath(file)) in files:
+                    place = file if is_remote(file) else os.path.abspath(file)
+                    if place in files:
                         raise RowError(f"{self.name}: names {file} twice; to train on it more often, give it a weight")
                     files[place] = (file, folder)
         return list(files.values())
@@ -110,7 +115,9 @@ class DataSource:
         return samples if self.max_rows is None else min(samples, self.max_rows)
 
 
-def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None = None) -> list[DataSource]:
+def read_sources(
+    data_path: str, image_folder: str = ".", max_rows: int | None = None, *, allow_remote_data: bool = False
+) -> list[DataSource]:
     """Return the data sources of ``--data_path``: the files themselves, or the entries of a ``.yaml`` mixture.
 
     A mixture is a list of the fields of ``DataSource``; its relative paths start at the folder of the YAML file.
@@ -118,8 +125,21 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
 
     Raises:
         RowError: If the mixture cannot be read, an entry is invalid, or entries of the same name contradict each other.
+        YiVLError: If a path is a URL, without ``allow_remote_data`` or the package that reads it.
     """
-    if not data_path.endswith((".yaml", ".yml")):
+    sources = _read_mixture(data_path, image_folder, max_rows)
+    check_urls((path for source in sources for path in source.paths), is_allowed=allow_remote_data)
+    for source in sources:
+        if source.max_rows is not None and any(map(is_remote, source.paths)):
+            raise RowError(
+                f"{source.name}: max_rows needs the headers of all shards, which would download them; drop max_rows "
+                "(or --max_rows_per_source), or name fewer shards"
+            )
+    return sources
+
+
+def _read_mixture(data_path: str, image_folder: str, max_rows: int | None) -> list[DataSource]:
+    if not data_path.endswith((".yaml", ".yml")) or is_remote(data_path):
         return [DataSource(data_path, image_folder, max_rows=max_rows)]
     try:
         entries = yaml.safe_load(Path(data_path).read_text(encoding="utf-8"))
@@ -153,7 +173,7 @@ def _resolve_paths(entry: dict[str, Any], folder: str) -> dict[str, Any]:
     listed = entry["data_path"] if isinstance(entry["data_path"], list) else [entry["data_path"]]
     if not all(isinstance(path, str) for path in listed):
         raise RowError("'data_path' is not a path or a list of paths")
-    paths = [os.path.join(folder, os.path.expanduser(path)) for path in listed]
+    paths = [path if is_remote(path) else os.path.join(folder, os.path.expanduser(path)) for path in listed]
     resolved: dict[str, Any] = {"data_path": paths[0] if len(paths) == 1 else tuple(paths)}
     if "image_folder" in entry:
         resolved["image_folder"] = os.path.join(folder, os.path.expanduser(str(entry["image_folder"])))

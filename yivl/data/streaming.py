@@ -2,20 +2,20 @@
 
 import json
 import random
-import tarfile
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count, islice
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import datasets
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset, Sampler
 
 from yivl.data.encoding import Encoder, Sample, encode_or_skip
 from yivl.data.rows import Row, RowError, parse_row
-from yivl.data.shards import ShardSubset, iterate_samples, select_samples
+from yivl.data.shard_facts import ShardSubset, select_samples
+from yivl.data.shards import ShardReader
 from yivl.data.sources import DataSource, load_rows
+from yivl.data.stream_position import DataPosition, Layout, Piece, SourcePosition, StreamPosition
+from yivl.data.tar_samples import TarSample
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
@@ -34,13 +34,34 @@ class StreamSampler(Sampler[list[int]]):
         return ([batch] * self.batch_size for batch in range(self.num_batches))
 
 
+@dataclass(frozen=True)
+class StreamBatch:
+    """The samples of one batch, and where their stream is after them."""
+
+    samples: Sequence[Sample | None]
+    part: int
+    """Index of the stream over all ranks."""
+    position: StreamPosition
+
+
+@dataclass(frozen=True)
+class StreamCollator:
+    """Collates streamed samples; ``position`` of the batch is its ``StreamBatch`` without samples."""
+
+    collate: Callable[[Sequence[Sample | None]], dict[str, Any]]
+
+    def __call__(self, batch: StreamBatch) -> dict[str, Any]:
+        """Return the batch of ``collate`` and ``position``."""
+        return self.collate(batch.samples) | {"position": replace(batch, samples=())}
+
+
 @dataclass
 class StreamDataset(Dataset[Sample | None]):
-    """An endless mixture of tar shards and files, in which batch ``n`` is the same for every reader.
+    """An endless mixture of tar shards and files.
 
-    A rank has ``num_slots`` streams, one for each data-loading worker; batch ``n`` is the next ``batch_size`` rows of
-    stream ``n % num_slots``. The number of a batch thus determines its place in the data: a resumed run skips raw
-    bytes, decodes no image, and continues exactly, as long as ranks, workers and samples per batch keep their numbers.
+    A rank has ``num_slots`` streams, one for each data-loading worker; batch ``n`` is the next batch of stream
+    ``n % num_slots``. A stream starts at its position in ``start``, in a time that does not depend on what was read
+    before, and its order is determined by the seed.
 
     In each epoch of a source, exactly one stream of one rank reads a row. Of tar shards with ``max_rows``, only the
     samples that ``select_samples`` returns are read, the same in every epoch.
@@ -58,93 +79,235 @@ class StreamDataset(Dataset[Sample | None]):
     """Rows in the shuffle buffer of a stream; the order of the shards is shuffled too."""
     subsets: Mapping[DataSource, ShardSubset] = field(init=False, repr=False)
     """Of every source of tar shards with ``max_rows``; computed once, before data-loading workers start."""
-    _streams: dict[int, tuple[int, Iterator[Row | RowError]]] = field(default_factory=dict, repr=False)
+    shards: Sequence[Sequence[str]] = field(init=False, repr=False)
+    """Paths of the tar shards of every source; none for files."""
+    start: DataPosition = field(init=False, repr=False)
+    """Of the streams of all ranks; set before data-loading workers start."""
+    _streams: dict[int, "Stream"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         limited = [source for source in self.sources if source.is_streamed and source.max_rows is not None]
         self.subsets = {source: select_samples(source, self.seed) for source in limited}
+        self.shards = [source.shards() if source.is_streamed else [] for source in self.sources]
+        parts = self.world_size * self.num_slots
+        layout = Layout(self.shard_numbers, parts, self.seed)
+        self.start = DataPosition(layout, [layout.start()] * parts)
 
-    def __getitems__(self, batch: Sequence[int]) -> list[Sample | None]:
-        """Return the samples of a batch of ``StreamSampler`` (PyTorch prefers this method to ``__getitem__``)."""
-        turn, slot = divmod(batch[0], self.num_slots)
-        next_turn, rows = self._streams.get(slot, (-1, iter(())))
-        if next_turn != turn:
-            rows = islice(self._rows(slot), turn * self.batch_size, None)
-        self._streams[slot] = (turn + 1, rows)
-        return [encode_or_skip(row, self.encoder, self.on_bad_row) for row in islice(rows, len(batch))]
+    @property
+    def shard_numbers(self) -> list[list[int]]:
+        """Of every source, the indices of the shards that are read; files of rows count as one."""
+        indices = []
+        for source, paths in zip(self.sources, self.shards, strict=True):
+            kept = self.subsets[source].kept if source in self.subsets else paths
+            indices.append([number for number, path in enumerate(paths) if path in kept] if paths else [0])
+        return indices
 
-    def _rows(self, slot: int) -> Iterator[Row | RowError]:
-        """Yield the endless rows of one stream, sampled by weight; an invalid row is its error."""
-        part, parts = self.rank * self.num_slots + slot, self.world_size * self.num_slots
-        streams = [self._epochs(source, part, parts) for source in self.sources]
-        weights = [source.weight for source in self.sources]
-        generator = random.Random(f"{self.seed} {part}")
+    def __getitems__(self, batch: Sequence[int]) -> StreamBatch:
+        """Return a batch of ``StreamSampler`` (PyTorch prefers this method to ``__getitem__``).
+
+        The batches of a stream are read in their order, whatever their numbers.
+        """
+        part = self.rank * self.num_slots + batch[0] % self.num_slots
+        if part not in self._streams:
+            self._streams[part] = self.open_stream(part)
+        stream = self._streams[part]
+        samples = [encode_or_skip(next(stream), self.encoder, self.on_bad_row) for _ in batch]
+        return StreamBatch(samples, part, stream.position)
+
+    def open_stream(self, part: int) -> "Stream":
+        """Return stream ``part`` at its start."""
+        layout, position = self.start.layout, self.start.positions[part]
+        streams = []
+        for number, (source, place) in enumerate(zip(self.sources, position.sources, strict=True)):
+            read: _Read
+            if source.is_streamed:
+                subset = self.subsets.get(source)
+                reader = ShardReader(self.shards[number], None if subset is None else subset.kept)
+                read, size = reader.read, self.shuffle_buffer
+            else:
+                # The order of an epoch is shuffled as a whole.
+                read, size = _RowReader(source, self.seed).read, 1
+            streams.append(_SourceStream(source.name, layout, number, part, place, read, size))
+        return Stream(streams, [source.weight for source in self.sources], layout, part, position.rows)
+
+
+class Stream(Iterator[Row | RowError]):
+    """The endless rows of one stream, of sources that are sampled by weight; an invalid row is its error."""
+
+    def __init__(
+        self, sources: Sequence["_SourceStream"], weights: Sequence[float], layout: Layout, part: int, rows: int
+    ) -> None:
+        self._sources, self._weights, self._rows = sources, weights, rows
+        self._key = f"{layout.seed} {layout.generation} {part}"
+
+    @property
+    def position(self) -> StreamPosition:
+        """The place after the last row."""
+        return StreamPosition(self._rows, tuple(source.position for source in self._sources))
+
+    def __next__(self) -> Row | RowError:
+        # A generator for each row: its state is the number of the row, and not 2.5 kB.
+        (source,) = random.Random(f"{self._key} {self._rows}").choices(self._sources, self._weights)
+        row = source.next_row()
+        self._rows += 1
+        return row
+
+
+@dataclass(frozen=True)
+class _FileRow:
+    """A row of files; its index is its place in the order of the epoch."""
+
+    index: int
+    row: Row | RowError
+    offset: int = 0
+
+    @property
+    def end(self) -> int:
+        return 0
+
+
+_Read = Callable[[int, Piece], Iterator[TarSample | _FileRow | RowError]]
+
+
+class _SourceStream:
+    """The endless rows of one source in one stream, through a shuffle buffer."""
+
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        number: int,
+        part: int,
+        position: SourcePosition,
+        read: _Read,
+        buffer_size: int,
+    ) -> None:
+        self._name, self._layout, self._number, self._part = name, layout, number, part
+        self._read, self._buffer_size = read, buffer_size
+        self._epoch, self._place, self._drawn = position.epoch, position.place, position.drawn
+        self._offset, self._index = position.offset, position.index
+        self._pieces = layout.pieces(number, self._epoch, part)
+        self._entries: Iterator[TarSample | _FileRow | RowError] | None = None
+        self._errors: list[RowError] = []
+        self._buffer = self._read_buffer(position.buffer)
+
+    def _read_buffer(self, numbers: Sequence[int]) -> list[tuple[int, TarSample | _FileRow]]:
+        """Return the samples of the shuffle buffer, which are read again in the order of the shards."""
+        references = [*zip(*(iter(numbers),) * 3, strict=True)]
+        found: dict[tuple[int, ...], TarSample | _FileRow] = {}
+        for reference in sorted(references):
+            for entry in self._read(self._epoch, Piece(*reference, 0, 0)):
+                if isinstance(entry, RowError):
+                    self._errors.append(entry)
+                else:
+                    found[reference] = entry
+        return [(reference[0], found[reference]) for reference in references if reference in found]
+
+    @property
+    def position(self) -> SourcePosition:
+        """The place after the last row."""
+        buffer = array("q")
+        for shard, entry in self._buffer:
+            buffer.extend((shard, entry.offset, entry.index))
+        return SourcePosition(self._epoch, self._place, self._offset, self._index, self._drawn, buffer)
+
+    def next_row(self) -> Row | RowError:
+        """Return the next row.
+
+        Raises:
+            RowError: If an epoch has no row for this stream.
+        """
         while True:
-            yield next(generator.choices(streams, weights)[0])
+            while not self._errors and len(self._buffer) < self._buffer_size and (entry := self._next_entry()):
+                self._buffer.append(entry)
+            if self._errors:
+                self._drawn += 1
+                return self._errors.pop(0)
+            if self._buffer:
+                return _parse(self._draw())
+            if self._drawn == 0 and not self._layout.is_rest(self._number, self._epoch):
+                raise RowError(
+                    f"{self._name}: too few rows for {self._layout.parts} streams (ranks x --dataloader_num_workers)"
+                )
+            self._epoch += 1
+            self._place, self._drawn, self._offset, self._index = 0, 0, -1, -1
+            self._pieces = self._layout.pieces(self._number, self._epoch, self._part)
 
-    def _epochs(self, source: DataSource, part: int, parts: int) -> Iterator[Row | RowError]:
-        read = self._tar_rows if source.is_streamed else self._file_rows
-        for epoch in count():
-            row = None
-            for row in read(source, epoch, part, parts):
-                yield row
-            if row is None:
-                raise RowError(f"{source.name}: too few rows for {parts} streams (ranks x --dataloader_num_workers)")
+    def _draw(self) -> TarSample | _FileRow:
+        layout = self._layout
+        key = f"{layout.seed} {layout.generation} {self._number} {self._part} {self._epoch} {self._drawn}"
+        chosen = random.Random(key).randrange(len(self._buffer))
+        self._drawn += 1
+        self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]
+        return self._buffer.pop()[1]
 
-    def _file_rows(self, source: DataSource, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
-        bad: list[RowError] = []
-        rows: list[Row | RowError] = [*load_rows(source, self.seed, bad.append), *bad]
-        random.Random(f"{self.seed} {epoch}").shuffle(rows)
-        rows = rows[part::parts]  # the other streams' rows leave memory
-        yield from rows
-
-    def _tar_rows(self, source: DataSource, epoch: int, part: int, parts: int) -> Iterator[Row | RowError]:
-        subset = self.subsets.get(source)
-        shards, kept = (source.shards(), None) if subset is None else (list(subset.kept), subset.kept)
-        if len(shards) >= parts:
-            stream = open_shards(shards[part::parts], kept)
-        else:  # every stream reads all shards and keeps its part of the rows
-            stream = split_dataset_by_node(open_shards(shards, kept), rank=part, world_size=parts)
-        stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        stream.set_epoch(epoch)
-        yield from read_shards(stream)
-
-
-def open_shards(paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None = None) -> Any:
-    """Return the raw samples of tar shards, or those of the indices in ``kept``, as a ``datasets.IterableDataset``."""
-    kwargs = {"paths": list(paths), "kept": None if kept is None else {path: kept[path] for path in paths}}
-    return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs=kwargs)
-
-
-def read_shards(stream: Any) -> Iterator[Row | RowError]:
-    """Yield the rows of a dataset of ``open_shards``; an invalid row is its error."""
-    # Not plain iteration: that would split the shards over the data-loading workers again.
-    for batch in stream.iter(batch_size=1):
-        try:
-            yield parse_shard_sample({key: value[0] for key, value in batch.items()})
-        except RowError as error:
-            yield error
+    def _next_entry(self) -> tuple[int, TarSample | _FileRow] | None:
+        """Return the shard and the next sample of the epoch, and advance; ``None`` after an error or the last one."""
+        while self._place < len(self._pieces):
+            piece = self._pieces[self._place]
+            if self._entries is None:
+                begun = piece if self._index < 0 else piece._replace(offset=self._offset, sample=self._index)
+                self._entries = self._read(self._epoch, begun)
+            entry = next(self._entries, None)
+            if entry is None or isinstance(entry, RowError) or not piece.modulus:
+                self._entries, self._place, self._offset, self._index = None, self._place + 1, -1, -1
+            else:
+                self._offset, self._index = entry.end, entry.index + 1
+            if isinstance(entry, RowError):  # of a whole shard: it is not worth a place in the buffer
+                self._errors.append(entry)
+                return None
+            if entry is not None:
+                return piece.shard, entry
+        return None
 
 
-def _read_shards(paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None) -> Iterator[dict[str, Any]]:
-    """Yield the raw samples of tar shards, or those of the indices in ``kept``.
+class _RowReader:
+    """Reads pieces of the order in which the rows of files are in an epoch."""
 
-    The webdataset reader of ``datasets`` is not used: it expects the suffixes of the first five samples in all others,
-    and one caption that is not UTF-8 ends the run. The end of a damaged shard is yielded as an error.
-    """
-    for path in paths:
-        indices = None if kept is None else set(kept[path])
-        try:
-            with tarfile.open(path) as tar:
-                for index, (name, entries) in enumerate(iterate_samples(tar)):
-                    if indices is None or index in indices:
-                        files = {suffix: file.read() for suffix, e in entries.items() if (file := tar.extractfile(e))}
-                        yield {"origin": f"{path} sample {name}", "files": files, "error": ""}
-        except (OSError, tarfile.TarError) as error:
-            yield {"origin": path, "files": {}, "error": f"damaged shard ({error}); download it again"}
+    def __init__(self, source: DataSource, seed: int) -> None:
+        self._seed, self._bad = seed, list[RowError]()
+        self._rows = load_rows(source, seed, self._bad.append)
+        self._epoch, self._order = -1, list[int]()
+
+    def read(self, epoch: int, piece: Piece) -> Iterator[TarSample | _FileRow | RowError]:
+        """Yield the rows of a piece."""
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, list(range(len(self._rows) + len(self._bad)))
+            random.Random(f"{self._seed} {epoch}").shuffle(self._order)
+        places = range(piece.sample, piece.sample + 1)
+        if piece.modulus:
+            first = piece.sample + (piece.remainder - piece.sample) % piece.modulus
+            places = range(first, len(self._order), piece.modulus)
+        for place in places:
+            row = self._order[place]
+            yield _FileRow(place, self._rows[row] if row < len(self._rows) else self._bad[row - len(self._rows)])
 
 
-def parse_shard_sample(sample: Mapping[str, Any]) -> Row:
+def _parse(entry: TarSample | _FileRow) -> Row | RowError:
+    if isinstance(entry, _FileRow):
+        return entry.row
+    try:
+        return parse_shard_sample(entry)
+    except RowError as error:
+        return error
+
+
+def open_shards(
+    paths: Sequence[str], kept: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[TarSample | RowError]:
+    """Yield the raw samples of tar shards in order, or those of the indices in ``kept``; a bad shard is its error."""
+    reader = ShardReader(paths, kept)
+    for shard in range(len(paths)):
+        yield from reader.read(0, Piece(shard, 0, 0, 1, 0))
+
+
+def read_shards(stream: Iterator[TarSample | RowError]) -> Iterator[Row | RowError]:
+    """Yield the rows of the samples of ``open_shards``; an invalid row is its error."""
+    for sample in stream:
+        yield sample if isinstance(sample, RowError) else _parse(sample)
+
+
+def parse_shard_sample(sample: TarSample) -> Row:
     """Return the row of one sample of a tar shard: an image, and a caption or a conversation.
 
     The image is ``jpg``, ``jpeg``, ``png`` or ``webp``; the caption is ``txt``, or ``caption`` or ``text`` in ``json``.
@@ -153,9 +316,9 @@ def parse_shard_sample(sample: Mapping[str, Any]) -> Row:
     Raises:
         RowError: If there is no image or no text, or the conversation is invalid.
     """
-    origin, files = sample["origin"], sample["files"]
-    if sample["error"]:
-        raise RowError(f"{origin}: {sample['error']}")
+    origin, files = sample.origin, sample.files
+    if sample.error:
+        raise RowError(f"{origin}: {sample.error}")
     image = next((files[suffix] for suffix in _IMAGE_SUFFIXES if files.get(suffix)), None)
     if image is None:
         raise RowError(f"{origin}: no image; expected one of {', '.join(_IMAGE_SUFFIXES)}")
@@ -164,11 +327,13 @@ def parse_shard_sample(sample: Mapping[str, Any]) -> Row:
         fields = json.loads(files.get("json") or b"{}")
     except ValueError as error:  # invalid UTF-8 and invalid JSON
         raise RowError(f"{origin}: txt or json cannot be read ({error})") from error
+    except RecursionError as error:
+        raise RowError(f"{origin}: json is nested too deeply") from error
     if not isinstance(fields, dict):
         raise RowError(f"{origin}: json is not an object")
     if fields.keys() & {"conversations", "messages"}:
         return parse_row(fields, origin, images=[image])
-    text = text.strip() or fields.get("caption") or fields.get("text")
-    if not isinstance(text, str) or not text.strip():
+    caption = text.strip() or fields.get("caption") or fields.get("text")
+    if not isinstance(caption, str) or not caption.strip():
         raise RowError(f"{origin}: no caption; expected txt, or caption in json")
-    return parse_row({"text": text}, origin, images=[image])
+    return parse_row({"text": caption}, origin, images=[image])

@@ -131,6 +131,7 @@ class DataArguments:
     group_by_length: bool = _flag(False, "batch samples of similar length")
     group_by_modality_length: bool = _flag(False, "the same, and samples with and without images apart")
     shuffle_buffer: int = _flag(1000, "shuffle buffer of streamed data, in samples")
+    allow_remote_data: bool = _flag(False, "allow URLs of tar shards in data_path, such as https:// and s3://")
 
     def __post_init__(self) -> None:
         if not self.data_path:

@@ -18,9 +18,10 @@ from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError, log_notices
 from yivl.data.sampler import BatchSampler, RowDataset
-from yivl.data.shards import ShardSubset
+from yivl.data.shard_facts import ShardSubset, fingerprint
 from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
-from yivl.data.streaming import StreamDataset, StreamSampler
+from yivl.data.stream_progress import StreamProgress
+from yivl.data.streaming import StreamCollator, StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import DataArguments
 
@@ -47,6 +48,9 @@ class Batches:
     ``source``, ``weight``, ``shards``, and ``rows`` of files and of shards with a limit. ``rows_found`` if the limit
     leaves out some; ``limited`` if it did not limit the epoch in earlier versions, which means all tar shards, and
     files with a weight above 1."""
+
+    stream: StreamProgress | None = None
+    """Where the streams of this rank are, if anything is streamed."""
 
     @property
     def mix(self) -> str:
@@ -126,7 +130,9 @@ def make_batches(
         RowError: If a source cannot be read, or no row is left.
         YiVLError: If a flag does not apply to streamed data.
     """
-    sources = read_sources(data.data_path, data.image_folder, data.max_rows_per_source)
+    sources = read_sources(
+        data.data_path, data.image_folder, data.max_rows_per_source, allow_remote_data=data.allow_remote_data
+    )
     if data.packing and training.per_device_train_batch_size == 1:
         logger.warning("--packing has no effect with --per_device_train_batch_size 1: it packs the samples of a batch")
     if any(source.is_streamed for source in sources):
@@ -202,14 +208,16 @@ def _streamed_batches(
     facts = [
         {"source": source.name, "weight": source.weight}
         | (
-            {"shards": len(source.shards())} | _subset_facts(dataset.subsets.get(source))
+            {"shards": len(source.shards()), "fingerprint": fingerprint(source)}
+            | _subset_facts(dataset.subsets.get(source))
             if source.is_streamed
             else _file_facts(source, training.seed, on_bad_row)
         )
         for source in sources
     ]
     _warn_of_limit(facts)
-    return Batches(_loader(dataset, sampler, encoder, data, training), facts)
+    loader = _loader(dataset, sampler, encoder, data, training, wrap=StreamCollator)
+    return Batches(loader, facts, StreamProgress(dataset))
 
 
 def _subset_facts(subset: ShardSubset | None) -> dict[str, Any]:
@@ -288,13 +296,18 @@ def keep_image_memory(_: int = 0) -> None:
 
 
 def _loader(
-    dataset: Any, sampler: Any, encoder: Encoder, data: DataArguments, training: TrainingArguments
+    dataset: Any,
+    sampler: Any,
+    encoder: Encoder,
+    data: DataArguments,
+    training: TrainingArguments,
+    wrap: Callable[[Collator], Callable[[Any], dict[str, Any]]] = lambda collator: collator,
 ) -> BatchLoader:
     has_workers = training.dataloader_num_workers > 0
     return BatchLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collator(encoder.tokenizer.pad_token_id, packing=data.packing),
+        collate_fn=wrap(Collator(encoder.tokenizer.pad_token_id, packing=data.packing)),
         num_workers=training.dataloader_num_workers,
         worker_init_fn=keep_image_memory,
         pin_memory=training.dataloader_pin_memory and torch.cuda.is_available(),

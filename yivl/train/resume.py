@@ -29,7 +29,6 @@ from yivl.checkpoint.format import (
     read_main_weights,
 )
 from yivl.checkpoint.manifest import MANIFEST
-from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.train.arguments import ModelArguments
 
@@ -50,7 +49,6 @@ _MUST_AGREE: Final = (
     *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _PATHS),
     *("max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "optim", "global batch size"),
 )
-_STREAMS_MUST_AGREE: Final = (*GLOBAL_BATCH_FLAGS, "dataloader_num_workers", "shuffle_buffer")
 # Schedules that cannot take a new learning rate, since their state depends on the losses so far.
 _ADAPTIVE: Final = ("reduce_lr_on_plateau", "greedy")
 _RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay")
@@ -155,8 +153,6 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
     if unknown := [name for name in (*GLOBAL_BATCH_FLAGS, "optim", "lr_scheduler_type") if name not in before]:
         raise CheckpointError(f"{checkpoint / ARGUMENTS}: {unknown[0]} is missing; the checkpoint is damaged")
     must_agree = _MUST_AGREE
-    if any(source.is_streamed for source in read_sources(now["data_path"], ".")):
-        must_agree += _STREAMS_MUST_AGREE
     for values in (before, now):
         values["global batch size"] = math.prod(values[name] for name in GLOBAL_BATCH_FLAGS)
         values["optim"] = values["optim"].removesuffix("_fused")  # the same optimizer, another kernel

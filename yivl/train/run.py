@@ -110,6 +110,8 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
     if checkpoint is not None and not run.is_finished:
         check_same_run(checkpoint, as_dict(arguments, args), total_steps)
         batches.check_record(checkpoint, allow_changed_data=training.allow_changed_data)
+        if batches.stream is not None:
+            batches.stream.resume(checkpoint)
     return run
 
 

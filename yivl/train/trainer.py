@@ -72,7 +72,7 @@ class YiVLTrainer(Trainer):
             self.remove_callback(callback)
         self.arguments, self.encoder, self.eval_loader = arguments, encoder, eval_loader
         self.offloads_optimizer = offloads_optimizer
-        self.sources = batches.sources
+        self.sources, self.stream = batches.sources, batches.stream
         self._empty_steps, self._frozen = 0, frozen_modules(model)
         self._run_dir = Path(args.output_dir)
         self._final_dtype: torch.dtype | None = None
@@ -133,6 +133,8 @@ class YiVLTrainer(Trainer):
             YiVLError: If too many consecutive steps have no such token.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.stream is not None:
+            self.stream.receive(batches)
         for batch in batches:
             self._seen += torch.tensor(count_batch(batch, self.encoder.num_patches), dtype=torch.float64)
         if not isinstance(num_items, torch.Tensor):
@@ -213,6 +215,8 @@ class YiVLTrainer(Trainer):
             self._run_dir = folder
             try:
                 super()._save_checkpoint(model, trial)
+                if self.stream is not None:
+                    self.stream.write(folder / name)
             finally:
                 self._run_dir = Path(self.args.output_dir)
         if self.args.should_save:
