@@ -31,7 +31,7 @@ def unavailable() -> str | None:
 
 
 class Network:
-    """Nodes ``node0``, ``node1``, ... with the addresses ``10.77.0.1``, ``10.77.0.2``, ... while the context is open."""
+    """Nodes ``node0``, ``node1``, ... with the addresses 10.77.0.1, 10.77.0.2, ... while the context is open."""
 
     def __init__(self, num_nodes: int) -> None:
         self.nodes = range(num_nodes)
