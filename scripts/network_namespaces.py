@@ -37,6 +37,7 @@ class Network:
         self.nodes = range(num_nodes)
         self._prefix = f"yivl-{os.getpid()}"
         self._bridge = f"{self._prefix}-bridge"
+        self._started: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> "Network":
         try:
@@ -69,7 +70,9 @@ class Network:
         """
         shell = f'echo node{node} > /proc/sys/kernel/hostname; {before}\nexec "$@"'
         inside = ["ip", "netns", "exec", self._name(node), "unshare", "--uts", "bash", "-ec", shell, "-", *command]
-        return subprocess.Popen(inside, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(inside, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+        self._started.append(process)
+        return process
 
     def kill(self, node: int) -> None:
         """Kill all processes of a node; its kernel closes their connections."""
@@ -77,6 +80,12 @@ class Network:
         for pid in listed.stdout.split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
+
+    def signal_launchers(self, number: signal.Signals) -> None:
+        """Send a signal to the first program of every node."""
+        for process in self._started:
+            process.send_signal(number)
+        self._started.clear()
 
     def set_link(self, node: int, *, up: bool) -> None:
         """Connect a node to the bridge or disconnect it; its connections stay open, without an answer."""

@@ -4,6 +4,7 @@ The launchers of the nodes watch each other in ``heartbeat``.
 """
 
 import os
+import re
 import socket
 import sys
 import time
@@ -83,7 +84,8 @@ def reporting_lost_connections() -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_connection(error):
             raise
-        reason = " ".join(str(error).split("This is typically")[0].split())
+        # "[FILE OF GLOO:LINE] REASON. This is typically caused by ..."
+        reason = " ".join(re.sub(r"^\[\S+/gloo/\S+\] ", "", str(error)).split("This is typically")[0].split())
         sys.stderr.write(
             f"error: rank {os.environ.get('RANK', 0)} on {socket.gethostname()} lost its connection to another rank; "
             f"resume with --resume auto ({reason})\n"
