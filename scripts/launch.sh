@@ -2,6 +2,8 @@
 # Sourced by the training and evaluation scripts: finds the devices, prints and runs the command.
 # Optional:  GPUS=all visible  GPUs of this node, 0 for none   PROCESSES=1  processes of this node without a GPU
 #            NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500   for several nodes, each of which runs the script
+#            NODE_TIMEOUT=60  seconds after which a node that does not answer is lost
+#            MAX_RESTARTS=0  restarts after a failure   NNODES=3:4  from 3 to 4 nodes; with --resume auto
 #            HOSTFILE=hosts  for several nodes, started from this one over ssh by DeepSpeed
 #            DEEPSPEED=scripts/zeroN.json  ("" for none; without a GPU the default is none)
 #            MODEL VIT DATA IMAGES OUT  --model_name_or_path --vision_tower --data_path --image_folder --output_dir
@@ -38,11 +40,17 @@ processes_of() {
   if [[ -n ${HOSTFILE:-} ]]; then
     command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$MASTER_PORT"
       --no_local_rank --module "$module")
-  elif ((NNODES > 1)); then
-    command=("$PYTHON" -m yivl.train.launch --nproc-per-node "$processes" --nnodes "$NNODES"
-      --node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m "$module")
-  elif ((processes > 1)); then # on a free port
-    command=("$PYTHON" -m yivl.train.launch --standalone --nproc-per-node "$processes" -m "$module")
+  elif [[ $NNODES != 1 ]]; then
+    local rendezvous=(--node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    if [[ $NNODES == *:* || ${MAX_RESTARTS:-0} != 0 ]]; then # nodes may leave and join
+      rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id yivl
+        --rdzv-conf "is_host=$((${NODE_RANK:-0} == 0))" --max-restarts "${MAX_RESTARTS:-0}")
+    fi
+    command=("$PYTHON" -m yivl.train.launch --nproc-per-node "$processes" --nnodes "$NNODES" "${rendezvous[@]}"
+      -m "$module")
+  elif ((processes > 1)) || [[ ${MAX_RESTARTS:-0} != 0 ]]; then # on a free port
+    command=("$PYTHON" -m yivl.train.launch --standalone --nproc-per-node "$processes"
+      --max-restarts "${MAX_RESTARTS:-0}" -m "$module")
   fi
 }
 

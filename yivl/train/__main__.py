@@ -29,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command_line.log_to_stderr()
     from yivl.train.dry_run import describe_run
     from yivl.train.full_disk import explain_full_disk
+    from yivl.train.nodes import reporting_lost_connections
     from yivl.train.run import build_model, fit, prepare, save
 
-    with ExitStack() as resources:
+    with ExitStack() as resources, reporting_lost_connections():
         run = prepare(arguments, plan, resources)
         if run.is_finished:
             step = run.total_steps
@@ -47,22 +48,35 @@ def main(argv: Sequence[str] | None = None) -> None:
             logger.warning("%s", report)
 
 
+def _run() -> None:
+    try:
+        main()
+    except SystemExit:  # a signal may have stopped all ranks
+        _shut_down()
+        raise
+    _shut_down()
+
+
 def _shut_down() -> None:
     """Destroy the process group, after the last rank is done.
 
     Threads of gloo that outlive it can abort a finished process ("terminate called without an active exception").
     """
+    if "torch" not in sys.modules:  # --help
+        return
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        from yivl.train.nodes import reporting_lost_connections
+
+        with reporting_lost_connections():
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     command_line.run(
-        main,
+        _run,
         less_memory="--dry_run estimates what is needed; try a smaller --per_device_train_batch_size, "
         "--gradient_checkpointing True, --vision_gradient_checkpointing True, LoRA, or --deepspeed scripts/zero3.json",
     )
-    _shut_down()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from yivl.train.cpu_threads import describe_threads
 from yivl.train.damage import check_files
 from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader, unwrap_worker_error
 from yivl.train.initialization import Start, empty_start, load_start, read_start
+from yivl.train.nodes import check_data, check_output_dir
 from yivl.train.plan import RunPlan, as_dict, trainer_arguments
 from yivl.train.ranks import on_rank_0
 from yivl.train.resume import (
@@ -88,7 +90,10 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
         if notice := describe_compilation(plan.zero):
             logger.info("%s", notice)
         # Before the model is built: ZeRO-3 partitions its weights as they are created.
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=args.ddp_timeout_delta)
+    if not training.dry_run and (training.save_strategy != "no" or training.resume):
+        check_output_dir(args.output_dir)
 
     checkpoint = None
     if not training.dry_run:
@@ -104,6 +109,7 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
         bad_rows.path.unlink(missing_ok=True)
     batches = make_batches(data, args, encoder, bad_rows)
     eval_loader = make_eval_loader(data, args, encoder, bad_rows)
+    check_data(data.data_path, batches.sources)
     logger.info("%s", batches.mix)
     total_steps = plan.total_steps(training, len(batches.loader))
     run = Run(arguments, plan, args, start, encoder, batches, eval_loader, bad_rows, checkpoint, total_steps)
@@ -158,7 +164,11 @@ def build_model(run: Run) -> tuple[Any, list[parameters.PartSize]]:
 
 
 def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]]:
-    """Train the model, and return the trainer and its metrics."""
+    """Train the model, and return the trainer and its metrics.
+
+    Raises:
+        SystemExit: If a signal stopped the run before its last step, with the exit code that a shell gives the signal.
+    """
     training = run.arguments.training
     trainer = YiVLTrainer(
         model,
@@ -174,13 +184,20 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
     try:
         result = trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     except KeyboardInterrupt:
-        step, newest = trainer.state.global_step, finished_checkpoints(training.output_dir)[-1:]
-        where = f"--resume auto continues from {newest[0].name}" if newest else "there is no checkpoint to resume from"
-        logger.info("interrupted at step %d; %s", step, where)
+        _report_stop(trainer, "interrupted")
         raise
     except RowError as error:
         raise unwrap_worker_error(error) from error
+    if (number := trainer.stop.received) and trainer.state.global_step < trainer.state.max_steps:
+        _report_stop(trainer, f"stopped by {signal.Signals(number).name}")
+        raise SystemExit(128 + number)
     return trainer, result.metrics
+
+
+def _report_stop(trainer: YiVLTrainer, what: str) -> None:
+    newest = finished_checkpoints(trainer.args.output_dir)[-1:]
+    where = f"--resume auto continues from {newest[0].name}" if newest else "there is no checkpoint to resume from"
+    logger.info("%s at step %d; %s", what, trainer.state.global_step, where)
 
 
 def save(run: Run, trainer: YiVLTrainer, metrics: dict[str, float]) -> None:

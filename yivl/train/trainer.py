@@ -33,6 +33,7 @@ from yivl.train.plan import as_config, as_dict
 from yivl.train.resume import UNFINISHED, describe_origin, finished_checkpoints, load_trained, publish
 from yivl.train.run_config import run_config_text
 from yivl.train.run_log import RunLog
+from yivl.train.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +60,14 @@ class YiVLTrainer(Trainer):
         eval_loader: BatchLoader | None = None,
         offloads_optimizer: bool = False,
     ) -> None:
-        self.run_log, self.loader = RunLog(args.output_dir), batches.loader
+        self.run_log, self.loader, self.stop = RunLog(args.output_dir), batches.loader, StopOnSignal()
         super().__init__(
             model,
             args=args,
             train_dataset=self.loader.dataset,
             eval_dataset=None if eval_loader is None else eval_loader.dataset,
             data_collator=self.loader.collate_fn,
-            callbacks=[self.run_log, _EpochOrder(self.loader)],
+            callbacks=[self.run_log, self.stop, _EpochOrder(self.loader)],
         )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)

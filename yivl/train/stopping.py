@@ -1,0 +1,47 @@
+"""A checkpoint before a job ends: the signal that announces the end, on whichever rank it arrives."""
+
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StopOnSignal(TrainerCallback):
+    """At SIGUSR1, saves a checkpoint after the current step and stops; without a launcher also at SIGTERM.
+
+    The launchers turn SIGTERM into SIGUSR1 (``yivl.train.launch``). They send SIGTERM themselves when a rank failed,
+    and then no other rank can finish its step.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Number of the signal, on all ranks after the step in which one rank received it; 0 before."""
+        self._pending = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Handle the signals from now on; before the first step, there is nothing to save."""
+        if args.save_strategy == "no":
+            return
+        signal.signal(signal.SIGUSR1, self._receive)
+        if "LOCAL_WORLD_SIZE" not in os.environ:  # torchrun sets it
+            signal.signal(signal.SIGTERM, self._receive)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Save and stop if any rank has received a signal; all ranks have to do so after the same step."""
+        received = self._pending
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            largest = torch.tensor(received, device=args.device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            received = int(largest)
+        if received:
+            self.received = received
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def _receive(self, number: int, _: Any) -> None:
+        self._pending = number
