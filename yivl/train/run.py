@@ -23,7 +23,7 @@ from yivl.train.cpu_threads import describe_threads
 from yivl.train.dataloaders import Batches, BatchLoader, make_batches, make_eval_loader, unwrap_worker_error
 from yivl.train.initialization import Start, empty_start, load_start, read_start
 from yivl.train.plan import RunPlan, as_dict, trainer_arguments
-from yivl.train.resume import check_same_run, find_checkpoint, finished_checkpoints, is_finished
+from yivl.train.resume import check_same_run, find_checkpoint, finished_checkpoints, is_finished, load_trained
 from yivl.train.trainer import YiVLTrainer
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,8 @@ def build_model(run: Run) -> tuple[Any, list[parameters.PartSize]]:
 def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]]:
     """Train the model, and return the trainer and its metrics."""
     training = run.arguments.training
+    if run.plan.zero.is_fsdp and run.checkpoint is not None:
+        load_trained(model, run.checkpoint)
     trainer = YiVLTrainer(
         model,
         run.args,
