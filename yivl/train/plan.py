@@ -48,6 +48,9 @@ class Zero:
             fields.get("offload_param", {}).get("device", "none") != "none",
         )
 
+    def __str__(self) -> str:
+        return f"FSDP2 as ZeRO stage {self.stage}" if self.is_fsdp else f"ZeRO stage {self.stage}"
+
     @classmethod
     def _read_fsdp(cls, training: YiVLTrainingArguments) -> "Zero":
         if training.deepspeed:
