@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from yivl.constants import IGNORE_INDEX
+from yivl.model.sharding import is_sharded
 
 CHUNK_SIZE: Final = 2048
 """Supervised positions whose logits are in memory at once: 2,048 x 64,000 logits in bfloat16 are 0.26 GB, and their
@@ -43,7 +43,8 @@ def supervised_loss(
 
     # At least one (possibly empty) chunk keeps the loss in the autograd graph. The last chunk is not checkpointed: the
     # backward pass starts with it and re-computes the others only afterwards.
-    *recomputed, kept = range(0, _num_chunks(len(targets), hidden_states.device) * CHUNK_SIZE, CHUNK_SIZE)
+    num_chunks = _num_chunks(len(targets), hidden_states.device, is_sharded(lm_head))
+    *recomputed, kept = range(0, num_chunks * CHUNK_SIZE, CHUNK_SIZE)
     losses = [
         checkpoint(chunk_loss, hidden_states[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE], use_reentrant=False)
         for i in recomputed
@@ -85,9 +86,9 @@ class _CrossEntropySum(torch.autograd.Function):
         return grad, None
 
 
-def _num_chunks(num_targets: int, device: torch.device) -> int:
-    """Return the number of calls of ``lm_head``; under ZeRO-3 all ranks must gather its weights equally often."""
+def _num_chunks(num_targets: int, device: torch.device, sharded: bool) -> int:
+    """Return the number of calls of ``lm_head``, on all ranks the same where its weights are sharded."""
     count = torch.tensor(max(-(-num_targets // CHUNK_SIZE), 1), device=device)
-    if is_deepspeed_zero3_enabled():
+    if sharded:
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
     return int(count)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
@@ -21,6 +20,7 @@ from yivl.model.decoder import DecoderLayer
 from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features
 from yivl.model.loss import supervised_loss
 from yivl.model.projector import build_projector
+from yivl.model.sharding import is_sharded
 from yivl.model.vision_tower import Images, VisionTower, stack_images
 
 
@@ -147,14 +147,14 @@ class YiVLForCausalLM(LlamaForCausalLM):
     def _dummy_vision_forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Add a zero that depends on tower and projector where a batch without images needs one.
 
-        All ranks must run the same modules in the same order: under ZeRO-3 a rank whose batch has no image would
-        otherwise gather other weights than the rest, and all ranks would hang. Trainable vision parameters must get
-        gradients of zero instead of none on one rank too, so that a step does not depend on the number of ranks: the
-        optimizer moves a parameter with a zero gradient by its momentum and skips one without a gradient.
+        All ranks must run the same modules in the same order: under ZeRO-3 and FSDP2 a rank whose batch has no image
+        would otherwise gather other weights than the rest, and all ranks would hang. Trainable vision parameters must
+        get gradients of zero instead of none on one rank too, so that a step does not depend on the number of ranks:
+        the optimizer moves a parameter with a zero gradient by its momentum and skips one without a gradient.
         """
         vision = (self.model.vision_tower, self.model.mm_projector)
         is_trained = self.training and any(weight.requires_grad for module in vision for weight in module.parameters())
-        if not is_trained and not is_deepspeed_zero3_enabled():
+        if not is_trained and not is_sharded(self.model.vision_tower.vit.encoder.layers[0]):
             return inputs_embeds
         size = self.config.vision_config.image_size
         zero = self.encode_images(torch.zeros(1, 3, size, size)).float().sum() * 0

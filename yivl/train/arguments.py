@@ -22,7 +22,7 @@ from yivl.train.stages import STAGES
 # Flags that may name a file or folder. A shell expands "~" neither in a configuration nor after an equals sign.
 _PATHS: Final = (
     *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "eval_data_path"),
-    *("output_dir", "deepspeed", "resume"),
+    *("output_dir", "deepspeed", "fsdp_config", "resume"),
 )
 
 
@@ -168,6 +168,10 @@ class YiVLTrainingArguments:
     gradient_checkpointing: bool = _flag(False, "gradient checkpointing of the language model's layers")
     vision_gradient_checkpointing: bool = _flag(False, "gradient checkpointing of the ViT's layers")
     deepspeed: str | None = _flag(None, "DeepSpeed configuration, such as scripts/zero2.json")
+    fsdp: bool = _flag(False, "FSDP2 instead of DeepSpeed: shard weights, gradients and optimizer states across GPUs")
+    fsdp_config: str | None = _flag(
+        None, 'FSDP2 settings, a JSON file or text such as {"reshard_after_forward": false}'
+    )
     seed: int = _flag(42, "seed of the initialization, the dropout and the order of the data")
     disable_tqdm: bool = _flag(False, "log lines instead of a progress bar, also in a terminal")
     dataloader_num_workers: int = _flag(2, "data loading workers of a process")

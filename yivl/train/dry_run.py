@@ -44,6 +44,8 @@ def estimate_memory(
     Bytes per trainable parameter, for weight, gradient and optimizer: 2, 2 and 12 (FP32 master weight and two moments)
     with DeepSpeed in 16 bits; 4, 4 and 8 without it, or 2 with an 8-bit ``--optim``, and 2 for the copy that autocast
     caches. ZeRO partitions the optimizer states from stage 1, the gradients from stage 2 and the weights from stage 3.
+    FSDP2 partitions all of them, gathers a layer and the next ones, and keeps the output head gathered between its
+    forward and backward pass; with ``reshard_after_forward`` false, all layers.
     """
     model, training = arguments.model, arguments.training
     is_16_bit = bool(training.bf16 or (training.fp16 and zero.stage))
@@ -54,13 +56,17 @@ def estimate_memory(
         (size.parameters - size.trainable) * (quantized_width if size.name == "language_model" else width)
         for size in sizes
     )
-    has_master_weights = zero.stage > 0 and is_16_bit
+    has_master_weights = zero.stage > 0 and is_16_bit and not zero.is_fsdp
     moments = 2 if "8bit" in str(training.others.get("optim")) else 8
-    weight, gradient, moments = (2, 2, 4 + moments) if has_master_weights else (6 if is_16_bit else 4, 4, moments)
-    weights = (frozen + trained * weight) / (num_gpus if zero.stage == 3 else 1)
+    cached = 2 if is_16_bit and not zero.is_fsdp else 0
+    weight, gradient, moments = (2, 2, 4 + moments) if has_master_weights else (4 + cached, 4, moments)
+    weights = (frozen + trained * weight) / (num_gpus if zero.stage == 3 or zero.is_fsdp else 1)
     largest_layer = max(size.parameters for size in sizes) / config.num_hidden_layers * width
     if zero.stage == 3:
         weights = (0 if zero.offloads_weights else weights) + 3 * largest_layer  # gathered for use
+    if zero.is_fsdp:
+        head = config.vocab_size * config.hidden_size * width
+        weights += 2 * head if zero.stage == 3 else sum(size.parameters for size in sizes) * width + head
     gradients = trained * gradient / (num_gpus if zero.stage >= 2 else 1)
     optimizer = trained * moments / (num_gpus if zero.stage >= 1 else 1)
     if zero.offloads_optimizer:
@@ -118,7 +124,7 @@ def describe_run(run: Run, config: YiVLConfig, sizes: Sequence[PartSize]) -> str
         f"{run.total_steps:,} steps, global batch size {micro_batch * batches_per_step:,} ({micro_batch} per device x "
         f"{accumulation} accumulation steps x {plan.world_size} processes)",
         f"first batch: {samples:,} samples, {tokens:,} tokens; about {tokens * batches_per_step:,} tokens per step",
-        f"estimated memory per GPU, sequence length {sequence_length:,}, ZeRO stage {plan.zero.stage}:",
+        f"estimated memory per GPU, sequence length {sequence_length:,}, {plan.zero}:",
     ]
     for num_gpus in sorted({plan.world_size, 1, 8, 64} if plan.zero.stage else {plan.world_size}):
         lines.append(f"{num_gpus:>5} GPUs  {estimate_memory(sizes, config, arguments, plan.zero, num_gpus)}")

@@ -20,32 +20,69 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Zero:
-    """The ZeRO settings of a DeepSpeed configuration."""
+    """What the ranks of a run shard, by the settings of DeepSpeed or FSDP2."""
 
     stage: int = 0
-    """0 without DeepSpeed."""
+    """Of ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too; 0 with neither DeepSpeed nor FSDP2."""
     offloads_optimizer: bool = False
     offloads_weights: bool = False
+    is_fsdp: bool = False
 
     @classmethod
-    def read(cls, deepspeed: str | None) -> "Zero":
-        """Return the settings of ``--deepspeed``: a file, or JSON text.
+    def read(cls, training: YiVLTrainingArguments) -> "Zero":
+        """Return the settings of ``--deepspeed`` or ``--fsdp``.
 
         Raises:
-            YiVLError: If it cannot be read.
+            YiVLError: If a configuration cannot be read, or flags contradict each other.
         """
-        if not deepspeed:
+        if training.fsdp:
+            return cls._read_fsdp(training)
+        if training.fsdp_config:
+            raise YiVLError("--fsdp_config has no effect without --fsdp True; add it, or drop --fsdp_config")
+        if not training.deepspeed:
             return cls()
-        try:
-            text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
-            fields: dict[str, Any] = json.loads(text).get("zero_optimization", {})
-        except (OSError, ValueError) as error:
-            raise YiVLError(f"--deepspeed {deepspeed}: cannot be read ({error}); give a JSON file") from error
+        fields = _read_json("deepspeed", training.deepspeed).get("zero_optimization", {})
         return cls(
             int(fields.get("stage", 0)),
             fields.get("offload_optimizer", {}).get("device", "none") != "none",
             fields.get("offload_param", {}).get("device", "none") != "none",
         )
+
+    def __str__(self) -> str:
+        return f"FSDP2 as ZeRO stage {self.stage}" if self.is_fsdp else f"ZeRO stage {self.stage}"
+
+    @classmethod
+    def _read_fsdp(cls, training: YiVLTrainingArguments) -> "Zero":
+        if training.deepspeed:
+            raise YiVLError(
+                f"--fsdp True, --deepspeed {training.deepspeed}: drop one of them (the scripts set no --deepspeed with "
+                "DEEPSPEED=)"
+            )
+        if training.fp16:
+            raise YiVLError("--fp16 True: not supported with --fsdp True; use --bf16 True")
+        given = {} if training.fsdp_config is None else _read_json("fsdp_config", training.fsdp_config)
+        fields = {name.removeprefix("fsdp_"): value for name, value in given.items()}
+        if fields.pop("version", 2) != 2:
+            raise YiVLError("--fsdp_config: only version 2 is supported; drop version")
+        reshards = fields.pop("reshard_after_forward", True)
+        if fields or not isinstance(reshards, bool):
+            names = ", ".join(fields) or "reshard_after_forward"
+            raise YiVLError(
+                f"--fsdp_config: {names}: not supported; the one setting is reshard_after_forward, true or false"
+            )
+        return cls(3 if reshards else 2, is_fsdp=True)
+
+
+def _read_json(flag: str, value: str) -> dict[str, Any]:
+    """Return the object in a file, or in JSON text, that a flag gives."""
+    try:
+        text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
+        fields: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise YiVLError(f"--{flag} {value}: cannot be read ({error}); give a JSON file") from error
+    if not isinstance(fields, dict):
+        raise YiVLError(f"--{flag} {value}: not an object; give a JSON file")
+    return fields
 
 
 @dataclass(frozen=True)
@@ -62,18 +99,20 @@ class RunPlan:
         """Return the plan of a run on ``world_size`` processes; by default ``WORLD_SIZE``, which launchers set.
 
         Raises:
-            YiVLError: If the batch sizes contradict each other, or ZeRO-3 meets quantized weights.
+            YiVLError: If the batch sizes contradict each other, or weights cannot be sharded.
         """
         training = arguments.training
         if world_size is None:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batch, accumulation = split_batch(training, world_size)
-        zero = Zero.read(training.deepspeed)
-        if arguments.model.bits != 16 and zero.stage == 3:
+        zero = Zero.read(training)
+        if arguments.model.bits != 16 and (zero.stage == 3 or zero.is_fsdp):
             raise YiVLError(
-                f"--bits {arguments.model.bits}: ZeRO-3 cannot partition quantized weights; use scripts/zero2.json or "
-                "no --deepspeed"
+                f"--bits {arguments.model.bits}: {'FSDP2' if zero.is_fsdp else 'ZeRO-3'} cannot partition quantized "
+                "weights; use scripts/zero2.json or no --deepspeed"
             )
+        if zero.is_fsdp and world_size == 1 and not training.dry_run:
+            raise YiVLError("--fsdp True: one process has nothing to shard; start several, or drop --fsdp")
         return cls(world_size, micro_batch, accumulation, zero)
 
     def total_steps(self, training: YiVLTrainingArguments, num_batches: int) -> int:
@@ -105,7 +144,8 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         derived["use_cpu"] = True  # ranks without an accelerator would not find each other otherwise
     if training.dry_run:
-        derived["deepspeed"] = None  # nothing is trained, and DeepSpeed would compile its operators
+        # Nothing is trained. DeepSpeed would compile its operators.
+        derived |= {"deepspeed": None, "fsdp": None, "fsdp_config": None}
     try:
         args = TrainingArguments(**given | dict(training.others) | derived)
     except (ValueError, ImportError, OSError) as error:

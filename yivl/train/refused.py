@@ -46,7 +46,6 @@ _TRANSFORMERS: Final[Mapping[str, str]] = {
     "label_names": "the labels are those of the conversations",
     "data_seed": "use --seed",
     "push_to_hub": "upload the finished folder with scripts/hub.py",
-    "fsdp": "use --deepspeed scripts/zero3.json",
 }
 
 

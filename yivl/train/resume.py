@@ -168,10 +168,14 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
         logger.warning("%s", change)
     if (step := _global_step(checkpoint)) > total_steps:
         raise CheckpointError(f"{checkpoint}: is of step {step}, after the last step of this run ({total_steps})")
-    pattern, state = ("global_step*", "of") if now["deepspeed"] else ("optimizer.*", "to resume without")
+    pattern, state = "optimizer.pt", "to resume without DeepSpeed and FSDP2"
+    if now["deepspeed"]:
+        pattern, state = "global_step*", "of DeepSpeed"
+    elif now["fsdp"]:
+        pattern, state = "optimizer.bin", "of FSDP2"
     if not any(checkpoint.glob(pattern)):
         raise CheckpointError(
-            f"{checkpoint}: holds no optimizer state {state} DeepSpeed; use the --deepspeed of the run that wrote it"
+            f"{checkpoint}: holds no optimizer state {state}; use the --deepspeed and --fsdp of the run that wrote it"
         )
 
 

@@ -34,6 +34,7 @@ from yivl.train.resume import (
     find_checkpoint,
     finished_checkpoints,
     is_finished,
+    load_trained,
     remove_leftovers,
 )
 from yivl.train.run_lock import run_lock
@@ -170,6 +171,8 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
         SystemExit: If a signal stopped the run before its last step, with the exit code that a shell gives the signal.
     """
     training = run.arguments.training
+    if run.plan.zero.is_fsdp and run.checkpoint is not None:
+        load_trained(model, run.checkpoint)
     trainer = YiVLTrainer(
         model,
         run.args,

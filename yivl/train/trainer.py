@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.adapters import save_adapter
@@ -28,6 +29,7 @@ from yivl.data.sampler import BatchSampler
 from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments
 from yivl.train.dataloaders import Batches, BatchLoader
+from yivl.train.fsdp import enable_fsdp, save_optimizer, without_padding
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
 from yivl.train.plan import as_config, as_dict
 from yivl.train.resume import UNFINISHED, describe_origin, finished_checkpoints, load_trained, publish
@@ -81,6 +83,13 @@ class YiVLTrainer(Trainer):
         self._given: list[dict[str, Any]] = []
         # Samples and tokens since the last log line, on this rank.
         self._seen, self._since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, which wraps the model."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            enable_fsdp(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> BatchLoader:
         """Return the batches of this rank, which must not be sharded again."""
@@ -257,6 +266,14 @@ class YiVLTrainer(Trainer):
             raise
         self.accelerator.wait_for_everyone()
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model; all ranks wait for it before they write other files."""
         super().save_model(output_dir, _internal_call)
@@ -266,6 +283,8 @@ class YiVLTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        if self.is_fsdp_enabled and state_dict is not None:
+            state_dict = without_padding(state_dict)
         if self._final_dtype is not None and not self.arguments.model.lora_enable:
             weights = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {key: value.to(self._final_dtype) for key, value in weights.items()}
@@ -289,7 +308,8 @@ class YiVLTrainer(Trainer):
             set_seed(self.args.seed + self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
+        if not self.is_fsdp_enabled:  # `fit` loads the weights before they are sharded
+            load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
 class _EpochOrder(TrainerCallback):
