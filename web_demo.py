@@ -43,9 +43,11 @@ def main() -> None:
     limits = Limits.from_flags(arguments)
     loaded = command_line.load(arguments)
 
+    from yivl.serve.memory import return_large_blocks
     from yivl.serve.scheduler import Scheduler
     from yivl.serve.web_layout import build_page, launch
 
+    return_large_blocks()
     blocks = build_page(Scheduler(loaded, limits), limits, EXAMPLES)
     launch(
         blocks,

@@ -108,7 +108,8 @@ class Chat:
         """Return the answer and add the turn to the conversation.
 
         Args:
-            question: Plain text; placeholders and special tokens in it stay text.
+            question: Plain text; placeholders and special tokens in it stay text. ``###`` starts a turn, as in the
+                reference: pass text that the user did not write through ``yivl.conversation.escape_markers``.
             image: One image or several, shown before the question.
             stop_event: Set it from another thread to end the answer early.
             **sampling: Fields of ``Sampling``.

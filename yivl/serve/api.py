@@ -27,8 +27,10 @@ def main() -> None:
     import uvicorn
 
     from yivl.serve.app import build_app
+    from yivl.serve.memory import return_large_blocks
     from yivl.serve.scheduler import Scheduler
 
+    return_large_blocks()
     loaded = command_line.load(arguments)
     if api_key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("%s:%d is open to everyone who can reach it; set YIVL_API_KEY", arguments.host, arguments.port)

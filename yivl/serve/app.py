@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from yivl.serve.api_errors import APIError, add_error_handlers
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
+from yivl.serve.images import ImageReader
 from yivl.serve.limits import Limits
 from yivl.serve.messages import read_messages
 from yivl.serve.metrics import Metrics
@@ -57,7 +58,7 @@ def build_app(
         read_messages,
         limits=limits,
         fetcher=Fetcher(remote_hosts, limits.max_image_bytes),
-        image_processor=scheduler.loaded.image_processor,
+        reader=ImageReader(limits, scheduler.loaded.image_processor),
     )
     readers = anyio.CapacityLimiter(limits.max_batch)
 

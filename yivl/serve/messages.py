@@ -9,8 +9,7 @@ from typing import Final
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
-from yivl.image_processing import ImageProcessor
-from yivl.serve.images import SentImage, read_image
+from yivl.serve.images import ImageReader, SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.remote import Fetcher
 from yivl.serve.schema import ImagePart, Message, SystemMessage, TextPart
@@ -19,7 +18,7 @@ _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNO
 
 
 def read_messages(
-    messages: Sequence[Message], limits: Limits, fetcher: Fetcher, image_processor: ImageProcessor
+    messages: Sequence[Message], limits: Limits, fetcher: Fetcher, reader: ImageReader
 ) -> tuple[str, list[Turn], list[list[SentImage]]]:
     """Return the system message, the turns, of which the last one has no answer, and the images of each turn.
 
@@ -41,7 +40,7 @@ def read_messages(
     ]
     if sum(map(len, urls)) > limits.max_images:
         raise YiVLError(f"a request may hold at most {limits.max_images} images")
-    images = [[read_image(_data(url, limits, fetcher), limits, image_processor) for url in group] for group in urls]
+    images = [[reader.read(_data(url, limits, fetcher)) for url in group] for group in urls]
     texts = [_text(message) for message in messages]
     turns = [
         Turn(question, answer, num_images=len(group))

@@ -20,7 +20,7 @@ from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.bubbles import Bubble, as_bubbles, bubble, bubbles_up_to
-from yivl.serve.images import SentImage, read_image
+from yivl.serve.images import ImageReader, SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Overloaded, Scheduler
 from yivl.serve.sessions import Session, Sessions
@@ -51,6 +51,7 @@ class Page:
         self.loaded = scheduler.loaded
         self.limits = limits
         self.sessions = Sessions(self.loaded, limits)
+        self._reader = ImageReader(limits, self.loaded.image_processor)
 
     def show_image(self, upload: dict[str, Any] | None, request: gr.Request) -> tuple[Any, list[Bubble], str]:
         """Start a conversation about another image, or without one; ``upload`` is what the browser sent."""
@@ -75,7 +76,7 @@ class Page:
         if file.stat().st_size > self.limits.max_image_bytes:
             raise YiVLError(f"the image has more than {self.limits.max_image_bytes:,} bytes")
         try:
-            return read_image(file.read_bytes(), self.limits, self.loaded.image_processor)
+            return self._reader.read(file.read_bytes())
         except ImageError as error:
             raise YiVLError(str(error).replace("image bytes", Path(path).name, 1)) from error
 
