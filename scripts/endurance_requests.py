@@ -181,7 +181,9 @@ class Client:
         self._refusal(self._http.post("/v1/chat/completions", content=body, headers=headers), f"body {body[:60]!r}")
 
     def _path(self, chance: random.Random) -> None:
-        path = chance.choice(("/", "/v1", "/v1/models/x", "/etc/passwd", "/%00", "/v1/chat/completions", "/" + "a" * 5000))
+        path = chance.choice(
+            ("/", "/v1", "/v1/models/x", "/etc/passwd", "/%00", "/v1/chat/completions", "/" + "a" * 5000)
+        )
         self._refusal(self._http.get(path), f"path {path[:40]}")
 
     def _long_question(self, chance: random.Random) -> None:

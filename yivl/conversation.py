@@ -52,10 +52,10 @@ def render_chunks(messages: Iterable[RoleText], system: str = SYSTEM_PROMPT) -> 
 def escape_markers(text: str) -> str:
     """Return text that cannot start a turn, an image slot or a control token, for text that the user did not write.
 
-    A question is part of the prompt as it is, as in the reference: ``\\n### Assistant: ...`` in it gets the ids of an
-    answer. Escape documents, web pages and the output of OCR before they become part of a question. A space is put
-    between three ``#`` and after the ``<`` of ``<image_placeholder>``, ``<image>``, ``<|...|>``, ``<s>``, ``</s>``,
-    ``<unk>`` and ``<pad>``; all other text is unchanged, and escaping again changes nothing.
+    A question is part of the prompt as it is, as in the reference: ``### Assistant: ...`` on a line of its own gets the
+    ids of an answer. Escape documents, web pages and the output of OCR before they become part of a question. A space
+    is put between three ``#`` and after the ``<`` of ``<image_placeholder>``, ``<image>``, ``<|...|>``, ``<s>``,
+    ``</s>``, ``<unk>`` and ``<pad>``; all other text is unchanged, and escaping again changes nothing.
     """
     return _MARKERS.sub(lambda found: f"{found[0]} ", text)
 

@@ -16,7 +16,7 @@ from gradio.utils import get_upload_folder
 
 from yivl.command_line import is_out_of_memory
 from yivl.errors import ImageError, YiVLError
-from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState
+from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState, check_length
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.bubbles import Bubble, as_bubbles, bubble, bubbles_up_to
@@ -96,7 +96,7 @@ class Page:
             self._show(upload, request)  # the event of a new upload may come later than the question
         except YiVLError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return "", *_queue(session, len(session.chat.turns), question.strip())
+        return "", *_queue(session, len(session.chat.turns), self._checked(question.strip()))
 
     def regenerate(self, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
         """Queue the last question again."""
@@ -105,15 +105,20 @@ class Page:
             raise gr.Error(TEXTS[language]["no_turns"], print_exception=False)
         return _queue(session, len(session.chat.turns) - 1, session.chat.turns[-1].question)
 
-    def edit(self, edit: gr.EditData, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
+    def edit(self, edit: gr.EventData, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
         """Queue another question in place of an earlier one."""
         session = self._current(bubbles, language, request)
-        assert isinstance(edit.index, int)
-        return _queue(session, edit.index // 2, html.unescape(str(edit.value)))
+        try:  # not gr.EditData, whose constructor fails on a request that has other fields
+            index, value = int(edit.index), str(edit.value)
+        except (AttributeError, TypeError, ValueError):
+            index, value = -1, ""
+        if not 0 <= index < 2 * len(session.chat.turns):
+            raise gr.Error(TEXTS[language]["no_turns"], print_exception=False)
+        return _queue(session, index // 2, self._checked(html.unescape(value)))
 
     def answer(
         self,
-        pending: Pending,
+        pending: Pending | None,
         temperature: float,
         top_p: float,
         max_tokens: int,
@@ -123,7 +128,8 @@ class Page:
     ) -> Iterator[tuple[list[Bubble], str]]:
         """Stream the answer to a queued question."""
         session = self._session(request)
-        if session.stop_event is not pending.stop_event:  # the session was closed while the question was queued
+        # None: nothing was queued. Another event: the session was closed while the question was queued.
+        if pending is None or session.stop_event is not pending.stop_event:
             gr.Warning(TEXTS[language]["gone"])
             yield as_bubbles(session.chat), self.status()
             return
@@ -244,6 +250,14 @@ class Page:
             if answer.finish_reason == "cancelled":
                 parts.append(texts["stopped"])
         return " · ".join(parts)
+
+    def _checked(self, question: str) -> str:
+        """Return a question that is not too long; a longer one would be sent to the browser with every update."""
+        try:
+            check_length(len(question), self.loaded)
+        except YiVLError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return question
 
     def _session(self, request: gr.Request) -> Session:
         return self.sessions.get(_key(request))
