@@ -59,7 +59,7 @@ GOOD_IMAGES: Final = (
     image_file("PNG", (7000, 1), "1"),
     image_file("JPEG", (300, 40)),
     image_file("WEBP", (40, 300)),
-    image_file("PNG", (2000, 2000), "P"),
+    image_file("PNG", (1000, 1000), "P"),
     image_file("TIFF", (100, 100), "I;16"),
     image_file("PNG", (1, 7000), "LA"),
     image_file("GIF", (50, 60), "P"),
@@ -85,7 +85,7 @@ BAD_IMAGES: Final = (
     ("text chunk", _png_with_text(60_000_000)),
     ("EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     ("PPM", b"P6 4 4 255\n" + b"x" * 48),
-    ("scans", _jpeg_of_many_scans(2000, 20)),
+    ("scans", _jpeg_of_many_scans(2000, 2000)),
 )
 """Images that are refused, by name."""
 
