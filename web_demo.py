@@ -41,11 +41,17 @@ def main() -> None:
     """Load the model, then serve the page until Ctrl-C."""
     arguments = parse_args()
     limits = Limits.from_flags(arguments)
-    loaded = command_line.load(arguments)
 
+    from yivl.serve.listening import bind
+
+    bind(arguments.server_name, arguments.server_port, "--server-name, --server-port").close()
+
+    from yivl.serve.memory import return_large_blocks
     from yivl.serve.scheduler import Scheduler
     from yivl.serve.web_layout import build_page, launch
 
+    return_large_blocks()
+    loaded = command_line.load(arguments)
     blocks = build_page(Scheduler(loaded, limits), limits, EXAMPLES)
     launch(
         blocks,

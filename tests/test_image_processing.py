@@ -47,7 +47,7 @@ BAD = {
     "damaged animation": (animated_gif()[:-12] + b"\x2c" * 12, "damaged|animated|not a readable"),
     "bomb": (png_header(60_000, 60_000), "more than 89,478,485 pixels"),
     "smaller bomb": (png_header(10_000, 10_000), "more than 89,478,485 pixels"),
-    "animated": (animated_gif(), r"animated or multi-page \(2 frames\)"),
+    "animated": (animated_gif(), "animated, or of several pages"),
 }
 
 

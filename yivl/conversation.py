@@ -4,11 +4,14 @@ A prompt is a list of text chunks with one image slot between neighbors, so that
 cannot become an image.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from yivl.constants import ASSISTANT, DEFAULT_IMAGE_TOKEN, HUMAN, STOP_STRING, SYSTEM_PROMPT
+
+_MARKERS: Final = re.compile(r"##(?=#)|<(?=\||(?:image_placeholder|image|/?s|unk|pad)>)")
 
 RoleText = tuple[str, Sequence[str] | None]
 """Role and text pieces with one image slot between neighbors; ``None`` is the answer to generate."""
@@ -44,6 +47,17 @@ def render_chunks(messages: Iterable[RoleText], system: str = SYSTEM_PROMPT) -> 
             chunks.extend(pieces[1:])
             chunks[-1] += f"\n{STOP_STRING} "
     return chunks
+
+
+def escape_markers(text: str) -> str:
+    """Return text that cannot start a turn, an image slot or a control token, for text that the user did not write.
+
+    A question is part of the prompt as it is, as in the reference: ``### Assistant: ...`` on a line of its own gets the
+    ids of an answer. Escape documents, web pages and the output of OCR before they become part of a question. A space
+    is put between three ``#`` and after the ``<`` of ``<image_placeholder>``, ``<image>``, ``<|...|>``, ``<s>``,
+    ``</s>``, ``<unk>`` and ``<pad>``; all other text is unchanged, and escaping again changes nothing.
+    """
+    return _MARKERS.sub(lambda found: f"{found[0]} ", text)
 
 
 @dataclass

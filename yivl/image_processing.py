@@ -8,10 +8,11 @@ import http.client
 import io
 import math
 import os
+import re
 import time
 import urllib.request
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -39,6 +40,16 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
 """Largest download, in bytes. Source: ours."""
+
+MAX_JPEG_SCANS: Final = 100
+"""Largest number of scans of a JPEG; each passes over the whole image, so that a small file can take hours.
+Source: libtiff, which allows as many to a JPEG in a TIFF."""
+
+_JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+"""Start of a segment, or the end of the image. The bytes left out are data, restarts and padding."""
+
+_STRIP_PIXELS: Final = 2**20
+"""Pixels that are converted and resized at a time. Source: ours."""
 
 DOWNLOAD_TIMEOUT: Final = 20.0
 """Timeout of a download, in seconds: of the whole and of each read. Source: ours."""
@@ -68,7 +79,19 @@ def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: i
         raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the image first") from error
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ImageError(f"{name}: not a readable image; use JPEG, PNG, WebP, BMP or TIFF") from error
+    if image.format in ("JPEG", "MPO") and _num_scans(data) > MAX_JPEG_SCANS:
+        raise ImageError(f"{name}: more than {MAX_JPEG_SCANS} scans; save the image again")
     return _upright(image, name, max_pixels)
+
+
+def _num_scans(data: bytes) -> int:
+    """Return the number of scans of a JPEG, without those of its thumbnail and of what follows its end."""
+    position, scans = 2, 0
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+        position = marker.end() + max(length, 2)
+    return scans
 
 
 def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:
@@ -112,10 +135,10 @@ def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         longest = math.isqrt(max_pixels)
         raise ImageError(f"{name}: more than {longest:,} pixels on a side; shrink the image first")
     try:
-        frames = getattr(image, "n_frames", 1)
-        # An MPO file is a photograph followed by previews or a stereo partner; its first frame is the image.
-        if frames > 1 and image.format != "MPO":
-            raise ImageError(f"{name}: animated or multi-page ({frames} frames); save one frame as a file of its own")
+        # Not n_frames: Pillow reads a file of many frames to its end for it. An MPO file is a photograph followed by
+        # previews or a stereo partner; its first frame is the image.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            raise ImageError(f"{name}: animated, or of several pages; save one frame as a file of its own")
         image.load()
         # Without an orientation to apply, exif_transpose returns a copy.
         has_orientation = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
@@ -201,10 +224,8 @@ class ImageProcessor:
         """Return the pixels of the transformed images, ``(num_images, image_size, image_size, 3)`` uint8."""
         pixels = np.empty((len(images), self.image_size, self.image_size, 3), dtype=np.uint8)
         for image, values in zip(images, pixels, strict=True):
-            rgb = to_rgb(image, self.background)
-            if self.aspect_ratio == "pad":
-                rgb = expand2square(rgb, self.background)
-            values[:] = np.asarray(resize_and_crop(rgb, self.image_size, self.clip_processor.resample))
+            resample, pad = self.clip_processor.resample, self.aspect_ratio == "pad"
+            values[:] = np.asarray(resize_to_square(image, self.image_size, self.background, resample, pad=pad))
         return torch.from_numpy(pixels)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -221,19 +242,54 @@ class ImageProcessor:
         return torch.stack(looked_up, dim=1)
 
 
-def resize_and_crop(image: Image.Image, image_size: int, resample: int) -> Image.Image:
-    """Return the image resized to ``image_size`` pixels on its shorter side and center-cropped to a square.
+def resize_to_square(
+    image: Image.Image, image_size: int, background: tuple[int, int, int], resample: int, *, pad: bool
+) -> Image.Image:
+    """Return the RGB image resized to ``image_size`` pixels on its shorter side and center-cropped to a square.
+
+    Rows are converted, padded and resized in strips, then columns: Pillow resizes in the same two passes, so the pixels
+    are those of the whole image. The memory is that of the image, not of the square around it, nor of its resized form.
+
+    Args:
+        image: An image of any mode.
+        image_size: Pixels per side of the result.
+        background: Color of the padding, and behind transparency.
+        resample: Filter of Pillow.
+        pad: Center the image on a square first, as ``expand2square`` does.
 
     Source: transformers, CLIPImageProcessorPil, which computes the same with arrays.
     """
-    shorter, longer = sorted(image.size)
+    full_width, full_height = (max(image.size),) * 2 if pad else image.size
+    shorter, longer = sorted((full_width, full_height))
     longer = int(image_size * longer / shorter)
-    width, height = (image_size, longer) if image.width <= image.height else (longer, image_size)
+    width, height = (image_size, longer) if full_width <= full_height else (longer, image_size)
     left, top = (width - image_size) // 2, (height - image_size) // 2
-    resized = image.resize((width, height), Image.Resampling(resample))
-    if width == height:
-        return resized
-    return resized.crop((left, top, left + image_size, top + image_size))
+    x, y = (full_width - image.width) // 2, (full_height - image.height) // 2
+
+    # Resized, a row or column of the background has its color; so only rows of the image are computed.
+    narrow = Image.new("RGB", (image_size, full_height), background)
+    for first, last in _strips(image.height, max(full_width, width)):
+        strip = to_rgb(image.crop((0, first, image.width, last)), background)
+        if strip.width < full_width:
+            padded = Image.new("RGB", (full_width, strip.height), background)
+            padded.paste(strip, (x, 0))
+            strip = padded
+        strip = strip.resize((width, strip.height), Image.Resampling(resample))
+        narrow.paste(strip.crop((left, 0, left + image_size, strip.height)), (0, y + first))
+
+    result = Image.new("RGB", (image_size, image_size))
+    for first, last in _strips(image_size, max(full_height, height)):
+        strip = narrow.crop((first, 0, last, full_height))
+        strip = strip.resize((strip.width, height), Image.Resampling(resample))
+        result.paste(strip.crop((0, top, strip.width, top + image_size)), (first, 0))
+    return result
+
+
+def _strips(length: int, width: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges that divide ``length`` rows of ``width`` pixels into strips of bounded size."""
+    step = max(1, _STRIP_PIXELS // width)
+    for first in range(0, length, step):
+        yield first, min(first + step, length)
 
 
 def _normalized_levels(clip_processor: CLIPImageProcessorPil) -> np.ndarray:

@@ -23,7 +23,16 @@ from yivl.inference.request import Answer, EncodedImage, FinishReason, Generatio
 from yivl.inference.sampling import AnswerText, Sampler, Sampling
 from yivl.tokenization import Detokenizer, tokenize_chunks
 
-__all__ = ["Answer", "Chat", "EncodedImage", "FinishReason", "GenerationState", "ImageInput", "answer_batch"]
+__all__ = [
+    "Answer",
+    "Chat",
+    "EncodedImage",
+    "FinishReason",
+    "GenerationState",
+    "ImageInput",
+    "answer_batch",
+    "check_length",
+]
 
 Images = ImageInput | Sequence[ImageInput] | None
 """The images of a question, shown before it."""
@@ -108,7 +117,8 @@ class Chat:
         """Return the answer and add the turn to the conversation.
 
         Args:
-            question: Plain text; placeholders and special tokens in it stay text.
+            question: Plain text; placeholders and special tokens in it stay text. ``###`` starts a turn, as in the
+                reference: pass text that the user did not write through ``yivl.conversation.escape_markers``.
             image: One image or several, shown before the question.
             stop_event: Set it from another thread to end the answer early.
             **sampling: Fields of ``Sampling``.
@@ -234,9 +244,7 @@ class Chat:
         encoded = [image for group in (*self._images[:index], images) for image in group]
         tokenizer, context = self.loaded.tokenizer, self.loaded.model.config.max_position_embeddings
         chunks = render_chunks([message for turn in turns for message in turn.messages()], self.system)
-        num_characters = sum(map(len, chunks))
-        if num_characters > context * tokenizer.longest_piece:  # too long however it is tokenized, which takes time
-            raise ContextLengthError(f"the conversation has {num_characters} characters, too many for the context")
+        check_length(sum(map(len, chunks)), self.loaded)
         input_ids = tokenize_chunks(chunks, tokenizer)
         image_keys = iter([-image.serial] * len(image.features) for image in encoded)
         slots = (next(image_keys) if token == IMAGE_TOKEN_INDEX else [token] for token in input_ids)
@@ -280,6 +288,20 @@ class Chat:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def check_length(num_characters: int, loaded: LoadedModel) -> None:
+    """Check that a text can fit into the context, without tokenizing it, which takes time.
+
+    Raises:
+        ContextLengthError: If it is too long however it is tokenized.
+    """
+    most = loaded.model.config.max_position_embeddings * loaded.tokenizer.longest_piece
+    if num_characters > most:
+        raise ContextLengthError(
+            f"the conversation has {num_characters:,} characters, and the context holds at most {most:,}; "
+            "ask with less text"
+        )
 
 
 def answer_batch(

@@ -24,27 +24,23 @@ def main() -> None:
     arguments = parser.parse_args()
     limits, api_key = Limits.from_flags(arguments), os.environ.get("YIVL_API_KEY")
 
-    import uvicorn
+    from yivl.serve.listening import Server, bind
+
+    listener = bind(arguments.host, arguments.port, "--host, --port")
 
     from yivl.serve.app import build_app
+    from yivl.serve.memory import return_large_blocks
     from yivl.serve.scheduler import Scheduler
 
+    return_large_blocks()
     loaded = command_line.load(arguments)
     if api_key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("%s:%d is open to everyone who can reach it; set YIVL_API_KEY", arguments.host, arguments.port)
-    app = build_app(
-        Scheduler(loaded, limits), limits, api_key=api_key, remote_hosts=tuple(arguments.allow_remote_images)
-    )
-    logger.info("http://%s:%d/v1 answers as %s", arguments.host, arguments.port, loaded.name)
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=limits.shutdown_seconds,
-        server_header=False,
-    )
+    scheduler = Scheduler(loaded, limits)
+    app = build_app(scheduler, limits, api_key=api_key, remote_hosts=tuple(arguments.allow_remote_images))
+    port = listener.getsockname()[1]
+    logger.info("http://%s:%d/v1 answers as %s", arguments.host, port, loaded.name)
+    Server(app, scheduler, limits).run(sockets=[listener])
 
 
 def console() -> None:

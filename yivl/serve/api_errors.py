@@ -9,14 +9,15 @@ from starlette.exceptions import HTTPException
 
 from yivl.command_line import is_out_of_memory
 from yivl.errors import ContextLengthError, ImageError, NonFiniteError, YiVLError
-from yivl.serve.scheduler import Overloaded
+from yivl.serve.scheduler import Overloaded, ShuttingDown
 from yivl.serve.schema import ErrorBody, ErrorResponse
 
 _INVALID: Final = "invalid_request_error"
-_TYPES: Final = dict.fromkeys((400, 404, 405, 413, 415), _INVALID) | {
+_TYPES: Final = dict.fromkeys((400, 404, 405, 408, 413, 415), _INVALID) | {
     401: "authentication_error",
     429: "rate_limit_error",
 }
+_MAX_PLACE: Final = 100  # characters; the client chooses the names of unknown parameters
 _HEADERS: Final = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}}
 
 
@@ -50,6 +51,8 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(500, "the model computed values that are not finite", code="model_error")
         case YiVLError():
             return APIError(400, str(error))
+        case ShuttingDown():
+            return APIError(503, "the server is shutting down; try again in a while", code="shutting_down")
         case Overloaded():
             return APIError(429, "too many requests are waiting; try again in a while", code="overloaded")
         case TimeoutError():
@@ -61,7 +64,13 @@ def as_api_error(error: Exception) -> APIError:
 
 def http_error(status: int) -> APIError:
     """Return the error of a status that no handler of ours explains."""
-    texts = {404: "there is nothing here", 405: "not with this method", 413: "the request is too large"}
+    texts = {
+        404: "there is nothing here",
+        405: "not with this method",
+        408: "the request was sent too slowly",
+        413: "the request is too large",
+        429: "too many large requests; try again in a while",
+    }
     return APIError(status, texts.get(status, "the request cannot be read"))
 
 
@@ -70,6 +79,7 @@ def _validation_error(error: RequestValidationError) -> APIError:
     place = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, str) or part.isidentifier())
     unknown = first["type"] == "extra_forbidden"
     message = "this parameter is not supported" if unknown else str(first["msg"])
+    place = place[:_MAX_PLACE]
     return APIError(400, f"{place}: {message}" if place else message, param=place or None)
 
 

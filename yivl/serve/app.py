@@ -12,18 +12,20 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from yivl.inference.chat import check_length
 from yivl.serve.api_errors import APIError, add_error_handlers
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
+from yivl.serve.images import ImageReader
 from yivl.serve.limits import Limits
-from yivl.serve.messages import read_messages
+from yivl.serve.messages import read_messages, text_of
 from yivl.serve.metrics import Metrics
 from yivl.serve.remote import Fetcher
 from yivl.serve.scheduler import Overloaded, Scheduler
 from yivl.serve.schema import ChatRequest, Completion, ErrorResponse, Health, ModelCard, ModelList
 
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
 _UNAUTHORIZED: Final[dict[int | str, dict[str, Any]]] = {401: _ERRORS[401]}
 _STREAM: Final[dict[int | str, dict[str, Any]]] = {
@@ -51,13 +53,13 @@ def build_app(
     )
     metrics, name = Metrics(scheduler), scheduler.loaded.name
     card = ModelCard(id=name, created=int(time.time()), owned_by="yivl")
-    app.add_middleware(Guard, api_key=api_key, max_body_bytes=limits.max_body_bytes, metrics=metrics)
+    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics)
     add_error_handlers(app)
     read = partial(
         read_messages,
         limits=limits,
         fetcher=Fetcher(remote_hosts, limits.max_image_bytes),
-        image_processor=scheduler.loaded.image_processor,
+        reader=ImageReader(limits, scheduler.loaded.image_processor),
     )
     readers = anyio.CapacityLimiter(limits.max_batch)
 
@@ -108,6 +110,7 @@ def _check(body: ChatRequest, scheduler: Scheduler, limits: Limits) -> None:
     _check_model(body.model, scheduler.loaded.name)
     if body.n > limits.max_choices:
         raise APIError(400, f"n is at most {limits.max_choices}", param="n")
+    check_length(sum(len(text_of(message)) for message in body.messages), scheduler.loaded)
     if scheduler.is_full:
         raise Overloaded
 

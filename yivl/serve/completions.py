@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
+from starlette.background import BackgroundTask
 
 from yivl.conversation import Turn
 from yivl.inference.chat import Chat
@@ -90,7 +91,13 @@ class Exchange:
         first = await self._unless_disconnected(anext(answers), request)
         # FastAPI's response, not sse-starlette's: that one cuts off running streams on SIGTERM, and importing it
         # patches uvicorn.
-        return EventSourceResponse(self._chunks(first, answers), headers={"Cache-Control": "no-cache"})
+        # A generator that was never started runs no `finally`: the task is for a client that left before the response.
+        return EventSourceResponse(
+            self._chunks(first, answers), headers={"Cache-Control": "no-cache"}, background=BackgroundTask(self._cancel)
+        )
+
+    async def _cancel(self) -> None:
+        self._cancelled.set()
 
     async def _chunks(
         self, event: tuple[int, str | GenerationState] | None, answers: AsyncIterator[tuple[int, str | GenerationState]]

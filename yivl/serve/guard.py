@@ -1,5 +1,6 @@
-"""The middleware of the API: it checks the key, limits the size of bodies, and records every response."""
+"""The middleware of the API: it checks the key, limits size and time of bodies, and records every response."""
 
+import asyncio
 import hmac
 import time
 
@@ -9,6 +10,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yivl.serve.api_errors import APIError, http_error
+from yivl.serve.limits import Limits
 from yivl.serve.metrics import Metrics, log
 
 
@@ -18,12 +20,13 @@ class Guard:
     With an ``api_key`` every path but ``/health`` needs it as a bearer token.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, limits: Limits, metrics: Metrics) -> None:
         self.app = app
         self._api_key = api_key
         # Not a dependency of the routes: it would leave unknown paths open and run after the body has been read.
         self._bearer = HTTPBearer(auto_error=False)
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
+        self._held = 0  # bytes of the bodies of all requests that are received or answered
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,12 +36,23 @@ class Guard:
             return
         start, status, received = time.perf_counter(), 500, 0  # 500: nothing is sent if the application fails
 
+        deadline: float | None = asyncio.get_running_loop().time() + self._limits.max_seconds
+
         async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+            nonlocal received, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408) from error
+            if not message.get("more_body", False):
+                deadline = None  # from here on only the end of the connection is received
+            length = len(message.get("body", b""))
+            received, self._held = received + length, self._held + length
+            if received > self._limits.max_body_bytes:
                 raise HTTPException(413)
+            if self._held > self._limits.max_total_bytes:
+                raise HTTPException(429)
             return message
 
         async def recorded_send(message: Message) -> None:
@@ -51,11 +65,12 @@ class Guard:
         try:
             if not await self._is_allowed(request):
                 await APIError(401, "a valid API key is needed").response()(scope, receive, recorded_send)
-            elif int(request.headers.get("content-length", "0")) > self._max_body_bytes:
+            elif int(request.headers.get("content-length", "0")) > self._limits.max_body_bytes:
                 await http_error(413).response()(scope, receive, recorded_send)
             else:
                 await self.app(scope, limited_receive, recorded_send)
         finally:
+            self._held -= received
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.responses.labels(path, status).inc()
             log("response", path=path, status=status, seconds=round(time.perf_counter() - start, 3))

@@ -1,6 +1,7 @@
 """Images of requests, and the vision features of recent ones."""
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,14 +24,26 @@ class SentImage:
     """SHA-256 of the file, by which images are equal."""
 
 
-def read_image(data: bytes, limits: Limits, image_processor: ImageProcessor) -> SentImage:
-    """Return the image of a file.
+class ImageReader:
+    """Decodes and preprocesses image files for several threads, at most ``max_decoding`` files at a time.
 
-    Raises:
-        ImageError: If it cannot be used.
+    So the memory is that of a few decoded images, however many requests arrive at once.
     """
-    image = load_image(data, max_pixels=limits.max_image_pixels)
-    return SentImage(image_processor([image])[0], hashlib.sha256(data).digest())
+
+    def __init__(self, limits: Limits, image_processor: ImageProcessor) -> None:
+        self._max_pixels = limits.max_image_pixels
+        self._image_processor = image_processor
+        self._places = threading.BoundedSemaphore(limits.max_decoding)
+
+    def read(self, data: bytes) -> SentImage:
+        """Return the image of a file.
+
+        Raises:
+            ImageError: If it cannot be used.
+        """
+        with self._places:
+            image = load_image(data, max_pixels=self._max_pixels)
+            return SentImage(self._image_processor([image])[0], hashlib.sha256(data).digest())
 
 
 class ImageEncoder:

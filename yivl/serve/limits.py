@@ -21,10 +21,12 @@ class Limits:
 
     max_tokens: int = _limit(2048, "tokens of an answer", "api", "web")
     max_image_bytes: int = _limit(20 * 2**20, "bytes of an image", "api", "web")
-    max_image_pixels: int = _limit(50_000_000, "pixels of an image", "api", "web")
+    max_image_pixels: int = _limit(50_000_000, "pixels of the square around an image", "api", "web")
+    max_decoding: int = _limit(2, "image files decoded at a time", "api", "web")
     max_queue: int = _limit(64, "requests in the queue", "api", "web")
     max_images: int = _limit(8, "images of a request", "api")
     max_body_bytes: int = _limit(64 * 2**20, "bytes of a request", "api")
+    max_total_bytes: int = _limit(512 * 2**20, "bytes of all requests that are received or answered at a time", "api")
     max_choices: int = _limit(4, "answers to a request (n)", "api")
     max_batch: int = _limit(8, "answers generated in one batch", "api", "web")
     prefill_chunk: int = _limit(

@@ -9,8 +9,7 @@ from typing import Final
 from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
-from yivl.image_processing import ImageProcessor
-from yivl.serve.images import SentImage, read_image
+from yivl.serve.images import ImageReader, SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.remote import Fetcher
 from yivl.serve.schema import ImagePart, Message, SystemMessage, TextPart
@@ -19,7 +18,7 @@ _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNO
 
 
 def read_messages(
-    messages: Sequence[Message], limits: Limits, fetcher: Fetcher, image_processor: ImageProcessor
+    messages: Sequence[Message], limits: Limits, fetcher: Fetcher, reader: ImageReader
 ) -> tuple[str, list[Turn], list[list[SentImage]]]:
     """Return the system message, the turns, of which the last one has no answer, and the images of each turn.
 
@@ -29,7 +28,7 @@ def read_messages(
     """
     system = SYSTEM_PROMPT
     if isinstance(messages[0], SystemMessage):
-        system, messages = _text(messages[0]), messages[1:]
+        system, messages = text_of(messages[0]), messages[1:]
     roles = [message.role for message in messages]
     if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
         raise YiVLError("after at most one system message, messages of user and assistant must alternate, user last")
@@ -41,8 +40,8 @@ def read_messages(
     ]
     if sum(map(len, urls)) > limits.max_images:
         raise YiVLError(f"a request may hold at most {limits.max_images} images")
-    images = [[read_image(_data(url, limits, fetcher), limits, image_processor) for url in group] for group in urls]
-    texts = [_text(message) for message in messages]
+    images = [[reader.read(_data(url, limits, fetcher)) for url in group] for group in urls]
+    texts = [text_of(message) for message in messages]
     turns = [
         Turn(question, answer, num_images=len(group))
         for question, answer, group in zip(texts[::2], [*texts[1::2], None], images, strict=True)
@@ -50,7 +49,8 @@ def read_messages(
     return system, turns, images
 
 
-def _text(message: Message) -> str:
+def text_of(message: Message) -> str:
+    """Return the text of a message, the parts on lines of their own."""
     if isinstance(message.content, str):
         return message.content
     return "\n".join(part.text for part in message.content if isinstance(part, TextPart))

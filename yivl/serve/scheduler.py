@@ -22,7 +22,11 @@ Event = str | GenerationState | Exception
 
 
 class Overloaded(Exception):  # noqa: N818 (a state of the server, not a fault)
-    """The queue is full, or the server is shutting down."""
+    """The queue is full."""
+
+
+class ShuttingDown(Overloaded):
+    """The scheduler is closed."""
 
 
 class Cancelled(Exception):  # noqa: N818 (what the client asked for)
@@ -94,22 +98,25 @@ class Scheduler:
     @property
     def is_full(self) -> bool:
         """Whether a request would be refused now."""
-        return self._is_closed or self.num_waiting >= self._limits.max_queue
+        return self.num_waiting >= self._limits.max_queue
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue all requests or none.
 
         Raises:
-            Overloaded: If they do not fit, or the scheduler is closed.
+            Overloaded: If they do not fit.
+            ShuttingDown: If the scheduler is closed.
         """
         with self._changed:
-            if self._is_closed or self.num_waiting + len(requests) > self._limits.max_queue:
+            if self._is_closed:
+                raise ShuttingDown
+            if self.num_waiting + len(requests) > self._limits.max_queue:
                 raise Overloaded
             self._queue = [*self._queue, *requests]  # never changed in place: other threads read it without the lock
             self._changed.notify()
 
     def close(self) -> None:
-        """Fail all requests with ``Overloaded`` and wait for the thread."""
+        """Fail all requests with ``ShuttingDown`` and wait for the thread."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -133,9 +140,9 @@ class Scheduler:
                 self._deliver(self._engine.step())
             except Exception as error:
                 self._fail_batch(error)
-        self._fail_batch(Overloaded())
+        self._fail_batch(ShuttingDown())
         for request in [one.request for one in self._joining] + self._queue:
-            self._fail(request, Overloaded())
+            self._fail(request, ShuttingDown())
         self._joining, self._queue = [], []
 
     def _compute_prompts(self) -> None:

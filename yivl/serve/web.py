@@ -16,11 +16,11 @@ from gradio.utils import get_upload_folder
 
 from yivl.command_line import is_out_of_memory
 from yivl.errors import ImageError, YiVLError
-from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState
+from yivl.inference.chat import Answer, Chat, EncodedImage, GenerationState, check_length
 from yivl.inference.sampling import Sampling
 from yivl.serve import scheduler as serving
 from yivl.serve.bubbles import Bubble, as_bubbles, bubble, bubbles_up_to
-from yivl.serve.images import SentImage, read_image
+from yivl.serve.images import ImageReader, SentImage
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Cancelled, Overloaded, Scheduler
 from yivl.serve.sessions import Session, Sessions
@@ -51,6 +51,7 @@ class Page:
         self.loaded = scheduler.loaded
         self.limits = limits
         self.sessions = Sessions(self.loaded, limits)
+        self._reader = ImageReader(limits, self.loaded.image_processor)
 
     def show_image(self, upload: dict[str, Any] | None, request: gr.Request) -> tuple[Any, list[Bubble], str]:
         """Start a conversation about another image, or without one; ``upload`` is what the browser sent."""
@@ -75,7 +76,7 @@ class Page:
         if file.stat().st_size > self.limits.max_image_bytes:
             raise YiVLError(f"the image has more than {self.limits.max_image_bytes:,} bytes")
         try:
-            return read_image(file.read_bytes(), self.limits, self.loaded.image_processor)
+            return self._reader.read(file.read_bytes())
         except ImageError as error:
             raise YiVLError(str(error).replace("image bytes", Path(path).name, 1)) from error
 
@@ -95,7 +96,7 @@ class Page:
             self._show(upload, request)  # the event of a new upload may come later than the question
         except YiVLError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return "", *_queue(session, len(session.chat.turns), question.strip())
+        return "", *_queue(session, len(session.chat.turns), self._checked(question.strip()))
 
     def regenerate(self, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
         """Queue the last question again."""
@@ -104,15 +105,20 @@ class Page:
             raise gr.Error(TEXTS[language]["no_turns"], print_exception=False)
         return _queue(session, len(session.chat.turns) - 1, session.chat.turns[-1].question)
 
-    def edit(self, edit: gr.EditData, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
+    def edit(self, edit: gr.EventData, bubbles: list[Bubble], language: Language, request: gr.Request) -> Any:
         """Queue another question in place of an earlier one."""
         session = self._current(bubbles, language, request)
-        assert isinstance(edit.index, int)
-        return _queue(session, edit.index // 2, html.unescape(str(edit.value)))
+        try:  # not gr.EditData, whose constructor fails on a request that has other fields
+            index, value = int(edit.index), str(edit.value)
+        except (AttributeError, TypeError, ValueError):
+            index, value = -1, ""
+        if not 0 <= index < 2 * len(session.chat.turns):
+            raise gr.Error(TEXTS[language]["no_turns"], print_exception=False)
+        return _queue(session, index // 2, self._checked(html.unescape(value)))
 
     def answer(
         self,
-        pending: Pending,
+        pending: Pending | None,
         temperature: float,
         top_p: float,
         max_tokens: int,
@@ -122,7 +128,8 @@ class Page:
     ) -> Iterator[tuple[list[Bubble], str]]:
         """Stream the answer to a queued question."""
         session = self._session(request)
-        if session.stop_event is not pending.stop_event:  # the session was closed while the question was queued
+        # None: nothing was queued. Another event: the session was closed while the question was queued.
+        if pending is None or session.stop_event is not pending.stop_event:
             gr.Warning(TEXTS[language]["gone"])
             yield as_bubbles(session.chat), self.status()
             return
@@ -243,6 +250,14 @@ class Page:
             if answer.finish_reason == "cancelled":
                 parts.append(texts["stopped"])
         return " · ".join(parts)
+
+    def _checked(self, question: str) -> str:
+        """Return a question that is not too long; a longer one would be sent to the browser with every update."""
+        try:
+            check_length(len(question), self.loaded)
+        except YiVLError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return question
 
     def _session(self, request: gr.Request) -> Session:
         return self.sessions.get(_key(request))

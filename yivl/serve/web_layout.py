@@ -1,18 +1,23 @@
 """Components of the web page, and the callback of each event."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 from gradio.events import api
+from gradio.route_utils import FnIndexInferError
 
 from yivl.errors import YiVLError
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Scheduler
 from yivl.serve.web import MAX_TOKENS, TEMPERATURE, TOP_P, Page
 from yivl.serve.web_texts import TEXTS, Language
+
+logger = logging.getLogger(__name__)
 
 _UPLOAD_CLEANUP: Final = (600, 3600)  # seconds between two clean-ups, and the age of the uploads they remove
 _CSS: Final = """
@@ -40,6 +45,8 @@ _LANGUAGE: Final = """() => {
     return wanted.toLowerCase().startsWith("zh") ? "中文" : "English";
 }"""
 _CLOSE: Final = '() => ({__type__: "update", open: false})'
+_FORM_BYTES: Final = 2**20  # of an upload, beside the file
+_FORGED: Final = (LookupError, TypeError, ValueError, AttributeError, FnIndexInferError)  # from gradio's routes
 _SYSTEM_FONTS: Final = ("system-ui", "sans-serif")  # the theme's own would be fetched from another host
 _SYSTEM_MONO_FONTS: Final = ("ui-monospace", "monospace")
 
@@ -175,17 +182,31 @@ class _Layout:
 
 
 class _LocalBlocks(gr.Blocks):
-    """Blocks whose events take uploads only: gradio would download a URL in place of a file, of any size."""
+    """Blocks that answer a request written by hand with an error of one line.
+
+    Their events take uploads only: gradio would download a URL in place of a file, of any size.
+    """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **options: Any) -> Any:
         """Return the arguments of a callback; the inputs of every event and route pass here before any is read.
 
         Raises:
-            gr.Error: If a file is a URL.
+            gr.Error: If a file is a URL, or a value is none that the page sends.
         """
-        if _has_url(inputs):
-            raise gr.Error("an image must be a file; URLs are not fetched", print_exception=False)
-        return await super().preprocess_data(block_fn, inputs, *rest, **options)
+        try:
+            if _has_url(inputs):
+                raise gr.Error("an image must be a file; URLs are not fetched", print_exception=False)
+            values = await super().preprocess_data(block_fn, inputs, *rest, **options)
+            for component, value in zip(block_fn.inputs, values, strict=True):
+                if isinstance(component, gr.Textbox) and not isinstance(value, str):
+                    raise TypeError("text expected")
+                if isinstance(component, gr.Radio) and value not in TEXTS:
+                    raise ValueError("not a language")
+            return values
+        except Exception as error:  # the components of gradio raise errors of many types
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise
+            raise gr.Error("an argument has the wrong type or value", print_exception=False) from error
 
 
 def _has_url(value: Any) -> bool:
@@ -196,9 +217,18 @@ def _has_url(value: Any) -> bool:
 
 
 def _refuse_url(request: Request) -> None:
-    """Close gradio's routes that return what is at a URL, such as ``/gradio_api/file=https://host/name``."""
-    if any("://" in str(value) for value in request.path_params.values()):
+    """Close gradio's routes that return what is at a URL, such as ``/gradio_api/file=https://host/name``.
+
+    A path with control characters, on which gradio fails, is refused too.
+    """
+    if any("://" in str(value) or not str(value).isprintable() for value in request.path_params.values()):
         raise HTTPException(403)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Answer a request that gradio's routes fail on, such as one that names an event the page does not have."""
+    logger.warning("%s: refused, the page has no such event (%s)", request.url.path[:60], type(error).__name__)
+    return JSONResponse({"detail": "the page has no such event"}, 400)
 
 
 def build_page(scheduler: Scheduler, limits: Limits, examples: Sequence[tuple[Path, str]]) -> gr.Blocks:
@@ -219,7 +249,11 @@ def launch(blocks: gr.Blocks, limits: Limits, **where: Any) -> None:
         blocks.launch(
             theme=gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONO_FONTS),
             css=_CSS,
-            app_kwargs={"dependencies": [Depends(_refuse_url)]},
+            app_kwargs={
+                "dependencies": [Depends(_refuse_url)],
+                "exception_handlers": dict.fromkeys(_FORGED, _refuse),
+                "max_body_size": limits.max_image_bytes + _FORM_BYTES,
+            },
             footer_links=[],
             run_history=False,
             max_file_size=limits.max_image_bytes,

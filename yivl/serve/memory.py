@@ -1,0 +1,21 @@
+"""The memory of a server process."""
+
+import ctypes
+import sys
+from typing import Final
+
+_M_MMAP_THRESHOLD: Final = -3
+"""Source: malloc.h of glibc."""
+
+_THRESHOLD: Final = 2**20
+"""Bytes. Above it are images and bodies of requests, below it most tensors of a decoding step. Source: ours."""
+
+
+def return_large_blocks() -> None:
+    """Make glibc return large blocks to the system as soon as they are freed; other C libraries are left as they are.
+
+    By default glibc raises the size from which it does so up to 32 MiB as large blocks are freed, and keeps the smaller
+    ones: after large images a server would hold several times the memory that it uses.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
