@@ -88,7 +88,7 @@ def test_every_invalid_row_is_reported_with_its_reason_and_the_exit_code_is_one(
         conversation("missing.png", "q", "a"),
     ]
     path = write_rows(tmp_path / "rows.json", rows)
-    code, text = report(path)
+    code, text = report(path, "--allow-outside-images")
     assert code == 1
     assert "6 valid rows" in text
     listed = text[text.index("6 invalid rows:") :].splitlines()[1:]
@@ -117,6 +117,9 @@ def test_what_is_unusual_but_valid_is_counted_with_its_rows(
     path = write_rows(tmp_path / "rows.json", [*rows, conversation("../photo_rgb.jpg", "q", "a")])
     (tmp_path / "images").mkdir()
     code, text = report(path, "--image-folder", str(tmp_path / "images"))
+    assert code == 1
+    assert "row 9: the image " in text
+    code, text = report(path, "--image-folder", str(tmp_path / "images"), "--allow-outside-images")
     assert code == 0
     first = ", ".join(f"{path} row {number}" for number in range(1, 6))
     assert f"\n  7 rows have an empty answer: {first} and 2 more\n" in text

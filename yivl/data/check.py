@@ -39,6 +39,11 @@ def parse_args() -> argparse.Namespace:
         "--image-folder", default=".", help="base folder of relative image paths (default: %(default)s)"
     )
     parser.add_argument(
+        "--allow-outside-images",
+        action="store_true",
+        help="allow rows to name images outside of the image folder",
+    )
+    parser.add_argument(
         "--max-length",
         "--model_max_length",
         type=int,
@@ -201,7 +206,13 @@ def main() -> None:
     encoder = load_encoder(arguments.model_path, arguments.model_base, max_length=arguments.max_length)
     findings: list[Finding] = []
     reasons: list[str] = []
-    for source in read_sources(arguments.data, arguments.image_folder, arguments.max_rows_per_source):
+    sources = read_sources(
+        arguments.data,
+        arguments.image_folder,
+        arguments.max_rows_per_source,
+        allow_outside_images=arguments.allow_outside_images,
+    )
+    for source in sources:
         progress = tqdm(inspect_source(source, encoder, arguments.workers), unit="row", disable=not sys.stderr.isatty())
         of_source = list(progress)
         print(describe(source.name, of_source, arguments.max_length))  # noqa: T201 (the result)

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from yivl.data.rows import Row, RowError, parse_row, read_rows
+from yivl.data.row_table import RowTable, open_rows
+from yivl.data.rows import RowError
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ class DataSource:
     and maximum number of samples per epoch, whatever the weight."""
     name: str = ""
     """For tables and messages; by default the paths."""
+    allow_outside_images: bool = False
+    """Whether images may be outside of the image folder; a flag, which a mixture cannot set."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -110,7 +113,9 @@ class DataSource:
         return samples if self.max_rows is None else min(samples, self.max_rows)
 
 
-def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None = None) -> list[DataSource]:
+def read_sources(
+    data_path: str, image_folder: str = ".", max_rows: int | None = None, *, allow_outside_images: bool = False
+) -> list[DataSource]:
     """Return the data sources of ``--data_path``: the files themselves, or the entries of a ``.yaml`` mixture.
 
     A mixture is a list of the fields of ``DataSource``; its relative paths start at the folder of the YAML file.
@@ -120,16 +125,17 @@ def read_sources(data_path: str, image_folder: str = ".", max_rows: int | None =
         RowError: If the mixture cannot be read, an entry is invalid, or entries of the same name contradict each other.
     """
     if not data_path.endswith((".yaml", ".yml")):
-        return [DataSource(data_path, image_folder, max_rows=max_rows)]
+        return [DataSource(data_path, image_folder, max_rows=max_rows, allow_outside_images=allow_outside_images)]
     try:
         entries = yaml.safe_load(Path(data_path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise RowError(f"{data_path}: not readable YAML; quote a path that begins with a brace ({reason})") from error
-    known = [field.name for field in fields(DataSource)]
+    known = [field.name for field in fields(DataSource) if field.name != "allow_outside_images"]
     if not isinstance(entries, list) or not entries:
         raise RowError(f"{data_path}: expected a list of sources with the keys {', '.join(known)}")
     defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": max_rows}
+    defaults["allow_outside_images"] = allow_outside_images
     sources: dict[str | int, DataSource] = {}
     for index, entry in enumerate(entries):
         place = f"{data_path} entry {index}"
@@ -186,29 +192,35 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(a + b for a, b in zip(texts, [*numbers, ""], strict=True)) for numbers in product(*ranges)]
 
 
-def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> Sequence[Row]:
+def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> RowTable:
     """Return the valid rows of the files in their order, or the subset of ``max_rows`` that ``seed`` determines.
 
     Raises:
         RowError: If a file cannot be read, or by ``on_bad_row``, which is called with every invalid row.
     """
-    return source.subset(load_all_rows(source, on_bad_row), seed)
+    return select_rows(source, load_all_rows(source, on_bad_row), seed)
 
 
-def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) -> list[Row]:
+def select_rows(source: DataSource, rows: RowTable, seed: int) -> RowTable:
+    """Return all rows of a source, or the subset of ``max_rows`` that ``seed`` determines."""
+    places = range(len(rows))
+    chosen = source.subset(places, seed)
+    return rows if chosen is places else rows.select(chosen)
+
+
+def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) -> RowTable:
     """Return the valid rows of the files in their order; ``max_rows`` does not apply.
 
     Raises:
         RowError: As in ``load_rows``.
     """
-    rows: list[Row] = []
+    parts = []
     for path, image_folder in source.files():
-        for origin, entry in read_rows(path):
-            try:
-                rows.append(parse_row(entry, origin, image_folder))
-            except RowError as error:
-                on_bad_row(error)
-    return rows
+        file = open_rows(path, image_folder)
+        for error in file.errors(allow_outside=source.allow_outside_images):
+            on_bad_row(error)
+        parts.append((file, None if source.allow_outside_images else file.inside()))
+    return RowTable(parts)
 
 
 def subsample(items: Sequence[T], count: int, seed: int | str) -> list[T]:
