@@ -14,7 +14,7 @@ from support.golden import CHECKPOINT, GOLDEN
 from support.training import IMAGES, ROOT, conversation, write_rows, write_shards
 
 from yivl.data import check
-from yivl.data.check import Finding, describe, histogram, plot_histogram
+from yivl.data.check import Finding, Summary, histogram, plot_histogram
 from yivl.data.rows import RowError
 
 
@@ -136,7 +136,10 @@ def test_a_file_without_rows_is_an_error(name: str, report: Callable[..., tuple[
 
 def test_truncated_rows_are_counted_and_lengths_are_those_before_truncation() -> None:
     findings = [Finding("text", length, 5, "") for length in (90, 100, 110)] + [Finding("text", 50, 0, "bad")]
-    assert describe("x", findings, 100).splitlines() == [
+    summary = Summary()
+    for finding in findings:
+        summary.add(finding)
+    assert summary.describe("x", 100).splitlines() == [
         "x: 3 valid rows (0 with images, 0 captions, 3 text only), 1 invalid",
         "  sequence length: 90 to 110, median 100; 1 rows are truncated to 100; targets: 15 tokens",
     ]

@@ -1,6 +1,7 @@
 """Data sources: files or tar shards, or a YAML mixture of both with names, weights and limits."""
 
 import glob
+import math
 import os
 import random
 import re
@@ -8,14 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 
-from yivl.data.row_table import RowTable, open_rows
+from yivl.data.json_texts import check_regular
+from yivl.data.records import HUB, is_dataset
+from yivl.data.row_file import open_rows
+from yivl.data.row_table import RowTable
 from yivl.data.rows import RowError
 
 T = TypeVar("T")
+
+MAX_PATHS: Final = 1_000_000
+"""Largest number of paths of one pattern; LAION-5B has 232,320 shards. Source: ours."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class DataSource:
     """
 
     data_path: str | tuple[str, ...]
-    """``.json`` or ``.jsonl`` rows, or ``.tar`` shards; each path may have ``*`` and ``{00000..00099}`` patterns."""
+    """``.json``, ``.jsonl`` or ``.parquet`` rows, a folder of ``Dataset.save_to_disk``, ``hub:owner/name`` (see
+    ``open_records``), or ``.tar`` shards; each path of files may have ``*`` and ``{00000..00099}`` patterns."""
     image_folder: str | tuple[str, ...] = "."
     """Base folder of relative image paths, or one for each path of ``data_path``."""
     weight: float = 1.0
@@ -46,8 +54,8 @@ class DataSource:
         if not self.name:
             first, *others = self.paths or ("",)
             object.__setattr__(self, "name", f"{first} and {len(others)} more" if others else first)
-        if not self.weight > 0:
-            raise RowError(f"{self.name}: weight {self.weight} is not positive")
+        if not 0 < self.weight < math.inf:
+            raise RowError(f"{self.name}: weight {self.weight} is not positive" + " and finite" * (self.weight > 0))
         if self.max_rows is not None and type(self.max_rows) is not int:  # YAML reads 5e4 as text and yes as true
             raise RowError(f"{self.name}: max_rows {self.max_rows!r} is not an integer")
         if self.max_rows is not None and self.max_rows < 1:
@@ -80,8 +88,11 @@ class DataSource:
         """
         files: dict[str, tuple[str, str]] = {}
         for path, folder in zip(self.paths, self.folders, strict=True):
-            if not path.endswith((".json", ".jsonl", ".tar")):
-                raise RowError(f"{path}: expected a .json, .jsonl, .tar or .yaml file")
+            if is_dataset(path):
+                files[path] = (path, folder)
+                continue
+            if not path.endswith((".json", ".jsonl", ".parquet", ".tar")):
+                raise RowError(f"{path}: expected a .json, .jsonl, .parquet, .tar or .yaml file, or {HUB}owner/name")
             for pattern in [path] if os.path.exists(path) else expand_braces(path):
                 found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
                 if not found:
@@ -127,7 +138,10 @@ def read_sources(
     if not data_path.endswith((".yaml", ".yml")):
         return [DataSource(data_path, image_folder, max_rows=max_rows, allow_outside_images=allow_outside_images)]
     try:
+        check_regular(data_path)
         entries = yaml.safe_load(Path(data_path).read_text(encoding="utf-8"))
+    except RowError:
+        raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise RowError(f"{data_path}: not readable YAML; quote a path that begins with a brace ({reason})") from error
@@ -159,7 +173,7 @@ def _resolve_paths(entry: dict[str, Any], folder: str) -> dict[str, Any]:
     listed = entry["data_path"] if isinstance(entry["data_path"], list) else [entry["data_path"]]
     if not all(isinstance(path, str) for path in listed):
         raise RowError("'data_path' is not a path or a list of paths")
-    paths = [os.path.join(folder, os.path.expanduser(path)) for path in listed]
+    paths = [path if path.startswith(HUB) else os.path.join(folder, os.path.expanduser(path)) for path in listed]
     resolved: dict[str, Any] = {"data_path": paths[0] if len(paths) == 1 else tuple(paths)}
     if "image_folder" in entry:
         resolved["image_folder"] = os.path.join(folder, os.path.expanduser(str(entry["image_folder"])))
@@ -182,8 +196,14 @@ def expand_braces(pattern: str) -> list[str]:
 
     >>> expand_braces("{08..10}.tar")
     ['08.tar', '09.tar', '10.tar']
+
+    Raises:
+        RowError: If the pattern names no path, or more than ``MAX_PATHS``.
     """
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    parts = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
+    number = math.prod(max(int(last) - int(first) + 1, 0) for first, last in zip(parts[1::3], parts[2::3], strict=True))
+    if not 0 < number <= MAX_PATHS:
+        raise RowError(f"{pattern}: names {number:,} paths; expected 1 to {MAX_PATHS:,}")
     ranges = [
         [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         for first, last in zip(parts[1::3], parts[2::3], strict=True)
