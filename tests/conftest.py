@@ -1,11 +1,14 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests do not use the network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="yivl-tests-")  # before datasets is imported
 
 import pytest
 import torch
@@ -16,6 +19,10 @@ from support.hub import TOKEN, Hub
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.image_processing import ImageProcessor
 from yivl.inference.chat import Chat
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,10 @@ class ImageError(YiVLError):
     """An image that cannot be used."""
 
 
+class RowError(YiVLError):
+    """An invalid row; the message names file, row and reason."""
+
+
 class CheckpointError(YiVLError):
     """A checkpoint, adapter or tensor that cannot be used."""
 

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import stat
 import time
 import urllib.request
 import warnings
@@ -37,6 +38,9 @@ however narrow the image is. Source: the warning threshold of Pillow."""
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Supported formats. Pillow supports more, among them EPS, which starts another program. Source: ours."""
+
+MAX_FILE_BYTES: Final = 2**30
+"""Largest image file, in bytes: more than ``MAX_IMAGE_PIXELS`` need without compression. Source: ours."""
 
 MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
 """Largest download, in bytes. Source: ours."""
@@ -106,7 +110,14 @@ def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:
     if not name:
         raise ImageError("the image path is empty; give a file")
     try:
+        status = os.stat(name)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise ImageError(f"{name}: not a regular file; give a file")  # reading a device or a pipe may never end
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(f"{name}: more than {MAX_FILE_BYTES:,} bytes; give an image file")
         return name, Path(name).read_bytes()
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from support.golden import CHECKPOINT, GOLDEN
 from support.training import IMAGES, ROOT, conversation, write_rows, write_shards
 
 from yivl.data import check
-from yivl.data.check import Finding, describe, histogram, plot_histogram
+from yivl.data.check import Finding, Summary, histogram, plot_histogram
 from yivl.data.rows import RowError
 
 
@@ -88,7 +88,7 @@ def test_every_invalid_row_is_reported_with_its_reason_and_the_exit_code_is_one(
         conversation("missing.png", "q", "a"),
     ]
     path = write_rows(tmp_path / "rows.json", rows)
-    code, text = report(path)
+    code, text = report(path, "--allow-outside-images")
     assert code == 1
     assert "6 valid rows" in text
     listed = text[text.index("6 invalid rows:") :].splitlines()[1:]
@@ -117,6 +117,9 @@ def test_what_is_unusual_but_valid_is_counted_with_its_rows(
     path = write_rows(tmp_path / "rows.json", [*rows, conversation("../photo_rgb.jpg", "q", "a")])
     (tmp_path / "images").mkdir()
     code, text = report(path, "--image-folder", str(tmp_path / "images"))
+    assert code == 1
+    assert "row 9: the image " in text
+    code, text = report(path, "--image-folder", str(tmp_path / "images"), "--allow-outside-images")
     assert code == 0
     first = ", ".join(f"{path} row {number}" for number in range(1, 6))
     assert f"\n  7 rows have an empty answer: {first} and 2 more\n" in text
@@ -133,7 +136,10 @@ def test_a_file_without_rows_is_an_error(name: str, report: Callable[..., tuple[
 
 def test_truncated_rows_are_counted_and_lengths_are_those_before_truncation() -> None:
     findings = [Finding("text", length, 5, "") for length in (90, 100, 110)] + [Finding("text", 50, 0, "bad")]
-    assert describe("x", findings, 100).splitlines() == [
+    summary = Summary()
+    for finding in findings:
+        summary.add(finding)
+    assert summary.describe("x", 100).splitlines() == [
         "x: 3 valid rows (0 with images, 0 captions, 3 text only), 1 invalid",
         "  sequence length: 90 to 110, median 100; 1 rows are truncated to 100; targets: 15 tokens",
     ]

@@ -67,7 +67,7 @@ def test_an_invalid_mixture_is_one_error_line(text: str, message: str, tmp_path:
 def test_a_missing_mixture_and_an_unknown_file_type_are_errors(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"mix\.yaml: not readable YAML"):
         read_sources(str(tmp_path / "mix.yaml"))
-    with pytest.raises(RowError, match=r"rows\.csv: expected a \.json, \.jsonl, \.tar or \.yaml file"):
+    with pytest.raises(RowError, match=r"rows\.csv: expected a \.json, \.jsonl, \.parquet, \.tar or \.yaml"):
         load_rows(DataSource("rows.csv"), 0, print)
 
 

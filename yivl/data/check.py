@@ -9,17 +9,21 @@ import argparse
 import logging
 import os
 import re
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yivl import command_line
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from yivl.data.encoding import Encoder
     from yivl.data.rows import Row, RowError
     from yivl.data.sources import DataSource
@@ -31,12 +35,17 @@ def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
     parser = command_line.Parser(prog="python -m yivl.data.check", description=__doc__)
     command_line.add_checkpoint_flags(parser)
-    about = ".json, .jsonl, .tar shards or a .yaml mixture (docs/data.md)"
+    about = ".json, .jsonl, .parquet, hub:owner/name, .tar shards or a .yaml mixture (docs/data.md)"
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("data", nargs="?", default=argparse.SUPPRESS, help=about)
     data.add_argument("--data", "--data_path", dest="data", help="the same")
     parser.add_argument(
         "--image-folder", default=".", help="base folder of relative image paths (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--allow-outside-images",
+        action="store_true",
+        help="allow rows to name images outside of the image folder",
     )
     parser.add_argument(
         "--max-length",
@@ -95,13 +104,10 @@ def inspect_rows(encoder: "Encoder", rows: "Sequence[Row | RowError]") -> list[F
     return findings
 
 
-def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> Iterator[Finding]:
-    """Yield the finding of every row of a source."""
-    from torch.utils.data import DataLoader
-
+def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> tuple[int | None, Iterator[Finding]]:
+    """Return the number of rows of a source, ``None`` for tar shards, and the findings of all rows."""
     from yivl.data.shard_facts import select_samples
-    from yivl.data.sources import load_all_rows
-    from yivl.data.streaming import open_shards, read_shards
+    from yivl.data.sources import load_all_rows, select_rows
 
     if source.is_streamed:
         kept = None
@@ -109,18 +115,30 @@ def inspect_source(source: "DataSource", encoder: "Encoder", workers: int) -> It
             subset = select_samples(source, 42)  # the default seed of training
             kept = subset.kept
             _log_limit(source, sum(map(len, kept.values())), subset.num_samples)
-        for row in read_shards(open_shards(source.shards() if kept is None else list(kept), kept)):
-            yield from inspect_rows(encoder, [row])
-        return
+        shards = source.shards() if kept is None else list(kept)
+        return None, _inspect_in_parallel(shards, partial(_inspect_shard, encoder, kept), None, workers)
     invalid: list[RowError] = []
     found = load_all_rows(source, invalid.append)
-    kept_rows = source.subset(found, 42)
-    _log_limit(source, len(kept_rows), len(found))
-    rows: Any = [*kept_rows, *invalid]
-    if rows:  # the workers inspect rows where they usually collate samples
-        inspect = partial(inspect_rows, encoder)
-        for findings in DataLoader(rows, batch_size=32, num_workers=workers, collate_fn=inspect):
-            yield from findings
+    rows = select_rows(source, found, 42)
+    _log_limit(source, len(rows), len(found))
+    findings = _inspect_in_parallel(rows, partial(inspect_rows, encoder), 32, workers) if rows else iter(())
+    return len(rows) + len(invalid), chain(findings, inspect_rows(encoder, invalid))
+
+
+def _inspect_in_parallel(
+    items: Sequence[Any], inspect: Callable[[Any], list[Finding]], batch_size: int | None, workers: int
+) -> Iterator[Finding]:
+    from torch.utils.data import DataLoader
+
+    # The workers inspect rows where they usually collate samples.
+    loader: Any = DataLoader(items, batch_size=batch_size, num_workers=min(workers, len(items)), collate_fn=inspect)  # type: ignore[arg-type]
+    return chain.from_iterable(loader)
+
+
+def _inspect_shard(encoder: "Encoder", kept: Mapping[str, Sequence[int]] | None, path: str) -> list[Finding]:
+    from yivl.data.streaming import open_shards, read_shards
+
+    return [finding for row in read_shards(open_shards([path], kept)) for finding in inspect_rows(encoder, [row])]
 
 
 def _log_limit(source: "DataSource", kept: int, found: int) -> None:
@@ -128,26 +146,51 @@ def _log_limit(source: "DataSource", kept: int, found: int) -> None:
         logger.info("%s: max_rows keeps %s of %s rows", source.name, f"{kept:,}", f"{found:,}")
 
 
-def describe(name: str, findings: Sequence[Finding], max_length: int) -> str:
-    """Return the summary of one source."""
-    from yivl.data.rows import count_notices
+class Summary:
+    """Counts over the findings of rows, in a few bytes for each valid row."""
 
-    valid = [finding for finding in findings if not finding.reason]
-    counts = ", ".join(
-        f"{sum(finding.kind == kind for finding in valid):,} {text}"
-        for kind, text in (("image", "with images"), ("caption", "captions"), ("text", "text only"))
-    )
-    lines = [f"{name}: {len(valid):,} valid rows ({counts}), {len(findings) - len(valid):,} invalid"]
-    if valid:
-        lengths = sorted(finding.sequence_length for finding in valid)
-        truncated = sum(length > max_length for length in lengths)
-        lines.append(
-            f"  sequence length: {lengths[0]:,} to {lengths[-1]:,}, median {statistics.median(lengths):,.0f}; "
-            f"{truncated:,} rows are truncated to {max_length:,}; "
-            f"targets: {sum(finding.num_targets for finding in valid):,} tokens"
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.lengths = array("q")
+        """Sequence lengths of the valid rows."""
+        self.num_targets = 0
+        self.reasons: list[str] = []
+        """Of the invalid rows."""
+        self.notices: dict[str, tuple[int, list[str]]] = {}
+        """Number of rows of every notice, and the origins of the first five."""
+
+    def add(self, finding: Finding) -> None:
+        """Count one row."""
+        if finding.reason:
+            self.reasons.append(finding.reason)
+            return
+        self.kinds[finding.kind] += 1
+        self.lengths.append(finding.sequence_length)
+        self.num_targets += finding.num_targets
+        for notice, origin in finding.notices:
+            count, first = self.notices.get(notice, (0, []))
+            self.notices[notice] = count + 1, first if len(first) == 5 else [*first, origin]
+
+    def describe(self, name: str, max_length: int) -> str:
+        """Return the summary of one source."""
+        import numpy as np
+
+        from yivl.data.rows import summarize_notice
+
+        counts = ", ".join(
+            f"{self.kinds[kind]:,} {text}"
+            for kind, text in (("image", "with images"), ("caption", "captions"), ("text", "text only"))
         )
-    lines += [f"  {line}" for line in count_notices(notice for finding in findings for notice in finding.notices)]
-    return "\n".join(lines)
+        lines = [f"{name}: {len(self.lengths):,} valid rows ({counts}), {len(self.reasons):,} invalid"]
+        if self.lengths:
+            lengths = np.array(self.lengths)
+            lines.append(
+                f"  sequence length: {lengths.min():,} to {lengths.max():,}, median {np.median(lengths):,.0f}; "
+                f"{(lengths > max_length).sum():,} rows are truncated to {max_length:,}; "
+                f"targets: {self.num_targets:,} tokens"
+            )
+        lines += [f"  {summarize_notice(notice, *found)}" for notice, found in self.notices.items()]
+        return "\n".join(lines)
 
 
 def natural_order(text: str) -> list[tuple[int, str]]:
@@ -155,11 +198,13 @@ def natural_order(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
-def split_outliers(lengths: Sequence[int]) -> tuple[list[int], int]:
+def split_outliers(lengths: Sequence[int]) -> "tuple[np.ndarray, int]":
     """Return the lengths to draw, sorted, and the number of outliers: of the longest 1%, 4 times the others or more."""
-    ordered = sorted(lengths)
-    longest = ordered[: -max(1, len(ordered) // 100)][-1:] or ordered
-    drawn = [length for length in ordered if length < 4 * longest[0]]
+    import numpy as np
+
+    ordered = np.sort(np.asarray(lengths))
+    longest = ordered[: -max(1, len(ordered) // 100)][-1:]
+    drawn = ordered[ordered < 4 * (longest if len(longest) else ordered)[0]]
     return drawn, len(ordered) - len(drawn)
 
 
@@ -205,21 +250,24 @@ def main() -> None:
     from yivl.data.sources import read_sources
 
     encoder = load_encoder(arguments.model_path, arguments.model_base, max_length=arguments.max_length)
-    findings: list[Finding] = []
+    lengths = array("q")
     reasons: list[str] = []
-    for source in read_sources(
+    sources = read_sources(
         arguments.data,
         arguments.image_folder,
         arguments.max_rows_per_source,
+        allow_outside_images=arguments.allow_outside_images,
         allow_remote_data=arguments.allow_remote_data,
-    ):
-        progress = tqdm(inspect_source(source, encoder, arguments.workers), unit="row", disable=not sys.stderr.isatty())
-        of_source = list(progress)
-        print(describe(source.name, of_source, arguments.max_length))  # noqa: T201 (the result)
-        findings += of_source
+    )
+    for source in sources:
+        summary = Summary()
+        total, findings = inspect_source(source, encoder, arguments.workers)
+        for finding in tqdm(findings, total=total, unit="row", disable=not sys.stderr.isatty()):
+            summary.add(finding)
+        print(summary.describe(source.name, arguments.max_length))  # noqa: T201 (the result)
+        lengths += summary.lengths
         # Rows that cannot be parsed are known before the images are read.
-        reasons += sorted((finding.reason for finding in of_source if finding.reason), key=natural_order)
-    lengths = [finding.sequence_length for finding in findings if not finding.reason]
+        reasons += sorted(summary.reasons, key=natural_order)
     if lengths:
         print(f"\n{histogram(lengths)}")  # noqa: T201
         if arguments.plot is not None:

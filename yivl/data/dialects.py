@@ -113,9 +113,12 @@ def _listed_images(fields: Mapping[str, Any]) -> list[str | bytes]:
 
 
 def _image(value: Any, key: str) -> str | bytes:
-    """Return the path of an image, or the contents of a ``data:`` URL."""
+    """Return the path of an image, or its contents: of a ``data:`` URL, or as bytes, which Parquet can hold."""
     if isinstance(value, Mapping):
-        value = value.get("url") or value.get("path")
+        content = value.get("bytes")
+        value = content if isinstance(content, bytes) and content else value.get("url") or value.get("path")
+    if isinstance(value, bytes) and value:
+        return value
     if not isinstance(value, str) or not value:
         raise YiVLError(f"{key!r} is not a path or a list of paths")
     if header := _DATA_URL.match(value):
@@ -244,4 +247,4 @@ def _is_like_image(key: str, value: Any) -> bool:
 
 def _match_image_key(key: str, value: Any) -> re.Match[str] | None:
     snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key)
-    return _LIKE_IMAGES.fullmatch(snake_case) if isinstance(value, str | list | Mapping) else None
+    return _LIKE_IMAGES.fullmatch(snake_case) if isinstance(value, str | bytes | list | Mapping) else None

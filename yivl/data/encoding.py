@@ -1,9 +1,11 @@
 """Rows to samples: token ids, labels and pixel values, made by the code that inference uses."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 
 from yivl.checkpoint.loading import load_processors
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
@@ -53,6 +55,14 @@ class Encoder:
         except ImageError as error:
             raise RowError(f"{row.origin}: {error}") from error
         return Sample(input_ids, labels, self.image_processor.resize(images), sequence_length)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that sequence lengths depend on: the tokenizer, the size of images, and the maximum length."""
+        digest = hashlib.sha256(f"{self.num_patches} {self.max_length} {transformers.__version__}".encode())
+        for name, content in sorted(self.tokenizer.files.items()):
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
 
     def encode_text(self, row: Row) -> EncodedTurns:
         """Return the ids of a row, not truncated, and the tokens the loss is computed on."""

@@ -1,9 +1,7 @@
 """Rows: conversations, captions or text in JSON or JSONL, validated one by one."""
 
-import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +9,16 @@ from typing import Any, Final
 
 from yivl.conversation import Turn
 from yivl.data.dialects import Dialogue, Message, read_dialogue
+from yivl.data.json_texts import parse_text, read_texts, row_unit
+from yivl.errors import RowError as RowError
 from yivl.errors import YiVLError
 
 logger = logging.getLogger(__name__)
 
-# A string, which is kept, or a comma before a closing bracket or the end, with the "..." of a printed example.
-_TRAILING: Final = re.compile(r'("(?:[^"\\]|\\.)*")|,(?:\s*\.\.\.)?(?=\s*(?:[\]}]|\Z))', re.DOTALL)
-
-_DECLARATIONS: Final = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
-"""Keys of a dataset in ``dataset_info.json``. Source: hiyouga/LLaMA-Factory, data/README.md."""
-
-
-class RowError(YiVLError):
-    """An invalid row; the message names file, row and reason."""
+# Notices, as predicates of a sentence about rows.
+OPENING_ANSWER: Final = "start with an answer, which is dropped"
+EMPTY_ANSWER: Final = "have an empty answer"
+OUTSIDE_IMAGE: Final = "have an image outside the image folder"
 
 
 @dataclass(frozen=True)
@@ -103,11 +98,11 @@ def _turns(messages: Sequence[Message]) -> list[Turn]:
 
 def _notices(dialogue: Dialogue, turns: Sequence[Turn], folder: Path) -> Iterator[str]:
     if dialogue.drops_answer:
-        yield "start with an answer, which is dropped"
+        yield OPENING_ANSWER
     if not all((turn.answer or "").strip() for turn in turns):
-        yield "have an empty answer"
+        yield EMPTY_ANSWER
     if any(isinstance(image, str) and _is_outside(image, folder) for image in dialogue.images):
-        yield "have an image outside the image folder"
+        yield OUTSIDE_IMAGE
 
 
 def _is_outside(image: str, folder: Path) -> bool:
@@ -125,12 +120,13 @@ def count_notices(notices: Iterable[tuple[str, str]]) -> list[str]:
     origins: dict[str, list[str]] = {}
     for notice, origin in notices:
         origins.setdefault(notice, []).append(origin)
-    return [f"{len(found):,} rows {notice}: {_first(found)}" for notice, found in origins.items()]
+    return [summarize_notice(notice, len(found), found[:5]) for notice, found in origins.items()]
 
 
-def _first(origins: Sequence[str]) -> str:
-    more = f" and {len(origins) - 5:,} more" if len(origins) > 5 else ""
-    return f"{', '.join(origins[:5])}{more}"
+def summarize_notice(notice: str, count: int, first: Sequence[str]) -> str:
+    """Return one line about the rows that have a notice: their number, and the origins of the first of them."""
+    more = f" and {count - len(first):,} more" if count > len(first) else ""
+    return f"{count:,} rows {notice}: {', '.join(first)}{more}"
 
 
 def log_notices(rows: Iterable[Row]) -> None:
@@ -142,67 +138,11 @@ def log_notices(rows: Iterable[Row]) -> None:
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     """Yield origin and JSON value of every row of a ``.json`` list (from row 0) or ``.jsonl`` file (from line 1).
 
-    The value is what ``parse_row`` takes; for a line that is not JSON it is the error. Commas before a closing bracket
+    The value is what ``parse_row`` takes; for text that is not JSON it is the error. Commas before a closing bracket
     are ignored, as is the ``...`` of a printed example.
 
     Raises:
         RowError: If the file is missing or empty, or is not JSON.
     """
-    name = os.fspath(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise RowError(f"{name}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RowError(f"{name}: not UTF-8 text (byte {error.start})") from error
-    if Path(path).suffix == ".jsonl":
-        # Not splitlines(): it also splits at characters that JSON strings may contain, such as U+2028.
-        lines = [(f"{name} line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(origin, _parse_line(line)) for origin, line in lines]
-    else:
-        rows = [(f"{name} row {index}", row) for index, row in enumerate(_parse_list(text, name))]
-    if not rows:
-        raise RowError(f"{name}: no rows")
-    yield from rows
-
-
-def _parse_list(text: str, name: str) -> list[Any]:
-    if not text.strip():
-        return []
-    try:
-        listed = _parse(text)
-    except json.JSONDecodeError as error:
-        hint = "; a file with one object per line is named .jsonl" if "Extra data" in str(error) else ""
-        raise RowError(f"{name}: not valid JSON ({error}){hint}") from error
-    if isinstance(listed, list):
-        return listed
-    declared = listed.values() if isinstance(listed, dict) else []
-    if any(isinstance(entry, dict) and entry.keys() & _DECLARATIONS for entry in declared):
-        raise RowError(
-            f"{name}: declares datasets of LLaMA-Factory and has no rows; give the file of rows that it names, or "
-            "see scripts/convert.py from-llamafactory"
-        )
-    raise RowError(f"{name}: expected a JSON list of rows; a file with one object per line is named .jsonl")
-
-
-def _parse_line(line: str) -> Any:
-    try:
-        return _parse(line)
-    except json.JSONDecodeError as error:
-        hint = "; a JSON list is named .json" if line.strip() in ("[", "{") else ""
-        return RowError(f"not valid JSON ({error.msg} at character {error.pos}){hint}")
-
-
-def _parse(text: str) -> Any:
-    """Return the value of JSON text, if need be without its trailing commas."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        lenient = _TRAILING.sub(lambda match: match[1] or "", text)
-        if lenient == text:
-            raise
-        try:
-            return json.loads(lenient)
-        except ValueError:
-            pass
-        raise  # about the text as it is
+    for number, text in read_texts(path):
+        yield f"{os.fspath(path)} {row_unit(path)} {number}", parse_text(text)

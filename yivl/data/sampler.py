@@ -1,9 +1,11 @@
 """Rows as a dataset, and the batches of an epoch: subsampled, shuffled, grouped, sharded across ranks."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from yivl.data.encoding import Encoder, Sample, encode_or_skip
@@ -47,8 +49,8 @@ class BatchSampler(Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        lengths: Sequence[int] | None = None,
-        groups: Sequence[int] | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        groups: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         """Set the order.
 
@@ -77,45 +79,57 @@ class BatchSampler(Sampler[list[int]]):
         return -(-sum(self.samples_per_epoch) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._global_batches():
-            yield batch[self.rank :: self.world_size]
+        size = self.batch_size * self.world_size
+        order, starts = self._global_batches(size)
+        for start in starts:
+            yield order[start : start + size][self.rank :: self.world_size].tolist()
 
-    def _epoch_indices(self) -> list[int]:
+    def _epoch_indices(self) -> "array[int]":
         """Return the dataset indices of the epoch, not shuffled: whole repeats, and a subsample for the fraction."""
-        indices: list[int] = []
+        indices = array("i" if sum(self.num_rows) < 2**31 else "q")
         start = 0
         for source, (number, total) in enumerate(zip(self.num_rows, self.samples_per_epoch, strict=True)):
             rows = range(start, start + number)
             repeats, rest = divmod(total, max(number, 1))
-            indices += [*rows] * repeats + subsample(rows, rest, f"{self.seed} {self.epoch} {source}")
+            for _ in range(repeats):
+                indices.extend(rows)
+            indices.extend(subsample(rows, rest, f"{self.seed} {self.epoch} {source}"))
             start += number
         return indices
 
-    def _global_batches(self) -> list[list[int]]:
-        """Return the batches of all ranks together; only the last may be smaller."""
-        size = self.batch_size * self.world_size
+    def _global_batches(self, size: int) -> tuple[np.ndarray, Iterable[int]]:
+        """Return the samples of an epoch, and where the batches of all ranks start; only the last may be smaller."""
         generator = random.Random(f"{self.seed} {self.epoch}")
-        order = self._epoch_indices()
-        generator.shuffle(order)
+        indices = self._epoch_indices()
+        generator.shuffle(indices)  # an array: a list would hold 36 bytes for each row
+        order = np.frombuffer(indices, dtype=indices.typecode)
         if self.lengths is None and self.groups is None:
-            return [order[start : start + size] for start in range(0, len(order), size)]
-        lengths, groups = (values or [0] * sum(self.num_rows) for values in (self.lengths, self.groups))
+            return order, range(0, len(order), size)
+        rows = sum(self.num_rows)
+        lengths = np.zeros(rows, np.int32) if self.lengths is None else np.asarray(self.lengths)
+        groups = np.zeros(rows, np.uint8) if self.groups is None else np.asarray(self.groups)
         # Full batches of one class; the remainders of the classes are mixed at the end.
-        sorted_order: list[int] = []
-        remainder: list[int] = []
-        for group in sorted(set(groups)):
-            members = [index for index in order if groups[index] == group]
+        parts: list[np.ndarray] = []
+        remainder: list[np.ndarray] = []
+        of_order = groups[order]
+        for group in np.unique(of_order):
+            members = order[of_order == group]
             full = len(members) // size * size
-            for start in range(0, full, size * GROUP_SIZE):
-                part = members[start : min(start + size * GROUP_SIZE, full)]
-                sorted_order += sorted(part, key=lengths.__getitem__, reverse=True)
-            remainder += members[full:]
-        sorted_order += sorted(remainder, key=lengths.__getitem__, reverse=True)
-        batches = [sorted_order[start : start + size] for start in range(0, len(order), size)]
+            parts += np.split(members[:full], range(size * GROUP_SIZE, full, size * GROUP_SIZE))
+            remainder.append(members[full:])
+        order = np.concatenate([_longest_first(part, lengths) for part in (*parts, np.concatenate(remainder))])
         # The longest batch comes first, so that out-of-memory errors show at once; the smaller one stays last.
-        last = batches.pop() if len(batches[-1]) < size else None
+        full = len(order) // size
+        batches = array("q", range(full))
         generator.shuffle(batches)
         if batches:
-            longest = max(range(len(batches)), key=lambda index: max(lengths[row] for row in batches[index]))
+            longest = int(lengths[order[: full * size]].reshape(full, size).max(axis=1)[batches].argmax())
             batches[0], batches[longest] = batches[longest], batches[0]
-        return batches if last is None else [*batches, last]
+        if len(order) % size:
+            batches.append(full)
+        return order, (batch * size for batch in batches)
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return rows by descending length, those of the same length in their order."""
+    return rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]

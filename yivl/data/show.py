@@ -7,7 +7,7 @@ import argparse
 import re
 import sys
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from yivl import command_line
 from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser = command_line.Parser(prog="python -m yivl.data.show", description=__doc__)
     command_line.add_checkpoint_flags(parser)
     parser.add_argument(
-        "words", nargs="*", metavar="DATA ROW", help=".json or .jsonl file, and index of the row, from 0"
+        "words", nargs="*", metavar="DATA ROW", help=".json, .jsonl or .parquet file, and index of the row, from 0"
     )
     parser.add_argument("--data", "--data_path", help="the file, instead of DATA")
     arguments, apart = parser.parse_known_args()  # of values with flags between them, argparse takes the first ones
@@ -42,9 +42,9 @@ def main() -> None:
     command_line.log_to_stderr()
 
     from yivl.data.encoding import load_encoder
-    from yivl.data.rows import RowError, log_notices, parse_row, read_rows
+    from yivl.data.rows import RowError, log_notices, parse_row
 
-    found = next(islice(read_rows(arguments.data), arguments.row, None), None) if arguments.row >= 0 else None
+    found = _find(arguments.data, arguments.row) if arguments.row >= 0 else None
     if found is None:
         raise RowError(f"{arguments.data}: no row {arguments.row}")
     origin, fields = found
@@ -58,6 +58,19 @@ def main() -> None:
         text = b"".join(_bytes(token, encoder.tokenizer) for token, _ in group).decode("utf-8", "replace")
         print(f"{before}{text}{after}" if is_target else text, end="")  # noqa: T201 (the result)
     print(f"\n{len(encoded.input_ids)} tokens, {sum(encoded.is_target)} of them targets")  # noqa: T201
+
+
+def _find(data: str, index: int) -> tuple[str, Any] | None:
+    """Return origin and value of a row, or ``None`` if there are not as many."""
+    if data.endswith((".json", ".jsonl")):  # read up to the row, not cached as a whole
+        from yivl.data.rows import read_rows
+
+        return next(islice(read_rows(data), index, None), None)
+
+    from yivl.data.records import open_records
+
+    records = open_records(data)
+    return (records.origin(index), records[index]) if index < len(records) else None
 
 
 def _bytes(token: int, tokenizer: "YiTokenizer") -> bytes:

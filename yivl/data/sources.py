@@ -1,6 +1,7 @@
 """Data sources: files or tar shards, or a YAML mixture of both with names, weights and limits."""
 
 import glob
+import math
 import os
 import random
 import re
@@ -8,14 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 
-from yivl.data.rows import Row, RowError, parse_row, read_rows
+from yivl.data.json_texts import check_regular
+from yivl.data.records import HUB, is_dataset
+from yivl.data.row_file import open_rows
+from yivl.data.row_table import RowTable
+from yivl.data.rows import RowError
 from yivl.data.shard_file import check_urls, is_remote
 
 T = TypeVar("T")
+
+MAX_PATHS: Final = 1_000_000
+"""Largest number of paths of one pattern; LAION-5B has 232,320 shards. Source: ours."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class DataSource:
     """
 
     data_path: str | tuple[str, ...]
-    """``.json`` or ``.jsonl`` rows, or ``.tar`` shards, which may be URLs. Each path may have ``*``, URLs may not, and
+    """``.json``, ``.jsonl`` or ``.parquet`` rows, a folder of ``Dataset.save_to_disk``, ``hub:owner/name`` (see
+    ``open_records``), or ``.tar`` shards, which may be URLs. Each path of files may have ``*``, URLs may not, and
     ``{00000..00099}`` patterns."""
     image_folder: str | tuple[str, ...] = "."
     """Base folder of relative image paths, or one for each path of ``data_path``."""
@@ -40,13 +49,15 @@ class DataSource:
     and maximum number of samples per epoch, whatever the weight."""
     name: str = ""
     """For tables and messages; by default the paths."""
+    allow_outside_images: bool = False
+    """Whether images may be outside of the image folder; a flag, which a mixture cannot set."""
 
     def __post_init__(self) -> None:
         if not self.name:
             first, *others = self.paths or ("",)
             object.__setattr__(self, "name", f"{first} and {len(others)} more" if others else first)
-        if not self.weight > 0:
-            raise RowError(f"{self.name}: weight {self.weight} is not positive")
+        if not 0 < self.weight < math.inf:
+            raise RowError(f"{self.name}: weight {self.weight} is not positive" + " and finite" * (self.weight > 0))
         if self.max_rows is not None and type(self.max_rows) is not int:  # YAML reads 5e4 as text and yes as true
             raise RowError(f"{self.name}: max_rows {self.max_rows!r} is not an integer")
         if self.max_rows is not None and self.max_rows < 1:
@@ -79,8 +90,11 @@ class DataSource:
         """
         files: dict[str, tuple[str, str]] = {}
         for path, folder in zip(self.paths, self.folders, strict=True):
-            if not path.endswith((".json", ".jsonl", ".tar")):
-                raise RowError(f"{path}: expected a .json, .jsonl, .tar or .yaml file")
+            if is_dataset(path):
+                files[path] = (path, folder)
+                continue
+            if not path.endswith((".json", ".jsonl", ".parquet", ".tar")):
+                raise RowError(f"{path}: expected a .json, .jsonl, .parquet, .tar or .yaml file, or {HUB}owner/name")
             for pattern in [path] if os.path.exists(path) else expand_braces(path):
                 # What a URL names is found when it is read: looking up 10,000 shards takes minutes.
                 is_found = is_remote(pattern) or os.path.exists(pattern)
@@ -116,7 +130,12 @@ class DataSource:
 
 
 def read_sources(
-    data_path: str, image_folder: str = ".", max_rows: int | None = None, *, allow_remote_data: bool = False
+    data_path: str,
+    image_folder: str = ".",
+    max_rows: int | None = None,
+    *,
+    allow_outside_images: bool = False,
+    allow_remote_data: bool = False,
 ) -> list[DataSource]:
     """Return the data sources of ``--data_path``: the files themselves, or the entries of a ``.yaml`` mixture.
 
@@ -127,7 +146,7 @@ def read_sources(
         RowError: If the mixture cannot be read, an entry is invalid, or entries of the same name contradict each other.
         YiVLError: If a path is a URL, without ``allow_remote_data`` or the package that reads it.
     """
-    sources = _read_mixture(data_path, image_folder, max_rows)
+    sources = _read_mixture(data_path, image_folder, max_rows, allow_outside_images)
     check_urls((path for source in sources for path in source.paths), is_allowed=allow_remote_data)
     for source in sources:
         if source.max_rows is not None and any(map(is_remote, source.paths)):
@@ -138,18 +157,24 @@ def read_sources(
     return sources
 
 
-def _read_mixture(data_path: str, image_folder: str, max_rows: int | None) -> list[DataSource]:
+def _read_mixture(
+    data_path: str, image_folder: str, max_rows: int | None, allow_outside_images: bool
+) -> list[DataSource]:
     if not data_path.endswith((".yaml", ".yml")) or is_remote(data_path):
-        return [DataSource(data_path, image_folder, max_rows=max_rows)]
+        return [DataSource(data_path, image_folder, max_rows=max_rows, allow_outside_images=allow_outside_images)]
     try:
+        check_regular(data_path)
         entries = yaml.safe_load(Path(data_path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RowError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise RowError(f"{data_path}: not readable YAML; quote a path that begins with a brace ({reason})") from error
-    known = [field.name for field in fields(DataSource)]
+    known = [field.name for field in fields(DataSource) if field.name != "allow_outside_images"]
     if not isinstance(entries, list) or not entries:
         raise RowError(f"{data_path}: expected a list of sources with the keys {', '.join(known)}")
     defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": max_rows}
+    defaults["allow_outside_images"] = allow_outside_images
     sources: dict[str | int, DataSource] = {}
     for index, entry in enumerate(entries):
         place = f"{data_path} entry {index}"
@@ -173,7 +198,10 @@ def _resolve_paths(entry: dict[str, Any], folder: str) -> dict[str, Any]:
     listed = entry["data_path"] if isinstance(entry["data_path"], list) else [entry["data_path"]]
     if not all(isinstance(path, str) for path in listed):
         raise RowError("'data_path' is not a path or a list of paths")
-    paths = [path if is_remote(path) else os.path.join(folder, os.path.expanduser(path)) for path in listed]
+    paths = [
+        path if is_remote(path) or path.startswith(HUB) else os.path.join(folder, os.path.expanduser(path))
+        for path in listed
+    ]
     resolved: dict[str, Any] = {"data_path": paths[0] if len(paths) == 1 else tuple(paths)}
     if "image_folder" in entry:
         resolved["image_folder"] = os.path.join(folder, os.path.expanduser(str(entry["image_folder"])))
@@ -196,8 +224,14 @@ def expand_braces(pattern: str) -> list[str]:
 
     >>> expand_braces("{08..10}.tar")
     ['08.tar', '09.tar', '10.tar']
+
+    Raises:
+        RowError: If the pattern names no path, or more than ``MAX_PATHS``.
     """
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    parts = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
+    number = math.prod(max(int(last) - int(first) + 1, 0) for first, last in zip(parts[1::3], parts[2::3], strict=True))
+    if not 0 < number <= MAX_PATHS:
+        raise RowError(f"{pattern}: names {number:,} paths; expected 1 to {MAX_PATHS:,}")
     ranges = [
         [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         for first, last in zip(parts[1::3], parts[2::3], strict=True)
@@ -206,29 +240,35 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(a + b for a, b in zip(texts, [*numbers, ""], strict=True)) for numbers in product(*ranges)]
 
 
-def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> Sequence[Row]:
+def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> RowTable:
     """Return the valid rows of the files in their order, or the subset of ``max_rows`` that ``seed`` determines.
 
     Raises:
         RowError: If a file cannot be read, or by ``on_bad_row``, which is called with every invalid row.
     """
-    return source.subset(load_all_rows(source, on_bad_row), seed)
+    return select_rows(source, load_all_rows(source, on_bad_row), seed)
 
 
-def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) -> list[Row]:
+def select_rows(source: DataSource, rows: RowTable, seed: int) -> RowTable:
+    """Return all rows of a source, or the subset of ``max_rows`` that ``seed`` determines."""
+    places = range(len(rows))
+    chosen = source.subset(places, seed)
+    return rows if chosen is places else rows.select(chosen)
+
+
+def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) -> RowTable:
     """Return the valid rows of the files in their order; ``max_rows`` does not apply.
 
     Raises:
         RowError: As in ``load_rows``.
     """
-    rows: list[Row] = []
+    parts = []
     for path, image_folder in source.files():
-        for origin, entry in read_rows(path):
-            try:
-                rows.append(parse_row(entry, origin, image_folder))
-            except RowError as error:
-                on_bad_row(error)
-    return rows
+        file = open_rows(path, image_folder)
+        for error in file.errors(allow_outside=source.allow_outside_images):
+            on_bad_row(error)
+        parts.append((file, None if source.allow_outside_images else file.inside()))
+    return RowTable(parts)
 
 
 def subsample(items: Sequence[T], count: int, seed: int | str) -> list[T]:

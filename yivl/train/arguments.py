@@ -121,6 +121,7 @@ class DataArguments:
         "", "rows (.json, .jsonl), tar shards ({00000..00099}.tar) or a mixture of them (.yaml)", aliases=("--data",)
     )
     image_folder: str = _flag(".", "folder that relative image paths start from")
+    allow_outside_images: bool = _flag(False, "allow rows to name images outside of --image_folder")
     eval_data_path: str | None = _flag(None, "rows to compute the evaluation loss on; needs --eval_strategy")
     model_max_length: int = _flag(2048, "sequence length, image patches included; longer samples are truncated")
     max_rows_per_source: int | None = _flag(

@@ -3,23 +3,22 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import TrainingArguments
 
 from yivl.checkpoint.format import RECORD, read_json
 from yivl.data.collator import Collator
 from yivl.data.encoding import Encoder
-from yivl.data.rows import Row, RowError, log_notices
+from yivl.data.row_table import RowTable, join
+from yivl.data.rows import RowError
 from yivl.data.sampler import BatchSampler, RowDataset
 from yivl.data.shard_facts import ShardSubset, fingerprint
-from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
+from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources, select_rows
 from yivl.data.stream_progress import StreamProgress
 from yivl.data.streaming import StreamCollator, StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
@@ -131,7 +130,11 @@ def make_batches(
         YiVLError: If a flag does not apply to streamed data.
     """
     sources = read_sources(
-        data.data_path, data.image_folder, data.max_rows_per_source, allow_remote_data=data.allow_remote_data
+        data.data_path,
+        data.image_folder,
+        data.max_rows_per_source,
+        allow_outside_images=data.allow_outside_images,
+        allow_remote_data=data.allow_remote_data,
     )
     if data.packing and training.per_device_train_batch_size == 1:
         logger.warning("--packing has no effect with --per_device_train_batch_size 1: it packs the samples of a batch")
@@ -139,13 +142,10 @@ def make_batches(
         return _streamed_batches(sources, data, training, encoder, on_bad_row)
     read = [_read_files(source, training.seed, on_bad_row) for source in sources]
     rows_of = [rows for rows, _ in read]
-    rows = [row for loaded in rows_of for row in loaded]
+    rows = join(rows_of)
     if not rows:
         raise RowError(f"{data.data_path}: no row to train on")
-    lengths = None
-    if data.group_by_length or data.group_by_modality_length:
-        quiet = not training.should_log or training.disable_tqdm
-        lengths = [encoder.sequence_length(row) for row in tqdm(rows, desc="sequence lengths", disable=quiet)]
+    is_grouped = data.group_by_length or data.group_by_modality_length
     sampler = BatchSampler(
         [len(loaded) for loaded in rows_of],
         training.per_device_train_batch_size,
@@ -153,15 +153,16 @@ def make_batches(
         seed=training.seed,
         rank=training.process_index,
         world_size=training.world_size,
-        lengths=lengths,
-        groups=[int(bool(row.images)) for row in rows] if data.group_by_modality_length else None,
+        lengths=rows.lengths(encoder) if is_grouped else None,
+        groups=rows.has_images if data.group_by_modality_length else None,
     )
     facts = [
         {
             "source": source.name,
             **_row_facts(len(loaded), found),
             "rows_per_epoch": total,
-            "images": round(sum(bool(row.images) for row in loaded) * total / max(len(loaded), 1)),
+            "images": round(int(loaded.has_images.sum()) * total / max(len(loaded), 1)),
+            "fingerprint": loaded.fingerprint,
         }
         | ({"subsampled": "per epoch"} if loaded and total % len(loaded) else {})
         | ({"limited": "per epoch"} if total < round(len(loaded) * source.weight) else {})
@@ -172,12 +173,12 @@ def make_batches(
     return Batches(_loader(dataset, sampler, encoder, data, training), facts)
 
 
-def _read_files(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> tuple[Sequence[Row], int]:
+def _read_files(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> tuple[RowTable, int]:
     """Return the rows of a source of files within its limit, and the number of all its rows; log their notices."""
     found = load_all_rows(source, on_bad_row)
-    rows = source.subset(found, seed)
+    rows = select_rows(source, found, seed)
     _check_image_folder(source, rows)  # before weights are loaded
-    log_notices(rows)
+    _log_notices(rows)
     return rows, len(found)
 
 
@@ -229,7 +230,7 @@ def _subset_facts(subset: ShardSubset | None) -> dict[str, Any]:
 
 def _file_facts(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> dict[str, Any]:
     rows, found = _read_files(source, seed, on_bad_row)
-    return _row_facts(len(rows), found)
+    return _row_facts(len(rows), found) | {"fingerprint": rows.fingerprint}
 
 
 def _row_facts(rows: int, found: int) -> dict[str, Any]:
@@ -258,13 +259,13 @@ def make_eval_loader(
     """
     if data.eval_data_path is None:
         return None
-    sources = read_sources(data.eval_data_path, data.image_folder)
+    sources = read_sources(data.eval_data_path, data.image_folder, allow_outside_images=data.allow_outside_images)
     if streamed := [source.name for source in sources if source.is_streamed]:
         raise YiVLError(f"--eval_data_path: {streamed[0]}: tar shards are streamed without end; use .json or .jsonl")
-    rows = [row for source in sources for row in load_rows(source, 0, on_bad_row)]
+    rows = join([load_rows(source, 0, on_bad_row) for source in sources])
     if not rows:
         raise RowError(f"{data.eval_data_path}: no row to evaluate on")
-    log_notices(rows)
+    _log_notices(rows)
     batch_size = training.per_device_eval_batch_size
     sampler = BatchSampler([len(rows)], batch_size, rank=training.process_index, world_size=training.world_size)
     return _loader(RowDataset(rows, encoder, on_bad_row), sampler, encoder, data, training)
@@ -276,9 +277,14 @@ def unwrap_worker_error(error: RowError) -> RowError:
     return RowError(str(error).strip().splitlines()[-1].removeprefix(prefix))
 
 
-def _check_image_folder(source: DataSource, rows: Sequence[Row]) -> None:
+def _log_notices(rows: RowTable) -> None:
+    for line in rows.notices():
+        logger.warning("%s", line)
+
+
+def _check_image_folder(source: DataSource, rows: RowTable) -> None:
     """Raise a ``RowError`` if none of the first images of a source exists: the ``--image_folder`` is wrong."""
-    first = list(islice((image for row in rows for image in row.images if isinstance(image, Path)), 20))
+    first = rows.first_images(20)
     if first and not any(image.is_file() for image in first):
         raise RowError(
             f"{source.name}: none of its first {len(first)} images exists, such as {first[0]}; set "
