@@ -105,7 +105,7 @@ def run(budget_seconds: float, short: bool) -> list[Outcome]:
 
 
 def write_data(folder: Path) -> None:
-    """Write 24 rows, a third of them with images, and three tar shards of 8 captions: a run takes more than an epoch."""
+    """Write 24 rows, a third of them with images, and as many samples in tar shards: a run takes more than an epoch."""
     folder.mkdir()
     rows: list[dict[str, Any]] = []
     for number in range(24):
