@@ -89,7 +89,7 @@ def run(budget_seconds: float, short: bool) -> list[Outcome]:
     with ThreadPoolExecutor(2) as pool:
         until = deadline if short else deadline - budget_seconds / 4  # the rest is for the commands that write
         runs = list(pool.map(lambda kind: try_runs(kind, wanted[kind.name], work, until), kinds))
-    promise = "{}: a killed run resumes; its losses and weights are bit-identical to those of an uninterrupted one"
+    promise = "{}: an interrupted run resumes; losses and weights are bit-identical to those of an uninterrupted one"
     outcomes = [
         Outcome(promise.format(tally.name), tally.kills, tally.held, "; ".join(tally.failures[:3])) for tally in runs
     ]
