@@ -201,6 +201,7 @@ def kill_run(program: Program, out: Path, chance: random.Random, seconds: float)
     """
     log, unfinished, newest = out / "log.jsonl", out / ".unfinished", _newest_step(out)
     step, any_time = chance.randint(min(newest + 1, STEPS), STEPS), chance.uniform(0, seconds)
+    started = time.time() - program.seconds
 
     def is_saving() -> bool:
         with suppress(FileNotFoundError):
@@ -208,12 +209,15 @@ def kill_run(program: Program, out: Path, chance: random.Random, seconds: float)
         return False
 
     def at_step() -> bool:
-        return log.exists() and log.read_bytes().count(b"\n") >= step
+        with suppress(FileNotFoundError):
+            is_of_this_run = log.stat().st_mtime > started  # a resumed run cuts the log of the one before
+            return is_of_this_run and log.read_bytes().count(b"\n") >= step
+        return False
 
     moments: tuple[tuple[float, Sequence[Callable[[], bool]]], ...] = (
         (0, [lambda: program.seconds > any_time]),
-        (0.1, [lambda: program.seconds > seconds / 4, at_step]),  # the log of a resumed run is cut when it starts
-        (SAVING_SECONDS, [lambda: program.seconds > seconds / 4, at_step, is_saving]),
+        (0.1, [at_step]),
+        (SAVING_SECONDS, [at_step, is_saving]),
         (SAVING_SECONDS, [(out / "train_results.json").exists]),
     )
     (latest, conditions), *_ = chance.choices(moments, weights=(25, 25, 40, 10))
