@@ -26,7 +26,7 @@ from yivl import command_line
 from yivl.parser import Parser
 
 CAMPAIGNS = ("kills", "requests", "hostile")
-MINUTES = {False: 15.0, True: 1.5}
+MINUTES = {False: 20.0, True: 1.5}
 """Default ``--minutes``, by ``--short``."""
 
 
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("campaign", choices=(*CAMPAIGNS, "all"), help="what to try")
     parser.add_argument("--short", action="store_true", help="a small part of each campaign, as in the tests")
-    parser.add_argument("--minutes", type=float, help="time limit of each campaign; 15 by default, 1.5 with --short")
+    parser.add_argument("--minutes", type=float, help="time limit of each campaign; 20 by default, 1.5 with --short")
     parser.add_argument("--output", type=Path, help="folder for the outcomes as JSON, and figures")
     parser.add_argument("--markdown", type=Path, help="replace the table of each campaign in a page with its section")
     return parser.parse_args()

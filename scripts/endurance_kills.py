@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -88,7 +89,7 @@ def run(budget_seconds: float, short: bool) -> list[Outcome]:
     with ThreadPoolExecutor(2) as pool:
         until = deadline if short else deadline - budget_seconds / 4  # the rest is for the commands that write
         runs = list(pool.map(lambda kind: try_runs(kind, wanted[kind.name], work, until), kinds))
-    promise = "{}: a killed run resumes; its losses and weights are bit-identical to those of an uninterrupted one"
+    promise = "{}: an interrupted run resumes; losses and weights are bit-identical to those of an uninterrupted one"
     outcomes = [
         Outcome(promise.format(tally.name), tally.kills, tally.held, "; ".join(tally.failures[:3])) for tally in runs
     ]
@@ -104,7 +105,7 @@ def run(budget_seconds: float, short: bool) -> list[Outcome]:
 
 
 def write_data(folder: Path) -> None:
-    """Write 24 rows, a third of them with images, and three tar shards of 20 captions."""
+    """Write 24 rows, a third of them with images, and as many samples in tar shards: a run takes more than an epoch."""
     folder.mkdir()
     rows: list[dict[str, Any]] = []
     for number in range(24):
@@ -117,7 +118,7 @@ def write_data(folder: Path) -> None:
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     for shard in range(3):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for place in range(20):
+            for place in range(8):
                 caption = folder / "caption.txt"
                 caption.write_text(f"caption {shard} {place}", encoding="utf-8")
                 tar.add(folder / f"{place}.png", f"{place:04d}.png")
@@ -158,24 +159,30 @@ def try_runs(kind: Kind, kills: int, work: Path, deadline: float) -> Tally:
             return tally
         seconds = program.seconds
     expected, expected_names = describe_run(folder / "whole"), names_in(folder / "whole")
-    while tally.kills < kills and time.monotonic() < deadline:
-        out, killed = folder / f"killed-{tally.kills}", 0
-        while killed < min(MAX_KILLS, kills - tally.kills) and time.monotonic() < deadline:
+    for number in count():
+        if tally.kills >= kills or time.monotonic() > deadline:
+            break
+        out, killed, failure = folder / f"killed-{number}", 0, None
+        while failure is None and killed < min(MAX_KILLS, kills - tally.kills) and time.monotonic() < deadline:
             with start(out) as program:
-                if not kill_run(program, out, chance, seconds):
-                    break
+                try:
+                    if not kill_run(program, out, chance, seconds):
+                        break
+                except TimeoutError as error:
+                    failure = str(error)
             killed += 1
         tally.kills += killed
-        with start(out) as program:
-            failure = program.finish()
+        if failure is None:
+            with start(out) as program:
+                failure = program.finish()
         if failure is None:
             tally.runs += 1
             found = describe_run(out)
             failure = next((f"other {key}" for key, value in found.items() if value != expected[key]), None)
+            tally.held += killed * (failure is None)
             changed = names_in(out) ^ expected_names
             tally.tidy += not changed
             failure = failure or (f"other files: {sorted(changed)[:4]}" if changed else None)
-            tally.held += killed * (found == expected)
         if failure is None:
             shutil.rmtree(out)
         else:
@@ -194,6 +201,7 @@ def kill_run(program: Program, out: Path, chance: random.Random, seconds: float)
     """
     log, unfinished, newest = out / "log.jsonl", out / ".unfinished", _newest_step(out)
     step, any_time = chance.randint(min(newest + 1, STEPS), STEPS), chance.uniform(0, seconds)
+    started = time.time() - program.seconds
 
     def is_saving() -> bool:
         with suppress(FileNotFoundError):
@@ -201,12 +209,15 @@ def kill_run(program: Program, out: Path, chance: random.Random, seconds: float)
         return False
 
     def at_step() -> bool:
-        return log.exists() and log.read_bytes().count(b"\n") >= step
+        with suppress(FileNotFoundError):
+            is_of_this_run = log.stat().st_mtime > started  # a resumed run cuts the log of the one before
+            return is_of_this_run and log.read_bytes().count(b"\n") >= step
+        return False
 
     moments: tuple[tuple[float, Sequence[Callable[[], bool]]], ...] = (
         (0, [lambda: program.seconds > any_time]),
-        (0.1, [lambda: program.seconds > seconds / 4, at_step]),  # the log of a resumed run is cut when it starts
-        (SAVING_SECONDS, [lambda: program.seconds > seconds / 4, at_step, is_saving]),
+        (0.1, [at_step]),
+        (SAVING_SECONDS, [at_step, is_saving]),
         (SAVING_SECONDS, [(out / "train_results.json").exists]),
     )
     (latest, conditions), *_ = chance.choices(moments, weights=(25, 25, 40, 10))

@@ -41,36 +41,38 @@ def try_command(name: str, command: list[str | Path], folder: Path, deadline: fl
     promise = f"`{name}`, killed: its target is complete or as before; repeated, it leaves nothing else"
     target, chance, failures, tried = folder / "target", random.Random(name), [], 0
     folder.mkdir()
-    with Program([*command, target]) as program:
-        program.wait_until(lambda: any(folder.iterdir()))
-        first = program.seconds
-        if failure := program.finish():
-            return Outcome(promise, 1, 0, failure)
-        window = program.seconds - first
-    expected = file_hashes(target, "*")
-    for number in range(KILLS):
-        if time.monotonic() > deadline:
-            break
-        old = dict(expected) if number % 2 and (target / "config.json").exists() else {}
-        if not old:
-            shutil.rmtree(target)
-        tried += _kill_writing(command, target, delay=chance.uniform(0, window))
-        if failure := _check_killed(target, old, expected) or _check_repeated(command, target, expected):
-            failures.append(failure)
-            shutil.rmtree(folder)
-            folder.mkdir()
-            with Program([*command, target]) as program:
-                program.finish()
-    return Outcome(promise, tried, tried - len(failures), "; ".join(failures[:3]))
+    try:
+        with Program([*command, target]) as program:
+            program.wait_until(lambda: any(folder.iterdir()))
+            first = time.time()
+            if failure := program.finish():
+                return Outcome(promise, 1, 0, failure)
+        # From the first file until the last rename, which changes the ctime.
+        window = max(path.stat().st_ctime for path in (target, *target.rglob("*"))) - first
+        expected = file_hashes(target, "*")
+        for number in range(KILLS):
+            if time.monotonic() > deadline:
+                break
+            old = dict(expected) if number % 2 and (target / "config.json").exists() else {}
+            if not old:
+                shutil.rmtree(target)
+            tried += 1
+            _kill_writing(command, target, delay=chance.uniform(0, window))
+            if failure := _check_killed(target, old, expected) or _check_repeated(command, target, expected):
+                failures.append(failure)
+                break  # what it left would change the next try
+    except TimeoutError as error:
+        tried, failures = tried + 1, [*failures, str(error)]
+    return Outcome(promise, tried, tried - len(failures), "; ".join(failures))
 
 
-def _kill_writing(command: list[str | Path], target: Path, *, delay: float) -> bool:
-    """Kill the command ``delay`` seconds after it began to write, and return whether it was running still."""
+def _kill_writing(command: list[str | Path], target: Path, *, delay: float) -> None:
+    """Kill the command ``delay`` seconds after it began to write."""
     before = _names(target.parent)
     with Program([*command, target]) as program:
         program.wait_until(lambda: _names(target.parent) != before)
         time.sleep(delay)
-        return program.kill()
+        program.kill()
 
 
 def _names(folder: Path) -> set[str]:
