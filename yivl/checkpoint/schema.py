@@ -76,7 +76,7 @@ def one_of(*names: str) -> Validator:
 def file_names(value: Any) -> None:
     """Check that all values of an object are names of files in the folder of the file, and none a path."""
     for name in value.values() if isinstance(value, dict) else ():
-        is_name = PurePosixPath(name).name == name and not {"\\", "\0"} & set(name) and name != ".."
+        is_name = name and PurePosixPath(name).name == name and not {"\\", "\0"} & set(name) and name != ".."
         if not is_name or len(name) > 255:
             raise ValueError(f"names of files in the same folder, not {reprlib.repr(name)}")
 
@@ -87,6 +87,14 @@ def known_activation(value: Any) -> None:
 
     if isinstance(value, str) and value not in ACT2FN:
         raise ValueError("an activation function of transformers, such as silu or gelu")
+
+
+def known_rope(value: Any) -> None:
+    """Check that transformers computes rotary position embeddings of the type."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if isinstance(value, str) and value not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ValueError(f"one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
 
 
 def short(value: Any) -> None:
@@ -157,6 +165,15 @@ class HfFields(TypedDict):
     vision_feature_layer: Annotated[int, within(-_LAYERS, _LAYERS)]
     vision_feature_select_strategy: Annotated[str, one_of("default", "full")]
     image_token_index: Annotated[int, within(1, _VOCABULARY)]
+
+
+class RopeFields(TypedDict, total=False):
+    """``rope_parameters`` and ``rope_scaling``."""
+
+    rope_type: Annotated[str, known_rope]
+    type: Annotated[str, known_rope]
+    rope_theta: Annotated[Number, within(1, 1e15)]
+    factor: Annotated[Number, within(1, 1e6)]
 
 
 class PreprocessorFields(TypedDict, total=False):
@@ -310,6 +327,8 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
 _NESTED: Final[Mapping[str, Any]] = {
     "text_config": ModelFields,
     "vision_config": ModelFields,
+    "rope_parameters": RopeFields,
+    "rope_scaling": RopeFields,
     "image_processor": PreprocessorFields,
 }
 
@@ -349,9 +368,14 @@ def check_file(path: Path, fields: Mapping[str, Any]) -> None:
     if path.name == "published.json":
         for name, content in fields.items():
             check_file(path / name, content)
-    for name, nested in _NESTED.items():
+    _check_nested(path, fields)
+
+
+def _check_nested(source: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+    for name, schema in _NESTED.items():
         if isinstance(fields.get(name), dict):
-            check_fields(f"{path}: {name}", fields[name], nested)
+            check_fields(f"{source}: {name}", fields[name], schema)
+            _check_nested(f"{source}: {name}", fields[name])
 
 
 @contextmanager

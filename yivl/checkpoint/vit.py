@@ -89,10 +89,13 @@ def vision_config(fields: Any, source: str | os.PathLike[str]) -> CLIPVisionConf
         source: Of the fields, for the error.
 
     Raises:
-        CheckpointError: If transformers refuses them.
+        CheckpointError: If transformers refuses them, or a patch is larger than the image.
     """
     with library_errors(source):
-        return CLIPVisionConfig(**fields_for(CLIPVisionConfig, fields))
+        config = CLIPVisionConfig(**fields_for(CLIPVisionConfig, fields))
+    if config.patch_size > config.image_size:
+        raise CheckpointError(f"{source}: patch_size is {config.patch_size}; expected at most {config.image_size}")
+    return config
 
 
 def is_open_clip(folder: str | os.PathLike[str]) -> bool:
