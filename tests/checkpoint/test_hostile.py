@@ -17,7 +17,7 @@ from support.golden import CHECKPOINT, ROOT
 from yivl.checkpoint.conversion import bin_to_safetensors
 from yivl.checkpoint.format import read_json, read_shapes, read_weights, weight_files
 from yivl.checkpoint.loading import load_model, load_processors
-from yivl.checkpoint.schema import library_errors
+from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit_source import resolve_vit
 from yivl.errors import CheckpointError
 

@@ -25,7 +25,8 @@ from yivl.checkpoint.format import (
     read_main_shapes,
     read_main_weights,
 )
-from yivl.checkpoint.schema import HfFields, check_fields, library_errors
+from yivl.checkpoint.schema import HfFields
+from yivl.checkpoint.validation import check_fields, library_errors
 from yivl.checkpoint.vit import vision_config
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError
@@ -293,7 +294,8 @@ def _check_vocabulary(folder: Path, path: Path, config: YiVLConfig) -> None:
     if (folder / "tokenizer.json").is_file():
         match read_json(folder / "tokenizer.json"):
             case {"model": {"vocab": dict(vocabulary)}}:
-                fits = {piece: index for piece, index in vocabulary.items() if index < config.vocab_size} == pieces
+                with library_errors(folder / "tokenizer.json"):  # an id may be no number
+                    fits = {piece: index for piece, index in vocabulary.items() if index < config.vocab_size} == pieces
             case _:
                 raise CheckpointError(f"{folder}/tokenizer.json: no vocabulary of a BPE model; download it again")
     else:  # Llama 2 has the same ids of both ends, but no token for the stop string

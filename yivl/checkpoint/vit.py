@@ -13,7 +13,8 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights
-from yivl.checkpoint.schema import OpenClipVision, check_fields, library_errors
+from yivl.checkpoint.schema import OpenClipVision
+from yivl.checkpoint.validation import check_fields, library_errors
 from yivl.errors import CheckpointError
 from yivl.model.configuration import fields_for
 from yivl.model.vision_tower import gathered

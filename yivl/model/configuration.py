@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 
-from yivl.checkpoint.schema import library_errors
+from yivl.checkpoint.validation import library_errors
 from yivl.errors import CheckpointError
 
 # Fields of transformers or of this process that a checkpoint does not record.
