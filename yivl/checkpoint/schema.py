@@ -194,6 +194,14 @@ class AdapterSettings(TypedDict):
     image_aspect_ratio: Annotated[str, one_of("pad", "square")]
 
 
+class RunFields(TypedDict, total=False):
+    """``training_run.json``."""
+
+    base_model: Text
+    sources: list[dict[str, Any]]
+    versions: dict[str, str]
+
+
 class OpenClipFields(TypedDict, total=False):
     """``open_clip_config.json``."""
 
@@ -244,6 +252,7 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "generation_config.json": GenerationFields,
     "adapter_config.json": AdapterFields,
     "yivl_adapter_config.json": AdapterSettings,
+    "training_run.json": RunFields,
     "open_clip_config.json": OpenClipFields,
     "published.json": dict[str, dict[str, Any]],
 }

@@ -39,13 +39,13 @@ class Zero:
         try:
             text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
             fields: dict[str, Any] = json.loads(text).get("zero_optimization", {})
-        except (OSError, ValueError) as error:
+            return cls(
+                int(fields.get("stage", 0)),
+                fields.get("offload_optimizer", {}).get("device", "none") != "none",
+                fields.get("offload_param", {}).get("device", "none") != "none",
+            )
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # objects of another form
             raise YiVLError(f"--deepspeed {deepspeed}: cannot be read ({error}); give a JSON file") from error
-        return cls(
-            int(fields.get("stage", 0)),
-            fields.get("offload_optimizer", {}).get("device", "none") != "none",
-            fields.get("offload_param", {}).get("device", "none") != "none",
-        )
 
 
 @dataclass(frozen=True)
