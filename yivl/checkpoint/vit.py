@@ -188,8 +188,8 @@ def read_open_clip_model(fields: Mapping[str, Any], source: str | os.PathLike[st
     """
     vision = fields.get("vision_cfg")
     if not isinstance(vision, dict) or isinstance(vision.get("layers"), list):  # a ResNet has a list
-        raise CheckpointError(f"{source}: not the configuration of an open_clip ViT")
-    check_fields(f"{source}: vision_cfg", vision, OpenClipVision)
+        raise CheckpointError(f"{source}: not the configuration of an open_clip ViT (a ResNet, or no vision_cfg)")
+    check_fields(f"{source}: not the configuration of an open_clip ViT (vision_cfg)", vision, OpenClipVision)
     width = vision["width"]
     with library_errors(source):
         return CLIPVisionConfig(
