@@ -112,13 +112,14 @@ def run(budget_seconds: float, short: bool) -> list[Outcome]:
     return outcomes
 
 
-def campaign(budget_seconds: float, num_files: int | None, only: str = "") -> Iterator[Verdict]:
+def campaign(budget_seconds: float, num_files: int | None, only: str = "", seed: int = 0) -> Iterator[Verdict]:
     """Yield the verdict of every file.
 
     Args:
         budget_seconds: After which no other file is tried.
         num_files: Of the short campaign, spread over the formats; by default the share of every format.
         only: Part of the names of the formats to try; ``NAME:NUMBER`` is one file.
+        seed: Of the mutations and their order.
     """
     wanted, _, number = only.partition(":")
     formats = [format_ for format_ in FORMATS if wanted in format_.name]
@@ -127,7 +128,7 @@ def campaign(budget_seconds: float, num_files: int | None, only: str = "") -> It
     cases = [(format_, index) for format_ in formats for index in range(max(1, round(format_.share * scale)))]
     if number:
         cases = [(formats[0], int(number))]
-    random.Random(0).shuffle(cases)  # a time that runs out hits all formats alike
+    random.Random(seed).shuffle(cases)  # a time that runs out hits all formats alike
     deadline = time.monotonic() + budget_seconds
     with tempfile.TemporaryDirectory(prefix="hostile-") as temporary:
         base = Path(temporary)
@@ -144,7 +145,7 @@ def campaign(budget_seconds: float, num_files: int | None, only: str = "") -> It
             with lock:
                 worker = free.pop()
             try:
-                return _try(worker, base, *case)
+                return _try(worker, base, *case, seed)
             finally:
                 with lock:
                     free.append(worker)
@@ -157,9 +158,9 @@ def campaign(budget_seconds: float, num_files: int | None, only: str = "") -> It
                 worker.close()
 
 
-def _try(worker: Worker, base: Path, format_: Format, number: int) -> Verdict:
+def _try(worker: Worker, base: Path, format_: Format, number: int, seed: int) -> Verdict:
     """Mutate a file of a format, open it and judge what happened."""
-    draw = random.Random(f"{format_.name} {number}")
+    draw = random.Random(f"{seed} {format_.name} {number}")
     name = re.sub(r"\W+", "-", format_.name)
     place = base / f"case-{name}-{number}"
     folder, output = place / format_.sample, place / "output"
@@ -184,8 +185,9 @@ def _try(worker: Worker, base: Path, format_: Format, number: int) -> Verdict:
 
 
 def _names(format_: Format, folder: Path, file: Path) -> list[str]:
-    """Return what a message may name: the file, its folder, the model of an answer, or the checkpoint of a run."""
-    return [str(folder), file.name, f"{folder.name}: ", *([file.parent.name] if format_.sample == "run" else [])]
+    """Return what a message may name: the file, its folder, the model, the checkpoint of a run, the log of bad rows."""
+    others = {"run": [file.parent.name], "tar": ["bad_rows.jsonl"], "rows-json": ["bad_rows.jsonl"]}
+    return [str(folder), file.name, f"{folder.name}: ", *others.get(format_.sample, [])]
 
 
 def _link_tree(source: Path, target: Path) -> None:
@@ -271,13 +273,14 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help=f"{SHORT} files")
     parser.add_argument("--minutes", type=float, default=10, help="limit of the campaign (default: %(default)s)")
     parser.add_argument("--only", default="", help="part of the name of a format, or NAME:NUMBER for one file")
+    parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="print every verdict")
     arguments = parser.parse_args()
     if arguments.worker:
         serve()
         return
     counts: Counter[str] = Counter()
-    for verdict in campaign(arguments.minutes * 60, SHORT if arguments.short else None, arguments.only):
+    for verdict in campaign(arguments.minutes * 60, SHORT if arguments.short else None, arguments.only, arguments.seed):
         counts[verdict.status] += 1
         if arguments.verbose or verdict.status not in ("opened", "refused"):
             print(f"{verdict.format}:{verdict.number} {verdict.status} {verdict.detail}", flush=True)

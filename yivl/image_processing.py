@@ -23,7 +23,8 @@ from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.format import read_json
-from yivl.checkpoint.schema import PreprocessorFields, library_errors
+from yivl.checkpoint.schema import PreprocessorFields
+from yivl.checkpoint.validation import library_errors
 from yivl.errors import CheckpointError, ImageError
 
 AspectRatio = Literal["pad", "square"]

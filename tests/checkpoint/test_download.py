@@ -110,10 +110,17 @@ def test_only_files_that_a_load_reads_are_downloaded_and_only_once(
     assert not hub.got
 
 
-@pytest.mark.parametrize("index", [b'{"weight_map": {', b"[]", b'{"weight_map": {"a": 3}}'])
-def test_a_damaged_index_is_one_line(index: bytes, hub: Hub) -> None:
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (b'{"weight_map": {', "not valid JSON"),
+        (b"[]", "expected a JSON object"),
+        (b'{"weight_map": {"a": 3}}', "weight_map is .*; expected an object, each value text"),
+    ],
+)
+def test_a_damaged_index_is_one_line(index: bytes, said: str, hub: Hub) -> None:
     serve(hub, REPO, {**TOKENIZER, "model.safetensors.index.json": index})
-    with pytest.raises(CheckpointError, match=r"/model.safetensors.index.json: not the index of a sharded checkpoint"):
+    with pytest.raises(CheckpointError, match=f"/model.safetensors.index.json: {said}"):
         resolve_checkpoint(REPO)
 
 

@@ -14,7 +14,7 @@ from yivl.checkpoint.hf_format import (
     read_hf_vit,
     read_hf_weights,
 )
-from yivl.checkpoint.schema import library_errors
+from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit import read_clip_weights, read_vision_config
 from yivl.errors import CheckpointError
 from yivl.image_processing import load_clip_processor

@@ -25,7 +25,8 @@ from yivl.checkpoint.format import (
     read_main_shapes,
     read_main_weights,
 )
-from yivl.checkpoint.schema import HfFields, check_fields, library_errors
+from yivl.checkpoint.schema import HfFields
+from yivl.checkpoint.validation import check_fields, library_errors
 from yivl.checkpoint.vit import vision_config
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError
@@ -239,7 +240,10 @@ def load_hf_tokenizer(
         has_files = (source / TOKENIZER_FILES[0]).is_file()
         for name, content in _tokenizer_files(source if has_files else Path(folder), config.vocab_size).items():
             write_json(Path(temporary) / name, content)
-        return load_tokenizer(temporary)
+        try:
+            return load_tokenizer(temporary)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(temporary, str(source))) from error
 
 
 def _tokenizer_files(folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -248,6 +252,11 @@ def _tokenizer_files(folder: Path, vocab_size: int) -> dict[str, Any]:
     if TOKENIZER_FILES[0] in published:
         return {name: published[name] for name in TOKENIZER_FILES if name in published}
     config = read_json(folder / TOKENIZER_FILES[0])
+    with library_errors(folder / TOKENIZER_FILES[0]):
+        return _published_tokenizer_files(folder, config, vocab_size)
+
+
+def _published_tokenizer_files(folder: Path, config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     added = config.get("added_tokens_decoder")
     if added is None and (folder / "tokenizer.json").is_file():  # the only place where transformers 5 has them
         tokens = read_json(folder / "tokenizer.json").get("added_tokens", [])
@@ -285,7 +294,8 @@ def _check_vocabulary(folder: Path, path: Path, config: YiVLConfig) -> None:
     if (folder / "tokenizer.json").is_file():
         match read_json(folder / "tokenizer.json"):
             case {"model": {"vocab": dict(vocabulary)}}:
-                fits = {piece: index for piece, index in vocabulary.items() if index < config.vocab_size} == pieces
+                with library_errors(folder / "tokenizer.json"):  # an id may be no number
+                    fits = {piece: index for piece, index in vocabulary.items() if index < config.vocab_size} == pieces
             case _:
                 raise CheckpointError(f"{folder}/tokenizer.json: no vocabulary of a BPE model; download it again")
     else:  # Llama 2 has the same ids of both ends, but no token for the stop string

@@ -259,7 +259,7 @@ def _other_model(api: HfApi, repo_id: str, existing: set[str], *, is_adapter: bo
         return None if is_adapter else "an adapter"
     if "config.json" not in existing:
         return None
-    if "mm_vision_tower" not in json.loads(_remote_text(api, repo_id, "config.json")):
+    if "mm_vision_tower" not in read_json(Path(api.hf_hub_download(repo_id, "config.json"))):
         return "another kind of model"
     return "a whole model" if is_adapter else None
 

@@ -26,7 +26,7 @@ from yivl.checkpoint.format import (
     without_tower,
 )
 from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_weights
-from yivl.checkpoint.schema import library_errors
+from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.command_line import require
 from yivl.errors import CheckpointError, YiVLError

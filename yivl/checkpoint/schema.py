@@ -5,95 +5,27 @@ file from allocating memory or running for hours.
 """
 
 import os
-import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Final,
-    Literal,
-    NotRequired,
-    TypedDict,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, is_typeddict
+
+from yivl.checkpoint.validation import (
+    check_fields,
+    check_value,
+    file_names,
+    known_activation,
+    known_rope,
+    one_of,
+    short,
+    within,
 )
 
-from huggingface_hub.dataclasses import type_validator
-from huggingface_hub.errors import StrictDataclassError
-
-from yivl.errors import CheckpointError, YiVLError
-
 Number = int | float
-Validator = Callable[[Any], None]
 
-_LONGEST_REASON: Final = 500  # characters of a message of a library
 _WIDTH: Final = 2**17
 _LAYERS: Final = 1_000
 _IMAGE_SIDE: Final = 8_192
 _VOCABULARY: Final = 2**24
-_NAMES: Final = {
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    NoneType: "null",
-    dict: "an object",
-    list: "a list",
-    Any: "anything",
-}
-
-
-def within(low: float, high: float, length: int | None = None) -> Validator:
-    """Return a validator of a number, or of each number of a list or an object; a list has ``length`` of them."""
-
-    def check(value: Any) -> None:
-        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        if length is not None and isinstance(value, list) and len(value) != length:
-            raise ValueError(f"{length} of them")
-        # Also NaN is not within limits. Values of other types are the other types of a union.
-        if not all(low <= number <= high for number in numbers if isinstance(number, int | float)):
-            raise ValueError(f"{low:,} to {high:,}")
-
-    return check
-
-
-def one_of(*names: str) -> Validator:
-    """Return a validator of a text."""
-
-    def check(value: Any) -> None:
-        if isinstance(value, str) and value not in names:
-            raise ValueError(f"one of {', '.join(names)}")
-
-    return check
-
-
-def file_names(value: Any) -> None:
-    """Check that all values of an object are names of files in the folder of the file, and none a path."""
-    for name in value.values() if isinstance(value, dict) else ():
-        is_name = PurePosixPath(name).name == name and not {"\\", "\0"} & set(name) and name != ".."
-        if not is_name or len(name) > 255:
-            raise ValueError(f"names of files in the same folder, not {reprlib.repr(name)}")
-
-
-def known_activation(value: Any) -> None:
-    """Check that transformers has an activation function of the name."""
-    from transformers.activations import ACT2FN
-
-    if isinstance(value, str) and value not in ACT2FN:
-        raise ValueError("an activation function of transformers, such as silu or gelu")
-
-
-def short(value: Any) -> None:
-    """Check that a text may be a path or a name."""
-    if isinstance(value, str) and (len(value) > 1_024 or "\0" in value):
-        raise ValueError("at most 1,024 characters")
-
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"] | None
 Width = Annotated[int, within(1, _WIDTH)]
@@ -157,6 +89,15 @@ class HfFields(TypedDict):
     vision_feature_layer: Annotated[int, within(-_LAYERS, _LAYERS)]
     vision_feature_select_strategy: Annotated[str, one_of("default", "full")]
     image_token_index: Annotated[int, within(1, _VOCABULARY)]
+
+
+class RopeFields(TypedDict, total=False):
+    """``rope_parameters`` and ``rope_scaling``."""
+
+    rope_type: Annotated[str, known_rope]
+    type: Annotated[str, known_rope]
+    rope_theta: Annotated[Number, within(1, 1e15)]
+    factor: Annotated[Number, within(1, 1e6)]
 
 
 class PreprocessorFields(TypedDict, total=False):
@@ -253,6 +194,14 @@ class AdapterSettings(TypedDict):
     image_aspect_ratio: Annotated[str, one_of("pad", "square")]
 
 
+class RunFields(TypedDict, total=False):
+    """``training_run.json``."""
+
+    base_model: Text
+    sources: list[dict[str, Any]]
+    versions: dict[str, str]
+
+
 class OpenClipFields(TypedDict, total=False):
     """``open_clip_config.json``."""
 
@@ -303,6 +252,7 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "generation_config.json": GenerationFields,
     "adapter_config.json": AdapterFields,
     "yivl_adapter_config.json": AdapterSettings,
+    "training_run.json": RunFields,
     "open_clip_config.json": OpenClipFields,
     "published.json": dict[str, dict[str, Any]],
 }
@@ -310,27 +260,10 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
 _NESTED: Final[Mapping[str, Any]] = {
     "text_config": ModelFields,
     "vision_config": ModelFields,
+    "rope_parameters": RopeFields,
+    "rope_scaling": RopeFields,
     "image_processor": PreprocessorFields,
 }
-
-
-def check_fields(source: str | os.PathLike[str], fields: Mapping[str, Any], schema: Any) -> None:
-    """Check the known fields of an object.
-
-    Args:
-        source: File of the object, for the error.
-        fields: The object.
-        schema: A ``TypedDict``; validators are the metadata of its annotations.
-
-    Raises:
-        CheckpointError: If a required field is missing, or a field has a wrong type or value.
-    """
-    for name, annotation in get_type_hints(schema, include_extras=True).items():
-        annotation = get_args(annotation)[0] if get_origin(annotation) is NotRequired else annotation
-        if name in fields:
-            _check_value(source, name, fields[name], annotation)
-        elif name in schema.__required_keys__:
-            raise CheckpointError(f"{source}: no {name}; expected {_describe(annotation)}")
 
 
 def check_file(path: Path, fields: Mapping[str, Any]) -> None:
@@ -343,62 +276,17 @@ def check_file(path: Path, fields: Mapping[str, Any]) -> None:
     if schema is None:
         return
     if not is_typeddict(schema):
-        _check_value(path, "its content", fields, schema)
+        check_value(path, "its content", fields, schema)
     else:
         check_fields(path, fields, schema)
     if path.name == "published.json":
         for name, content in fields.items():
             check_file(path / name, content)
-    for name, nested in _NESTED.items():
+    _check_nested(path, fields)
+
+
+def _check_nested(source: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+    for name, schema in _NESTED.items():
         if isinstance(fields.get(name), dict):
-            check_fields(f"{path}: {name}", fields[name], nested)
-
-
-@contextmanager
-def library_errors(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise what a library says about the content of a file as a ``CheckpointError`` in one line.
-
-    Libraries raise errors of any type for values they do not expect. Errors of the system and lack of memory are left.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        kind = "" if isinstance(error, YiVLError | StrictDataclassError) else f"{type(error).__name__}: "
-        raise CheckpointError(f"{source}: {kind}{reason[:_LONGEST_REASON]}") from error
-
-
-def _check_value(source: str | os.PathLike[str], name: str, value: Any, annotation: Any) -> None:
-    base, *validators = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-    try:
-        type_validator(name, value, base)
-        for validator in validators:
-            validator(value)
-    except TypeError as error:
-        raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}; expected {_describe(annotation)}") from error
-    except ValueError as error:
-        expected = f"{_describe(annotation)}, {error}"
-        raise CheckpointError(f"{source}: {name} is {reprlib.repr(value)}; expected {expected}") from error
-
-
-def _describe(annotation: Any) -> str:
-    """Return the name of a type in the words of JSON."""
-    arguments = get_args(annotation)
-    match get_origin(annotation):
-        case None:
-            return _NAMES[annotation]
-        case kind if kind is Annotated:
-            return _describe(arguments[0])
-        case kind if kind is Literal:
-            return "one of " + ", ".join(map(str, arguments))
-        case kind if kind in (Union, UnionType):
-            names = dict.fromkeys(map(_describe, arguments))
-            return " or ".join(name for name in names if name != "an integer" or "a number" not in names)
-        case kind if kind is list and arguments != (Any,):
-            return f"a list, each item {_describe(arguments[0])}"
-        case kind if kind is dict and arguments[1] is not Any:
-            return f"an object, each value {_describe(arguments[1])}"
-        case kind:
-            return _NAMES[kind]
+            check_fields(f"{source}: {name}", fields[name], schema)
+            _check_nested(f"{source}: {name}", fields[name])

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights
-from yivl.checkpoint.schema import OpenClipVision, check_fields, library_errors
+from yivl.checkpoint.schema import OpenClipVision
+from yivl.checkpoint.validation import check_fields, library_errors
 from yivl.errors import CheckpointError
 from yivl.model.configuration import fields_for
 from yivl.model.vision_tower import gathered
@@ -89,10 +90,13 @@ def vision_config(fields: Any, source: str | os.PathLike[str]) -> CLIPVisionConf
         source: Of the fields, for the error.
 
     Raises:
-        CheckpointError: If transformers refuses them.
+        CheckpointError: If transformers refuses them, or a patch is larger than the image.
     """
     with library_errors(source):
-        return CLIPVisionConfig(**fields_for(CLIPVisionConfig, fields))
+        config = CLIPVisionConfig(**fields_for(CLIPVisionConfig, fields))
+    if config.patch_size > config.image_size:
+        raise CheckpointError(f"{source}: patch_size is {config.patch_size}; expected at most {config.image_size}")
+    return config
 
 
 def is_open_clip(folder: str | os.PathLike[str]) -> bool:
@@ -184,8 +188,8 @@ def read_open_clip_model(fields: Mapping[str, Any], source: str | os.PathLike[st
     """
     vision = fields.get("vision_cfg")
     if not isinstance(vision, dict) or isinstance(vision.get("layers"), list):  # a ResNet has a list
-        raise CheckpointError(f"{source}: not the configuration of an open_clip ViT")
-    check_fields(f"{source}: vision_cfg", vision, OpenClipVision)
+        raise CheckpointError(f"{source}: not the configuration of an open_clip ViT (a ResNet, or no vision_cfg)")
+    check_fields(f"{source}: not the configuration of an open_clip ViT (vision_cfg)", vision, OpenClipVision)
     width = vision["width"]
     with library_errors(source):
         return CLIPVisionConfig(

@@ -10,7 +10,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from yivl.checkpoint.download import Fetch, download_model, fetch_first, reason_of
 from yivl.checkpoint.format import WEIGHTS, StateDict, read_json
-from yivl.checkpoint.schema import OpenClipPreprocessing, check_fields
+from yivl.checkpoint.schema import OpenClipPreprocessing
+from yivl.checkpoint.validation import check_fields
 from yivl.checkpoint.vit import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,

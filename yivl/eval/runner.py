@@ -21,6 +21,7 @@ from tqdm import tqdm
 from yivl.checkpoint.atomic import atomic_file, write_json
 from yivl.checkpoint.format import read_json
 from yivl.checkpoint.loading import LoadedModel
+from yivl.checkpoint.validation import library_errors
 from yivl.constants import SYSTEM_PROMPT
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.eval.benchmarks.benchmark import Question, file_key
@@ -209,7 +210,8 @@ def _read_responses(folder: Path) -> dict[str, str]:
         if complete != data:  # the run was killed while it wrote the last line, perhaps inside a character
             with atomic_file(file) as partial:
                 partial.write_bytes(complete)
-        responses |= {fields["id"]: fields["response"] for fields in map(json.loads, complete.split(b"\n")[:-1])}
+        with library_errors(file):
+            responses |= {fields["id"]: fields["response"] for fields in map(json.loads, complete.split(b"\n")[:-1])}
     return responses
 
 

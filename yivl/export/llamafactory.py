@@ -249,7 +249,7 @@ def _read_info(path: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RowError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(info, dict):
         raise RowError(f"{path}: expected a JSON object of datasets")

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 
-from yivl.checkpoint.schema import library_errors
+from yivl.checkpoint.validation import library_errors
 from yivl.errors import CheckpointError
 
 # Fields of transformers or of this process that a checkpoint does not record.
@@ -115,16 +115,10 @@ class YiVLConfig(LlamaConfig):
             raise CheckpointError(
                 f"pad_token_id is {self.pad_token_id}; expected less than vocab_size, {self.vocab_size}"
             )
-        if isinstance(vision, CLIPVisionConfig):
-            if not isinstance(vision.image_size, int) or not 1 <= vision.patch_size <= vision.image_size:
-                raise CheckpointError(
-                    f"image_size and patch_size of the ViT are {vision.image_size} and {vision.patch_size}; expected "
-                    "numbers, the second at most the first"
-                )
-            if vision.hidden_size != self.mm_hidden_size:
-                raise CheckpointError(
-                    f"mm_hidden_size is {self.mm_hidden_size}; expected that of the ViT, {vision.hidden_size}"
-                )
+        if isinstance(vision, CLIPVisionConfig) and vision.hidden_size != self.mm_hidden_size:
+            raise CheckpointError(
+                f"mm_hidden_size is {self.mm_hidden_size}; expected that of the ViT, {vision.hidden_size}"
+            )
 
     @property
     def num_patches(self) -> int:

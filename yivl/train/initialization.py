@@ -12,13 +12,14 @@ from yivl.checkpoint.format import StateDict, check_weight_file, read_json
 from yivl.checkpoint.hf_format import is_hf
 from yivl.checkpoint.loading import check_support, empty_model, read_small_files, set_images
 from yivl.checkpoint.projector import load_projector
+from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit_source import ViTSource, resolve_vit
 from yivl.errors import CheckpointError, YiVLError
 from yivl.image_processing import ImageProcessor
 from yivl.model.attention import register_packed_sdpa
-from yivl.model.configuration import YiVLConfig
+from yivl.model.configuration import YiVLConfig, fields_for
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.tokenization import YiTokenizer, load_tokenizer
+from yivl.tokenization import YiTokenizer, check_vocabulary, load_tokenizer
 from yivl.train.arguments import ModelArguments
 
 # Fields of a language model's config.json that do not hold for the vision-language model.
@@ -70,6 +71,7 @@ def read_start(arguments: ModelArguments, *, weights: bool = True) -> Start:
     else:
         vit = resolve_vit(arguments.vision_tower, weights=False)
         config, tokenizer = _config_of_parts(folder, vit, arguments), load_tokenizer(folder)
+        check_vocabulary(folder, tokenizer, config.vocab_size)
         clip_processor = vit.clip_processor
     if arguments.pretrain_mm_mlp_adapter is not None:
         check_weight_file(Path(arguments.pretrain_mm_mlp_adapter))
@@ -159,13 +161,15 @@ def _check_same_vit(vit: ViTSource, own: StateDict) -> None:
 
 
 def _config_of_parts(folder: Path, vit: ViTSource, arguments: ModelArguments) -> YiVLConfig:
-    fields = read_json(folder / "config.json")
-    return YiVLConfig(
-        **{key: value for key, value in fields.items() if key not in _OF_THE_LANGUAGE_MODEL},
-        vision_config=vit.config,
-        mm_vision_tower=f"./vit/{vit.name}",
-        mm_hidden_size=vit.config.hidden_size,
-        mm_projector_type=arguments.mm_projector_type,
-        mm_vision_select_layer=arguments.mm_vision_select_layer,
-        mm_vision_select_feature=arguments.mm_vision_select_feature,
-    )
+    path = folder / "config.json"
+    fields = {key: value for key, value in read_json(path).items() if key not in _OF_THE_LANGUAGE_MODEL}
+    fields |= {
+        "vision_config": vit.config,
+        "mm_vision_tower": f"./vit/{vit.name}",
+        "mm_hidden_size": vit.config.hidden_size,
+        "mm_projector_type": arguments.mm_projector_type,
+        "mm_vision_select_layer": arguments.mm_vision_select_layer,
+        "mm_vision_select_feature": arguments.mm_vision_select_feature,
+    }
+    with library_errors(path):
+        return YiVLConfig(**fields_for(YiVLConfig, fields))

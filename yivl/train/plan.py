@@ -42,11 +42,16 @@ class Zero:
         if not training.deepspeed:
             return cls()
         fields = _read_json("deepspeed", training.deepspeed).get("zero_optimization", {})
-        return cls(
-            int(fields.get("stage", 0)),
-            fields.get("offload_optimizer", {}).get("device", "none") != "none",
-            fields.get("offload_param", {}).get("device", "none") != "none",
-        )
+        try:
+            return cls(
+                int(fields.get("stage", 0)),
+                fields.get("offload_optimizer", {}).get("device", "none") != "none",
+                fields.get("offload_param", {}).get("device", "none") != "none",
+            )
+        except (ValueError, TypeError, AttributeError) as error:  # objects of another form
+            raise YiVLError(
+                f"--deepspeed {training.deepspeed}: zero_optimization cannot be read ({error}); see scripts/zero2.json"
+            ) from error
 
     def __str__(self) -> str:
         return f"FSDP2 as ZeRO stage {self.stage}" if self.is_fsdp else f"ZeRO stage {self.stage}"
@@ -78,7 +83,7 @@ def _read_json(flag: str, value: str) -> dict[str, Any]:
     try:
         text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
         fields: dict[str, Any] = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise YiVLError(f"--{flag} {value}: cannot be read ({error}); give a JSON file") from error
     if not isinstance(fields, dict):
         raise YiVLError(f"--{flag} {value}: not an object; give a JSON file")
