@@ -127,7 +127,7 @@ def test_a_read_error_while_samples_are_counted_is_an_error_and_not_a_damaged_sh
 
     monkeypatch.setattr(shard_file, "_open", fail)
     monkeypatch.setattr(shard_facts, "ShardFile", partial(ShardFile, pauses=()))
-    with pytest.raises(RowError, match=r"00000\.tar: cannot be read at byte 0, 1 times \(.*Input/output error\)"):
+    with pytest.raises(RowError, match=r"00000\.tar: cannot be read at byte 0, tried 1 times \(.*Input/output error\)"):
         select_samples(source, 0)
 
 
