@@ -127,7 +127,7 @@ def test_a_read_error_while_samples_are_counted_is_an_error_and_not_a_damaged_sh
 
     monkeypatch.setattr(shard_file, "_open", fail)
     monkeypatch.setattr(shard_facts, "ShardFile", partial(ShardFile, pauses=()))
-    with pytest.raises(RowError, match=r"00000\.tar: cannot be read at byte 0, 1 times \(.*Input/output error\)"):
+    with pytest.raises(RowError, match=r"00000\.tar: cannot be read at byte 0, tried 1 times \(.*Input/output error\)"):
         select_samples(source, 0)
 
 
@@ -217,7 +217,7 @@ def test_other_numbers_of_streams_read_exactly_what_is_left_of_each_epoch(
                 read.update(answer(next(stream)) for _ in range(generator.randrange(14 // parts)))
             start = saved(streams, start.resume(parts), tmp_path)
         begun = [position.sources[0].epoch for position in start.positions]
-        last = max(begun + [epoch for epochs in start.layout.deals for epoch in epochs])
+        last = max(begun + [epoch for epochs in start.layout.rests for epoch in epochs])
         streams = streams_of(sources, encoder, after, start=start)
         read.update(text for stream in streams for _, text in rest(stream, last))
         assert read == Counter({text: (last + 1) * number for text, number in every_row.items()})
@@ -256,9 +256,9 @@ def test_resuming_reads_only_the_shuffle_buffer_again(
         ("{", "damaged .*resume from an earlier checkpoint"),
         ("[" * 100_000, "damaged .*RecursionError"),
         ('{"version": 2}', "version 2"),
-        ('{"version": 1, "generation": 0, "shards": [2], "deals": [], "streams": []}', "do not fit"),
+        ('{"version": 1, "generation": 0, "shards": [2], "rests": [], "streams": []}', "do not fit"),
         (
-            '{"version": 1, "generation": 0, "shards": [2], "deals": [], "streams": [{"rows": 0, "sources": [7]}]}',
+            '{"version": 1, "generation": 0, "shards": [2], "rests": [], "streams": [{"rows": 0, "sources": [7]}]}',
             "Type",
         ),
         ("of other shards", r"the sources had \[3\] tar shards when it was written, and have \[2\] now"),

@@ -1,14 +1,19 @@
 """The launcher, and DeepSpeed on several ranks, which must all run the same modules in the same order."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.golden import CHECKPOINT
+from support.training import flags, losses, write_shards
+
+from yivl.train.run_log import read_log
 
 
 @pytest.mark.parametrize(
@@ -72,3 +77,33 @@ def test_zero3_ranks_with_and_without_images_train_and_evaluate_together(tmp_pat
     assert result.returncode == 0, result.stderr[-3000:]
     steps = re.findall(r"\[rank (\d) step (\d) loss \d+\.\d+\]", result.stdout)
     assert sorted(steps) == [(str(rank), str(step)) for rank in range(2) for step in range(3)]
+
+
+@pytest.mark.slow
+def test_streams_of_two_ranks_resume_exactly_and_on_one_rank(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "shards", 3, 8)
+
+    def run(name: str, ranks: int, **changes: Any) -> list[float]:
+        common: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "shuffle_buffer": 4, "use_cpu": True, "bf16": False}
+        command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--nproc-per-node", str(ranks)]
+        arguments = flags(tmp_path / name, data, **common | changes)
+        result = subprocess.run(
+            [*command, "-m", "yivl.train", *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return losses(read_log(tmp_path / name / "log.jsonl"))
+
+    whole = run("whole", 2, dataloader_num_workers=1)
+    position = json.loads((tmp_path / "whole/checkpoint-2/data_position.json").read_text())
+    assert [stream["rows"] for stream in position["streams"]] == [4, 4]
+    for name in ("resumed", "alone"):
+        shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / name / "checkpoint-2")
+    assert run("resumed", 2, dataloader_num_workers=1, resume="auto") == whole[2:]
+    assert len(run("alone", 1, gradient_accumulation_steps=2, resume="auto")) == 2
+    (stream,) = json.loads((tmp_path / "alone/checkpoint-4/data_position.json").read_text())["streams"]
+    assert stream["rows"] == 8

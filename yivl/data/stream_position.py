@@ -1,4 +1,4 @@
-"""Positions of streams: what each has read, what is left of an epoch, and how that is dealt to other streams."""
+"""Positions of streams: what each has read, what is left of an epoch, and its split over other streams."""
 
 import json
 import random
@@ -66,12 +66,12 @@ class StreamPosition:
     sources: tuple[SourcePosition, ...]
 
 
-def deal(pieces: Sequence[Piece], part: int, parts: int) -> list[Piece]:
+def split_pieces(pieces: Sequence[Piece], part: int, parts: int) -> list[Piece]:
     """Return the pieces of one of ``parts`` streams: whole ones if there are enough, else a part of each.
 
     Over all parts, each sample is in exactly one piece.
     """
-    single = sorted(piece for piece in pieces if not piece.modulus)
+    single = [piece for piece in pieces if not piece.modulus]
     long = [piece for piece in pieces if piece.modulus]
     if len(long) >= parts:
         return single[part::parts] + long[part::parts]
@@ -94,48 +94,49 @@ class Layout:
     """Streams: ranks x data-loading workers."""
     seed: int = 0
     generation: int = 0
-    """How often the rest of an epoch was dealt to another number of streams."""
-    deals: Sequence[Mapping[int, Sequence[Sequence[Piece]]]] = ()
+    """How often the rest of an epoch was split over another number of streams."""
+    rests: Sequence[Mapping[int, Sequence[Sequence[Piece]]]] = ()
     """Of every source, epochs of which a part was read before that: the pieces of every stream."""
 
     def pieces(self, source: int, epoch: int, part: int) -> Sequence[Piece]:
         """Return the pieces of an epoch of a source that stream ``part`` reads, in order."""
         if self.is_rest(source, epoch):
-            return self.deals[source][epoch][part]
+            return self.rests[source][epoch][part]
         shards = list(self.shards[source])
         random.Random(f"{self.seed} {epoch}").shuffle(shards)
-        return deal([Piece(shard, 0, 0, 1, 0) for shard in shards], part, self.parts)
+        return split_pieces([Piece(shard, 0, 0, 1, 0) for shard in shards], part, self.parts)
 
     def is_rest(self, source: int, epoch: int) -> bool:
         """Return whether a part of the epoch was read by another number of streams."""
-        return bool(self.deals) and epoch in self.deals[source]
+        return bool(self.rests) and epoch in self.rests[source]
 
     def start(self) -> StreamPosition:
         """Return the position of a stream that has read nothing."""
-        first = (min(self.deals[source], default=0) if self.deals else 0 for source in range(len(self.shards)))
+        first = (min(self.rests[source], default=0) if self.rests else 0 for source in range(len(self.shards)))
         return StreamPosition(0, tuple(SourcePosition(epoch) for epoch in first))
 
-    def deal_rest(self, positions: Sequence[StreamPosition], parts: int) -> "Layout":
+    def split_rest(self, positions: Sequence[StreamPosition], parts: int) -> "Layout":
         """Return the layout in which ``parts`` streams read exactly what the streams at ``positions`` have not.
 
-        Streams may be in different epochs: all epochs that one of them, or one before them, has begun are dealt.
+        Streams may be in different epochs: all epochs that one of them, or one before them, has begun are split.
         """
-        deals: list[dict[int, list[list[Piece]]]] = []
+        rests: list[dict[int, list[list[Piece]]]] = []
         for source in range(len(self.shards)):
             places = [position.sources[source] for position in positions]
             epochs: dict[int, list[list[Piece]]] = {}
             last = max(place.epoch for place in places)
-            if self.deals:
-                last = max([last, *self.deals[source]])
+            if self.rests:
+                last = max([last, *self.rests[source]])
             for epoch in range(min(place.epoch for place in places), last + 1):
                 rest: list[Piece] = []
                 for part, place in enumerate(places):
                     if place.epoch <= epoch:
                         pieces = self.pieces(source, epoch, part)
                         rest += place.remaining(pieces) if place.epoch == epoch else pieces
-                epochs[epoch] = [deal(rest, part, parts) for part in range(parts)]
-            deals.append(epochs)
-        return Layout(self.shards, parts, self.seed, self.generation + 1, deals)
+                rest.sort()  # single samples are read in the order of the shards
+                epochs[epoch] = [split_pieces(rest, part, parts) for part in range(parts)]
+            rests.append(epochs)
+        return Layout(self.shards, parts, self.seed, self.generation + 1, rests)
 
 
 @dataclass(frozen=True)
@@ -150,20 +151,20 @@ class DataPosition:
         """Return where ``parts`` streams continue: these streams, or others that read what these have not."""
         if parts == self.layout.parts:
             return self
-        layout = self.layout.deal_rest(self.positions, parts)
+        layout = self.layout.split_rest(self.positions, parts)
         return DataPosition(layout, [layout.start()] * parts)
 
     def write(self, folder: Path) -> None:
         """Write ``POSITION``."""
-        deals = []
-        for source, epochs in enumerate(self.layout.deals):
+        rests = []
+        for source, epochs in enumerate(self.layout.rests):
             oldest = min(position.sources[source].epoch for position in self.positions)
-            deals.append({epoch: pieces for epoch, pieces in epochs.items() if epoch >= oldest})
+            rests.append({epoch: pieces for epoch, pieces in epochs.items() if epoch >= oldest})
         fields = {
             "version": _VERSION,
             "generation": self.layout.generation,
             "shards": [len(shards) for shards in self.layout.shards],
-            "deals": deals,
+            "rests": rests,
             "streams": [
                 {
                     "rows": position.rows,
@@ -196,16 +197,16 @@ def read_position(folder: Path, shards: Sequence[Sequence[int]], seed: int) -> D
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["version"] != _VERSION:
             raise ValueError(f"version {fields['version']}")
-        deals = [
-            {int(epoch): [[Piece(*piece) for piece in part] for part in dealt] for epoch, dealt in epochs.items()}
-            for epochs in fields["deals"]
+        rests = [
+            {int(epoch): [[Piece(*piece) for piece in part] for part in split] for epoch, split in epochs.items()}
+            for epochs in fields["rests"]
         ]
         positions = [_stream_position(entry) for entry in fields["streams"]]
         counts, generation = fields["shards"], int(fields["generation"])
         if not positions or any(len(position.sources) != len(counts) for position in positions):
             raise ValueError("positions do not fit the sources")
-        if any(len(dealt) != len(positions) for epochs in deals for dealt in epochs.values()):
-            raise ValueError("deals do not fit the streams")
+        if any(len(split) != len(positions) for epochs in rests for split in epochs.values()):
+            raise ValueError("rests do not fit the streams")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint"
@@ -215,7 +216,7 @@ def read_position(folder: Path, shards: Sequence[Sequence[int]], seed: int) -> D
             f"{path}: the sources had {counts} tar shards when it was written, and have "
             f"{[len(of_source) for of_source in shards]} now; use the former data, or start a new run"
         )
-    return DataPosition(Layout(shards, len(positions), seed, generation, deals), positions)
+    return DataPosition(Layout(shards, len(positions), seed, generation, rests), positions)
 
 
 def _stream_position(entry: Mapping[str, Any]) -> StreamPosition:
