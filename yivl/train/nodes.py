@@ -68,8 +68,8 @@ def check_data(data_path: str, sources: Sequence[Mapping[str, Any]]) -> None:
             difference = f"{len(expected)} sources on {host} and {len(found)} on {other}"
             raise YiVLError(f"--data_path {data_path}: {difference} (rank {rank}); give all nodes the same data")
         for ours, theirs in zip(expected, found, strict=True):
-            for name in (ours.keys() | theirs.keys()) - {"source"}:
-                if ours.get(name) != theirs.get(name):
+            for name in ours | theirs:
+                if name != "source" and ours.get(name) != theirs.get(name):
                     raise YiVLError(
                         f"--data_path {data_path}: {name} of {ours['source']} is {ours.get(name)} on {host} (rank 0) "
                         f"and {theirs.get(name)} on {other} (rank {rank}); give all nodes the same data"
@@ -84,7 +84,7 @@ def reporting_lost_connections() -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_connection(error):
             raise
-        # "[FILE OF GLOO:LINE] REASON. This is typically caused by ..."
+        # gloo begins with its source file and ends with advice.
         reason = " ".join(re.sub(r"^\[\S+/gloo/\S+\] ", "", str(error)).split("This is typically")[0].split())
         sys.stderr.write(
             f"error: rank {os.environ.get('RANK', 0)} on {socket.gethostname()} lost its connection to another rank; "
