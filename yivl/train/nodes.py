@@ -32,19 +32,20 @@ def check_output_dir(output_dir: str) -> None:
     """
     if not _has_other_ranks():
         return
-    probe = Path(output_dir, f".probe-{uuid.uuid4().hex}")
-    written: list[Path | OSError] = [probe]
+    name = f".probe-{uuid.uuid4().hex}"
+    written: list[str | OSError] = [name]
     if dist.get_rank() == 0:
         try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            Path(output_dir, name).touch()
         except OSError as error:
             written = [error]
     dist.broadcast_object_list(written)
     if isinstance(written[0], OSError):
         raise written[0]
-    seen = _all_ranks((socket.gethostname(), _becomes_visible(written[0])))
-    probe.unlink(missing_ok=True)
+    seen = _all_ranks((socket.gethostname(), _becomes_visible(Path(output_dir, written[0]))))
+    if dist.get_rank() == 0:
+        Path(output_dir, name).unlink(missing_ok=True)
     blind = list(dict.fromkeys(host for host, visible in seen if not visible))
     if blind:
         raise YiVLError(
