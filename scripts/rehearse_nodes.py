@@ -314,6 +314,7 @@ def main() -> None:
         parser.error(f"--nodes {arguments.nodes}: at least 2")
     if reason := unavailable():
         sys.exit(f"error: {reason}")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # namespaces outlive this process
     table, folder = Table(), Path(tempfile.mkdtemp(prefix="yivl-nodes-"))
     try:
         with Network(arguments.nodes) as network:

@@ -32,19 +32,20 @@ def check_output_dir(output_dir: str) -> None:
     """
     if not _has_other_ranks():
         return
-    probe = Path(output_dir, f".probe-{uuid.uuid4().hex}")
-    written: list[Path | OSError] = [probe]
+    name = f".probe-{uuid.uuid4().hex}"
+    written: list[str | OSError] = [name]
     if dist.get_rank() == 0:
         try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            Path(output_dir, name).touch()
         except OSError as error:
             written = [error]
     dist.broadcast_object_list(written)
     if isinstance(written[0], OSError):
         raise written[0]
-    seen = _all_ranks((socket.gethostname(), _becomes_visible(written[0])))
-    probe.unlink(missing_ok=True)
+    seen = _all_ranks((socket.gethostname(), _becomes_visible(Path(output_dir, written[0]))))
+    if dist.get_rank() == 0:
+        Path(output_dir, name).unlink(missing_ok=True)
     blind = list(dict.fromkeys(host for host, visible in seen if not visible))
     if blind:
         raise YiVLError(
@@ -68,8 +69,8 @@ def check_data(data_path: str, sources: Sequence[Mapping[str, Any]]) -> None:
             difference = f"{len(expected)} sources on {host} and {len(found)} on {other}"
             raise YiVLError(f"--data_path {data_path}: {difference} (rank {rank}); give all nodes the same data")
         for ours, theirs in zip(expected, found, strict=True):
-            for name in (ours.keys() | theirs.keys()) - {"source"}:
-                if ours.get(name) != theirs.get(name):
+            for name in ours | theirs:
+                if name != "source" and ours.get(name) != theirs.get(name):
                     raise YiVLError(
                         f"--data_path {data_path}: {name} of {ours['source']} is {ours.get(name)} on {host} (rank 0) "
                         f"and {theirs.get(name)} on {other} (rank {rank}); give all nodes the same data"
@@ -84,7 +85,7 @@ def reporting_lost_connections() -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_connection(error):
             raise
-        # "[FILE OF GLOO:LINE] REASON. This is typically caused by ..."
+        # gloo begins with its source file and ends with advice.
         reason = " ".join(re.sub(r"^\[\S+/gloo/\S+\] ", "", str(error)).split("This is typically")[0].split())
         sys.stderr.write(
             f"error: rank {os.environ.get('RANK', 0)} on {socket.gethostname()} lost its connection to another rank; "

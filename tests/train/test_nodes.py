@@ -1,0 +1,224 @@
+"""Runs on several nodes: what all ranks must share, a node that is lost, and restarts."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from support.golden import ROOT
+from support.serving import free_port
+from support.training import flags, run_script
+
+from yivl.errors import YiVLError
+from yivl.train import heartbeat, launch
+from yivl.train.flags import torchrun_parser
+from yivl.train.nodes import reporting_lost_connections
+
+# The ranks of one node with the paths, or data, of two.
+WORKER = """
+import os, sys
+import torch.distributed as dist
+from yivl import command_line
+from yivl.train import nodes
+
+dist.init_process_group("gloo")
+rank, arguments = dist.get_rank(), sys.argv[1:]
+nodes._VISIBLE_SECONDS = 0.5
+if arguments[0] == "folder":
+    check = lambda: nodes.check_output_dir(arguments[1 + rank])
+else:
+    facts = {"source": f"/node{rank}/rows.json", "rows": int(arguments[1 + rank])}
+    check = lambda: nodes.check_data("rows.json", [facts])
+command_line.run(check)
+dist.destroy_process_group()
+"""
+
+
+def run_worker(folder: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
+    (folder / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, str(folder / "worker.py"), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_ranks_that_share_folder_and_data_go_ahead(tmp_path: Path) -> None:
+    shared = run_worker(tmp_path, "folder", tmp_path / "out", tmp_path / "out")
+    assert (shared.returncode, shared.stderr) == (0, "")
+    assert list((tmp_path / "out").iterdir()) == []
+    same = run_worker(tmp_path, "data", 7, 7)  # at another path
+    assert (same.returncode, same.stderr) == (0, "")
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+    result = run_worker(tmp_path, "folder", tmp_path / "one", tmp_path / "two")
+    assert result.returncode == 2
+    assert set(result.stderr.splitlines()) <= {
+        f"error: --output_dir {path}: not shared: {socket.gethostname()} cannot see what rank 0 writes on "
+        f"{socket.gethostname()}; give a folder on a shared file system, or --save_strategy no, with which rank 0 "
+        "alone writes"
+        for path in (tmp_path / "one", tmp_path / "two")
+    }
+    assert list((tmp_path / "one").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_worker(tmp_path, "folder", tmp_path / "file", tmp_path / "file")
+    assert result.returncode == 1
+    assert set(result.stderr.splitlines()) == {f"error: {tmp_path}/file: File exists"}
+
+
+def test_other_data_on_a_rank_is_refused(tmp_path: Path) -> None:
+    result = run_worker(tmp_path, "data", 8, 7)
+    host = socket.gethostname()
+    assert result.returncode == 2
+    assert set(result.stderr.splitlines()) == {
+        f"error: --data_path rows.json: rows of /node0/rows.json is 8 on {host} (rank 0) and 7 on {host} (rank 1); "
+        "give all nodes the same data"
+    }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "reason"),
+    [
+        (["--nnodes", "3:4"], {}, "add --resume auto"),
+        (["--nnodes", "2", "--max-restarts", "1"], {}, "add --resume auto"),
+        (["--nnodes", "3:4"], {"resume": "auto"}, "--nnodes 3:4: add --global_batch_size"),
+        (["--nnodes", "2:3"], {"resume": "auto", "global_batch_size": 4}, "--global_batch_size 4 is no multiple of 3"),
+        (
+            ["--nnodes", "3:4"],
+            {"resume": "auto", "global_batch_size": 12, "deepspeed": ROOT / "scripts/zero2.json"},
+            "DeepSpeed cannot load the optimizer states of another number of ranks",
+        ),
+    ],
+)
+def test_flags_of_restarts_are_checked_before_ranks_start(
+    nodes: list[str], changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    training = flags(tmp_path, tmp_path / "rows.json", per_device_train_batch_size=1, **changes)
+    given = torchrun_parser("launch").parse_args([*nodes, "--nproc-per-node", "1", "-m", "yivl.train", *training])
+    with pytest.raises(YiVLError, match=reason):
+        launch._check_flags(given)
+
+
+def test_the_script_starts_an_elastic_rendezvous() -> None:
+    variables = {"DRY_RUN": 1, "NNODES": "3:4", "MAX_RESTARTS": 2, "MASTER_ADDR": "node0", "MASTER_PORT": 29512}
+    printed = run_script("finetune.sh", **variables, NODE_RANK=1)
+    assert "--rdzv-backend c10d --rdzv-endpoint node0:29512 --rdzv-id yivl --rdzv-conf is_host=0" in printed
+    assert "--nnodes 3:4" in printed
+    assert "--max-restarts 2" in printed
+    assert "--rdzv-conf is_host=1" in run_script("finetune.sh", **variables, NODE_RANK=0)
+
+
+@pytest.mark.parametrize("text", ["0", "soon"])
+def test_a_wrong_node_timeout_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_TIMEOUT", text)
+    given = torchrun_parser("launch").parse_args(["--nnodes", "2", "-m", "yivl.eval"])
+    with pytest.raises(YiVLError, match=f"NODE_TIMEOUT={text}: expected a positive number"):
+        launch._heartbeat(given)
+    assert launch._heartbeat(torchrun_parser("launch").parse_args(["--standalone", "-m", "yivl.eval"])) is None
+
+
+@pytest.fixture
+def server() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False, timeout=timedelta(seconds=9))
+
+
+@pytest.fixture
+def rank() -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+class Peer:
+    """The launcher of another node, as its heartbeats look."""
+
+    def __init__(self, store: dist.TCPStore) -> None:
+        self.store, self.number = store, store.add("yivl/nodes", 1)
+        store.set(f"yivl/name/{self.number}", "node7")
+
+    def beat(self, seconds: float) -> None:
+        for _ in range(int(seconds * 10)):
+            self.store.add(f"yivl/beats/{self.number}", 1)
+            time.sleep(0.1)
+
+
+def test_the_ranks_that_wait_for_a_silent_node_are_ended(
+    server: dist.TCPStore, rank: "subprocess.Popen[bytes]", capfd: pytest.CaptureFixture[str]
+) -> None:
+    peer = Peer(server)
+    with heartbeat.Heartbeat("127.0.0.1", server.port, timeout=1.0) as beating:
+        peer.beat(2)
+        assert (beating.lost, rank.poll()) == (None, None)
+        assert rank.wait(timeout=30) == -9
+    line = "error: node node7 has not answered for 1 s; its machine or network failed; resume with --resume auto"
+    assert (capfd.readouterr().err, beating.lost) == (f"{line}\n", line)
+
+
+def test_a_node_that_ended_is_not_lost(server: dist.TCPStore, rank: "subprocess.Popen[bytes]") -> None:
+    peer = Peer(server)
+    with heartbeat.Heartbeat("127.0.0.1", server.port, timeout=1.0) as beating:
+        peer.beat(1)
+        server.add(f"yivl/ended/{peer.number}", 1)
+        time.sleep(3)
+        assert (beating.lost, rank.poll()) == (None, None)
+    assert server.add("yivl/ended/2", 0) == 1  # the other nodes do not miss this one
+
+
+def test_ranks_that_were_restarted_without_a_silent_node_go_on(server: dist.TCPStore) -> None:
+    peer = Peer(server)
+    with heartbeat.Heartbeat("127.0.0.1", server.port, timeout=2.0) as beating:
+        peer.beat(1.5)
+        time.sleep(1.2)
+        restarted = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        time.sleep(3)
+        assert (beating.lost, restarted.poll()) == (None, None)
+        restarted.kill()
+        restarted.wait()
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), reporting_lost_connections():
+        raise RuntimeError("a bug")
+
+
+@pytest.fixture(scope="module")
+def rehearsal() -> ModuleType:
+    """The script, where network namespaces are available."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import network_namespaces
+        import rehearse_nodes
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    if reason := network_namespaces.unavailable():
+        pytest.skip(reason)
+    return rehearse_nodes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["killed", "unplugged"])
+def test_a_run_continues_after_a_node_was_lost(scenario: str, rehearsal: ModuleType, tmp_path: Path) -> None:
+    """Losses of two nodes, before and after, are those of two processes on one node."""
+    table = rehearsal.Table()
+    with rehearsal.Network(2) as network:
+        rehearsal.rehearse_failure(rehearsal.Rehearsal(network, tmp_path, num_steps=9), table, scenario)
+    assert table.failed == 0
+
+
+@pytest.mark.slow
+def test_an_output_folder_of_one_node_is_refused(rehearsal: ModuleType, tmp_path: Path) -> None:
+    table = rehearsal.Table()
+    with rehearsal.Network(2) as network:
+        rehearsal.rehearse_unshared(rehearsal.Rehearsal(network, tmp_path), table)
+    assert table.failed == 0
