@@ -51,7 +51,7 @@ def bytes_per_step(
 ) -> float:
     """Return the bytes that a rank sends per micro-batch and optimizer step, with ring collectives.
 
-    Of ``n`` bytes, a reduce-scatter or an all-gather sends ``n * (num_ranks - 1) / num_ranks``, an all-reduce twice that.
+    Of ``n`` bytes a reduce-scatter or all-gather sends ``n * (num_ranks - 1) / num_ranks``; an all-reduce twice that.
 
     Args:
         strategy: A key of ``STRATEGIES``.
