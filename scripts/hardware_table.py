@@ -4,6 +4,7 @@ python scripts/hardware_table.py
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,38 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> str:
-    """Return the simplest DeepSpeed setting that fits on ``num_gpus`` GPUs, and the memory of one."""
+@dataclass(frozen=True)
+class Described:
+    """A run without its data and weights."""
+
+    arguments: Any
+    config: Any
+    sizes: list[Any]
+    """The ``PartSize`` of each part."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model."""
+        return sum(size.parameters for size in self.sizes)
+
+    @property
+    def trainable(self) -> int:
+        """The trainable ones."""
+        return sum(size.trainable for size in self.sizes)
+
+    def part(self, name: str) -> int:
+        """Return the parameters of a part."""
+        return next(size.parameters for size in self.sizes if size.name == name)
+
+    def memory(self, zero: Any, num_gpus: int) -> Any:
+        """Return the estimated ``Memory`` of one GPU."""
+        from yivl.train.dry_run import estimate_memory
+
+        return estimate_memory(self.sizes, self.config, self.arguments, zero, num_gpus)
+
+
+def describe(flags: str, fields: dict[str, Any]) -> Described:
+    """Return the run of flags, on the 34B with other ``fields`` of its configuration."""
     import torch
     from transformers import CLIPVisionConfig
 
@@ -55,8 +86,6 @@ def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> s
     from yivl.model.modeling import YiVLForCausalLM
     from yivl.train import parameters
     from yivl.train.arguments import parse_arguments
-    from yivl.train.dry_run import GIB, estimate_memory
-    from yivl.train.plan import Zero
 
     vision = json.loads(next(PUBLISHED.glob("vit/*/config.json")).read_text())
     published = json.loads((PUBLISHED / "config.json").read_text()) | fields
@@ -69,9 +98,17 @@ def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> s
         if arguments.model.lora_enable:
             model = parameters.add_adapters(model, arguments.model, base="m")
     parameters.select_trainable(model, arguments.model, config.num_vision_layers)
-    sizes = parameters.part_sizes(model, arguments.training)
+    return Described(arguments, config, parameters.part_sizes(model, arguments.training))
+
+
+def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> str:
+    """Return the simplest DeepSpeed setting that fits on ``num_gpus`` GPUs, and the memory of one."""
+    from yivl.train.dry_run import GIB
+    from yivl.train.plan import Zero
+
+    run = describe(flags, fields)
     settings = {"no DeepSpeed": Zero()}
-    if arguments.model.bits == 16:
+    if run.arguments.model.bits == 16:
         settings |= {
             "zero2": Zero(2),
             "zero3": Zero(3),
@@ -79,7 +116,7 @@ def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> s
             "zero3_offload": Zero(3, offloads_optimizer=True, offloads_weights=True),
         }
     for name, zero in settings.items():
-        needed = estimate_memory(sizes, config, arguments, zero, num_gpus).total / GIB
+        needed = run.memory(zero, num_gpus).total / GIB
         if needed <= room:
             return f"{name}, {needed:.0f} GiB"
     return "–"
