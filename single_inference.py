@@ -6,6 +6,7 @@ python single_inference.py --image-file images/cats.jpg --question "What is in t
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     command_line.add_image_flags(
         parser, "path (or address, see --allow-remote); a --question without it has no image (default: images/cats.jpg)"
     )
-    parser.add_argument("--question", "--query", help=f"(default: {QUESTION})")
+    parser.add_argument("--question", "--query", type=command_line.utf8, help=f"(default: {QUESTION})")
     command_line.add_prompt_flags(parser)
     parser.refuse("--sep", "a question has one image; /image in cli.py adds more")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
@@ -47,7 +48,8 @@ def main() -> None:
         text = "".join(answer)
         facts = {key: value for key, value in dataclasses.asdict(chat.last_answer).items() if key != "text"}
         result = {"question": arguments.question, "outputs": text, "model": chat.loaded.name, **facts}
-        print(json.dumps(result, ensure_ascii=False))
+        # An output that is not UTF-8 would replace characters, which JSON can escape.
+        print(json.dumps(result, ensure_ascii=not sys.stdout.encoding.lower().startswith("utf")))
         return
     print("----------")
     print("question:", arguments.question)

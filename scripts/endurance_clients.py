@@ -1,4 +1,4 @@
-"""Clients of the API that send valid, malformed and hostile requests, and what they saw, for ``endurance_requests.py``."""
+"""Clients that send valid, malformed and hostile requests to the API, and what they saw."""
 
 import json
 import random

@@ -340,6 +340,49 @@ def test_cli_without_input_leaves(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert run_inside(monkeypatch, capsys, "cli.py", *MODEL)[:2] == (0, "exit...\n")
 
 
+def test_a_closed_output_is_one_line() -> None:
+    for program in ("single_inference.py", "cli.py"):
+        command = f"{sys.executable} {program} --model-path {CHECKPOINT} < /dev/null >&-"
+        result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert result.stderr == "error: stdout: closed, so that no answer can be printed; redirect it to a file\n"
+
+
+def test_a_locale_without_chinese_changes_no_question(loaded: LoadedModel) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "single_inference.py", *MODEL, *ANSWER, "--json", "--question", QUESTION]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=os.environ | ascii_only)
+    answer = Chat(loaded).ask(QUESTION, temperature=0, max_new_tokens=12)
+    printed = json.loads(result.stdout.decode("ascii"))
+    assert (printed["question"], printed["outputs"]) == (QUESTION, answer)
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    image = os.fsencode(tmp_path) + b"/\xff\xe9.jpg"
+    with open(image, "wb") as file:
+        file.write(PHOTO.read_bytes())
+    command = [sys.executable, "single_inference.py", *MODEL, *ANSWER, "--question", "hi", "--image-file"]
+    assert subprocess.run([*command, image], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    missing = subprocess.run([*command, image + b"x"], cwd=ROOT, capture_output=True, check=False)
+    assert missing.returncode == 2
+    assert missing.stderr.endswith(b"\\udcff\\udce9.jpgx: no such file\n")
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_is_exit_code_130(tmp_path: Path) -> None:
+    folder = talkative_checkpoint(tmp_path / "talkative")
+    flags = ("--model-path", str(folder), "--max-new-tokens", "3900", "--question", "你好")
+    terminal = PseudoTerminal("single_inference.py", *flags)
+    try:
+        terminal.wait_for("outputs: ")
+        terminal.type("\x03")
+        terminal.wait_for("^C")
+        assert terminal.process.wait() == 130
+        assert "Traceback" not in terminal.screen
+    finally:
+        if terminal.process.poll() is None:
+            terminal.process.send_signal(signal.SIGKILL)
+
+
 def test_a_full_disk_is_one_line() -> None:
     command = f"{sys.executable} single_inference.py --model-path {CHECKPOINT} --stream --max-new-tokens 5 > /dev/full"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import resource
 import struct
 import threading
 import time
@@ -38,6 +39,15 @@ def animated_gif() -> bytes:
     return buffer.getvalue()
 
 
+def many_scans() -> bytes:
+    """A progressive JPEG that repeats its last scan."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * 100 + data[-2:]
+
+
 BAD = {
     "text": (b"this is no image", "not a readable image"),
     "empty file": (b"", "not a readable image"),
@@ -47,6 +57,7 @@ BAD = {
     "damaged animation": (animated_gif()[:-12] + b"\x2c" * 12, "damaged|animated|not a readable"),
     "bomb": (png_header(60_000, 60_000), "more than 89,478,485 pixels"),
     "smaller bomb": (png_header(10_000, 10_000), "more than 89,478,485 pixels"),
+    "scans": (many_scans(), "more than 100 scans"),
     "animated": (animated_gif(), "animated, or of several pages"),
 }
 
@@ -62,6 +73,30 @@ def test_an_unusable_image_is_named_in_one_line(case: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
     with pytest.raises(ImageError, match=r"^image bytes: "):
         load_image(data)
+
+
+def test_scans_are_counted_in_the_image_only() -> None:
+    """Not in a thumbnail, nor in the video that some phones append; both may hold the bytes of a scan by chance."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG", progressive=True)
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 602) + b"\xff\xda\x00\x02" * 150
+    data = buffer.getvalue()
+    assert load_image(data[:2] + thumbnail + data[2:] + b"\xff\xda\x00\x02" * 500).size == (16, 16)
+
+
+def test_a_narrow_image_needs_no_memory_for_the_square_around_it() -> None:
+    """Pillow allocates 4 bytes a pixel: 256 MB for the square, and 5.7 GB for the resized image before it is cropped."""
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 448}, crop_size={"height": 448, "width": 448})
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    processors = [ImageProcessor(clip, mode) for mode in ("pad", "square")]
+    resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, hard))
+    try:
+        for size in ((8000, 1), (1, 8000)):
+            for processor in processors:
+                assert processor.resize([Image.new("LA", size)]).shape == (1, 448, 448, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
@@ -171,7 +206,11 @@ def test_a_processor_with_other_steps_than_clips_is_refused(changes: dict[str, A
 
 @pytest.mark.parametrize("mode", ["pad", "square"])
 @pytest.mark.parametrize("size", [(56, 56), (1, 90), (131, 57), (40, 300), (333, 32)])
-def test_pixels_equal_those_of_transformers_bit_for_bit(mode: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("strip_pixels", [2**20, 700])
+def test_pixels_equal_those_of_transformers_bit_for_bit(
+    mode: str, size: tuple[int, int], strip_pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_processing, "_STRIP_PIXELS", strip_pixels)
     clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     processor = ImageProcessor(clip, mode)
     levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -120,15 +120,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, top_p: float, max_new
     group.add_argument("--seed", type=int, help="makes sampling repeatable")
 
 
+def utf8(argument: str) -> str:
+    """Return an argument of the command line, its bytes read as UTF-8 where the locale could not read them."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def check_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], "Image | None"]:
     """Return the fields of ``Sampling`` and the image; call it before ``load``, which takes longer to fail.
 
     Raises:
-        YiVLError: If a value is out of range or the image cannot be used.
+        YiVLError: If a value is out of range, the image cannot be used, or there is no output to print answers to.
     """
+    from yivl.errors import YiVLError
     from yivl.image_processing import load_image
     from yivl.inference.sampling import Sampling
 
+    if sys.stdout is None:  # the shell closed it with >&-; Python would drop the answer silently
+        raise YiVLError("stdout: closed, so that no answer can be printed; redirect it to a file")
     names = [field.name for field in dataclasses.fields(Sampling)]
     sampling = dataclasses.asdict(Sampling(**{name: getattr(arguments, name) for name in names}))
     if arguments.image_file is None:
