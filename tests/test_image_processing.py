@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import os
 import struct
 import threading
 import time
@@ -62,6 +63,17 @@ def test_an_unusable_image_is_named_in_one_line(case: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
     with pytest.raises(ImageError, match=r"^image bytes: "):
         load_image(data)
+
+
+def test_devices_pipes_and_huge_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)  # without blocks on the disk
+    for name, reason in (("/dev/zero", "not a regular file"), (str(tmp_path / "pipe"), "not a regular file")):
+        with pytest.raises(ImageError, match=f"^{name}: {reason}"):
+            load_image(name)
+    with pytest.raises(ImageError, match="huge: more than 1,073,741,824 bytes"):
+        load_image(tmp_path / "huge")
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
