@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import os
 import resource
 import struct
 import threading
@@ -97,6 +98,17 @@ def test_a_narrow_image_needs_no_memory_for_the_square_around_it() -> None:
                 assert processor.resize([Image.new("LA", size)]).shape == (1, 448, 448, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def test_devices_pipes_and_huge_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)  # without blocks on the disk
+    for name, reason in (("/dev/zero", "not a regular file"), (str(tmp_path / "pipe"), "not a regular file")):
+        with pytest.raises(ImageError, match=f"^{name}: {reason}"):
+            load_image(name)
+    with pytest.raises(ImageError, match="huge: more than 1,073,741,824 bytes"):
+        load_image(tmp_path / "huge")
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:

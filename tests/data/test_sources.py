@@ -1,5 +1,6 @@
 """Data sources: files, tar shards, and mixtures of them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ def test_brace_patterns_expand_as_img2dataset_names_shards() -> None:
     assert expand_braces("a/{00008..00010}.tar") == ["a/00008.tar", "a/00009.tar", "a/00010.tar"]
     assert expand_braces("{0..1}/{8..9}.tar") == ["0/8.tar", "0/9.tar", "1/8.tar", "1/9.tar"]
     assert expand_braces("plain.tar") == ["plain.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "number"),
+    [("s{0..99999999}.tar", "100,000,000"), ("{0..9999}{0..9999}.tar", "100,000,000"), ("{5..3}.tar", "0")],
+)
+def test_a_pattern_of_too_many_paths_is_not_expanded(pattern: str, number: str) -> None:
+    with pytest.raises(RowError, match=rf"names {number} paths; expected 1 to 1,000,000"):
+        DataSource(pattern).shards()
 
 
 def test_shards_are_found_by_braces_and_stars_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
@@ -54,6 +64,10 @@ def test_entries_of_a_mixture_override_the_defaults(tmp_path: Path) -> None:
         ("- {data_path: a.json, max_rows: 5.0}", "entry 0: .*a.json: max_rows 5.0 is not an integer"),
         ("- {data_path: a.json, max_rows: 5e4}", "max_rows '5e4' is not an integer"),
         ("- {data_path: a.json, max_rows: true}", "max_rows True is not an integer"),
+        ("- {data_path: a.json, 3: x, image: y}", "entry 0: unknown key '3'; expected one of data_path"),
+        ("- {data_path: a.json, weight: .inf}", "weight inf is not positive and finite"),
+        ("[" * 1000, "not readable YAML; .*recursion"),
+        ("- 2024-99-99", "not readable YAML; .*month"),
         ("- {data_path: [a.tar, b.json]}", "both tar shards and files"),
         ("- {data_path: a.json, weight: heavy}", "entry 0: weight 'heavy' is not a number"),
     ],
@@ -62,6 +76,13 @@ def test_an_invalid_mixture_is_one_error_line(text: str, message: str, tmp_path:
     (tmp_path / "mix.yaml").write_text(text)
     with pytest.raises(RowError, match=message):
         read_sources(str(tmp_path / "mix.yaml"))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "mix.yaml"])
+def test_a_pipe_is_refused_before_it_is_opened(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RowError, match=f"{name}: not a regular file"):
+        load_rows(read_sources(str(tmp_path / name))[0], 0, print)
 
 
 def test_a_missing_mixture_and_an_unknown_file_type_are_errors(tmp_path: Path) -> None:

@@ -343,9 +343,10 @@ def test_commands_of_the_documentation_run_as_written(name: str, tmp_path: Path)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_row_in_a_data_loading_worker_is_one_line(processes: int, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
-    rows = write_rows(tmp_path / "rows.json", [conversation(str(tmp_path / "bad.png"), "q", "a")] * processes)
+    rows = write_rows(tmp_path / "rows.json", [conversation("bad.png", "q", "a")] * processes)
+    flags = script_flags(CHECKPOINT, rows, tmp_path / "out", image_folder=tmp_path, dataloader_num_workers=1)
     result = subprocess.run(
-        ["scripts/finetune.sh", *script_flags(CHECKPOINT, rows, tmp_path / "out"), "--dataloader_num_workers", "1"],
+        ["scripts/finetune.sh", *flags],
         cwd=ROOT,
         env=os.environ
         | {"PYTHON": sys.executable, "GPUS": "0", "GLOBAL_BATCH": str(processes), "PROCESSES": str(processes)}

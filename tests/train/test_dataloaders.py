@@ -1,6 +1,7 @@
 """The order of samples, and batches of them: padded, or packed without attention across samples."""
 
 import json
+import random
 import shutil
 import statistics
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ from yivl.data.bad_rows import BadRows
 from yivl.data.collator import Collator, normalize_images
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, parse_row
-from yivl.data.sampler import BatchSampler, RowDataset
+from yivl.data.sampler import GROUP_SIZE, BatchSampler, RowDataset
 from yivl.data.sources import DataSource
 from yivl.errors import CheckpointError, YiVLError
 from yivl.model.attention import register_packed_sdpa
@@ -61,6 +63,71 @@ def test_an_epoch_has_every_row_once_and_the_same_number_of_batches_on_every_ran
     assert counts == Counter(range(num_rows))
     # Only the last batch may be empty, if fewer rows than ranks are left.
     assert all(batch for batches in ranks for batch in batches[:-1])
+
+
+def order_of_lists(
+    sizes: Sequence[int], samples: Sequence[int], size: int, seed: str, lengths: Sequence[int], groups: Sequence[int]
+) -> list[list[int]]:
+    """Return the global batches of an epoch as lists of Python numbers, which define the order of existing runs."""
+    order: list[int] = []
+    start = 0
+    for source, (number, total) in enumerate(zip(sizes, samples, strict=True)):
+        repeats, rest = divmod(total, max(number, 1))
+        drawn = random.Random(f"{seed} {source}").sample(range(start, start + number), rest)
+        order += [*range(start, start + number)] * repeats + sorted(drawn)
+        start += number
+    generator = random.Random(seed)
+    generator.shuffle(order)
+    if not lengths:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    by_length: list[int] = []
+    remainder: list[int] = []
+    for group in sorted(set(groups)):
+        members = [index for index in order if groups[index] == group]
+        full = len(members) // size * size
+        for start in range(0, full, size * GROUP_SIZE):
+            part = members[start : min(start + size * GROUP_SIZE, full)]
+            by_length += sorted(part, key=lengths.__getitem__, reverse=True)
+        remainder += members[full:]
+    by_length += sorted(remainder, key=lengths.__getitem__, reverse=True)
+    batches = [by_length[start : start + size] for start in range(0, len(order), size)]
+    last = [batches.pop()] if len(batches[-1]) < size else []
+    generator.shuffle(batches)
+    if batches:
+        longest = max(range(len(batches)), key=lambda index: max(lengths[row] for row in batches[index]))
+        batches[0], batches[longest] = batches[longest], batches[0]
+    return batches + last
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 3, 17, 60, 300]), min_size=1, max_size=3),
+    weight=st.sampled_from([0.3, 1, 2.5]),
+    batch_size=st.integers(1, 4),
+    world_size=st.integers(1, 3),
+    grouped=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_the_order_of_existing_runs_is_kept(
+    sizes: list[int], weight: float, batch_size: int, world_size: int, grouped: bool, epoch: int
+) -> None:
+    samples = [max(round(size * weight), 1) for size in sizes]
+    lengths = [(index * 37) % 11 for index in range(sum(sizes))] if grouped else []
+    groups = [index % 3 % 2 for index in range(sum(sizes))]
+    expected = order_of_lists(sizes, samples, batch_size * world_size, f"7 {epoch}", lengths, groups)
+    for rank in range(world_size):
+        sampler = BatchSampler(
+            sizes,
+            batch_size,
+            samples_per_epoch=samples,
+            seed=7,
+            rank=rank,
+            world_size=world_size,
+            lengths=np.array(lengths, np.int32) if grouped else None,
+            groups=np.array(groups, np.uint8) if grouped else None,
+        )
+        sampler.set_epoch(epoch)
+        assert list(sampler) == [batch[rank::world_size] for batch in expected]
 
 
 def test_seed_and_epoch_determine_the_order() -> None:

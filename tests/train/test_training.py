@@ -338,12 +338,12 @@ def test_a_killed_run_resumes_from_its_newest_checkpoint(tmp_path: Path) -> None
 def test_bad_rows_stop_a_run_or_are_reported_at_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     good = [conversation(None, f"q {index}", f"answer {index}") for index in range(6)]
-    bad = [conversation(None, "q", "a", role="wizard"), conversation(str(tmp_path / "bad.png"), "q", "a")]
+    bad = [conversation(None, "q", "a", role="wizard"), conversation("bad.png", "q", "a")]
     data = write_rows(tmp_path / "rows.json", [*good, *bad])
     with pytest.raises(RowError, match="unknown role 'wizard'"):
-        train(tmp_path / "error", data)
+        train(tmp_path / "error", data, image_folder=tmp_path)
     with caplog.at_level("INFO"):
-        log = train(tmp_path / "skip", data, on_bad_row="skip")
+        log = train(tmp_path / "skip", data, image_folder=tmp_path, on_bad_row="skip")
     assert all(loss > 0 for loss in losses(log))
     report = caplog.messages[-1]
     assert report.startswith("2 invalid rows were skipped")
@@ -379,8 +379,9 @@ def test_a_log_line_has_the_loss_of_its_steps_if_only_the_last_is_empty(
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     # Row 0 is that of step 2.
-    rows = [conversation(str(tmp_path / "bad.png"), "q", "a"), *(conversation(None, "q", f"{i}") for i in range(3))]
+    rows = [conversation("bad.png", "q", "a"), *(conversation(None, "q", f"{i}") for i in range(3))]
     changes: dict[str, Any] = {"logging_steps": 0.5, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    changes["image_folder"] = tmp_path
     with caplog.at_level("WARNING"):
         log = train(tmp_path / "out", write_rows(tmp_path / "rows.json", rows), **changes, on_bad_row="skip")
     assert "step 2: no target token, all of its samples were left out" in caplog.messages

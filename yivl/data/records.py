@@ -66,7 +66,7 @@ def open_records(path: str) -> Records:
 
     Raises:
         RowError: If it cannot be read, is not of its type, or has no rows.
-        OSError: If the cache cannot be written.
+        OSError: If the disk of the cache is full.
     """
     if path.startswith(HUB):
         dataset = _load_hub(path)

@@ -1,5 +1,6 @@
 """The cache of rows, in the folder of ``datasets``: written once per node, read by all processes and later runs."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from yivl.checkpoint.atomic import atomic_dir, write_text
+from yivl.errors import YiVLError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ def build_once(key: str, build: Callable[[Path], None]) -> Path:
     An interrupted build leaves no folder of the key, and the next one starts again.
 
     Raises:
-        OSError: If the folder cannot be written; its file name begins with ``HF_DATASETS_CACHE``.
+        OSError: If the disk is full; its file name begins with ``HF_DATASETS_CACHE``.
+        YiVLError: If the folder cannot be written.
     """
     target = cache_folder() / key
     if target.is_dir():
@@ -89,11 +92,13 @@ def build_once(key: str, build: Callable[[Path], None]) -> Path:
 @contextmanager
 def _name_the_cache() -> Iterator[None]:
     """Name the cache in an error of writing it."""
+    place = f"HF_DATASETS_CACHE={datasets.config.HF_DATASETS_CACHE}"
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(error.errno, reason, f"HF_DATASETS_CACHE={datasets.config.HF_DATASETS_CACHE}") from error
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):  # NumPy's error of a full disk has no number
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place) from error
+        raise YiVLError(f"{place}: cannot be written ({error.strerror}); set it to a folder of yours") from error
 
 
 def map_blocks(function: Callable[[range], T], num_rows: int, description: str) -> Iterator[T]:

@@ -129,7 +129,7 @@ def open_rows(path: str, image_folder: str) -> RowFile:
 
     Raises:
         RowError: If it cannot be read, is not of its type, or has no rows.
-        OSError: If the cache cannot be written.
+        OSError: If the disk of the cache is full.
     """
     records = open_records(path)
     folder = build_once(f"{records.fingerprint}-rows-{_VERSION}", partial(_write_index, records))

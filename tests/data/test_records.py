@@ -1,0 +1,160 @@
+"""Parquet files and data sets of ``datasets``: the rows of the same data in JSON."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from support.training import IMAGES, conversation, losses, train, write_rows
+
+from yivl.data.rows import Row, RowError, parse_row
+from yivl.data.sources import DataSource, load_all_rows, read_sources
+
+PNG = (IMAGES / "square_rgb.png").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def openai(image: Any, text: str) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image}] if image else []
+    question = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    return {"messages": [question, {"role": "assistant", "content": [{"type": "text", "text": "A."}]}]}
+
+
+LLAVA = [
+    conversation("square_rgb.png", "What is it?", "A boat."),
+    conversation(None, "图?", "a"),
+    conversation(None, "", " "),
+]
+DIALECTS = {
+    "llava": LLAVA,
+    "images": [row | {"images": [row["image"]], "image": None} if "image" in row else row for row in LLAVA],
+    "openai": [openai("square_rgb.png", "What is it?"), openai(None, "What?")],
+    "caption": [{"image": "square_rgb.png", "text": "A boat."}, {"image": None, "text": "No image."}],
+}
+
+
+def write(folder: Path, rows: Any, kind: str) -> str:
+    """Write rows as a Parquet file or data set, and return its data path."""
+    table = datasets.Dataset.from_list(rows)
+    folder.mkdir(exist_ok=True)
+    if kind == "disk":
+        table.save_to_disk(folder / "saved")
+        return str(folder / "saved")
+    table.to_parquet(folder / "train.parquet")
+    return str(folder / "train.parquet") if kind == "file" else f"hub:{folder}"
+
+
+def load(path: str) -> tuple[list[Row], list[str]]:
+    """Return rows and errors, without the name of the file."""
+    errors: list[RowError] = []
+    rows = load_all_rows(DataSource(path, str(IMAGES)), errors.append)
+    return [Row(row.turns, row.images, row.origin.split()[-1], row.notices, row.system) for row in rows], [
+        str(error).removeprefix(path) for error in errors
+    ]
+
+
+@pytest.mark.parametrize("kind", ["file", "disk", "hub"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_has_the_rows_and_errors_of_json(dialect: str, kind: str, tmp_path: Path) -> None:
+    rows = DIALECTS[dialect]
+    expected = load(str(write_rows(tmp_path / "rows.json", rows)))
+    assert expected[0]
+    assert load(write(tmp_path / "data", rows, kind)) == expected
+
+
+@pytest.mark.parametrize("kind", ["file", "disk", "hub"])
+def test_images_may_be_in_the_rows(kind: str, tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    column = [{"bytes": PNG, "path": "elsewhere.png"}, {"bytes": PNG, "path": None}]
+    table = datasets.Dataset.from_dict({"image": column, "text": ["a", "b"]}, features=features)
+    path = str(tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    if kind == "disk":
+        table.save_to_disk(path)
+    else:
+        table.to_parquet(tmp_path / "data/train.parquet")
+        path = f"hub:{path}" if kind == "hub" else f"{path}/train.parquet"
+    rows, errors = load(path)
+    assert not errors
+    assert [row.images for row in rows] == [(PNG,), (PNG,)]
+    url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    assert rows[0].images == parse_row({"image": url, "text": "a"}, "row").images
+
+
+def test_bytes_in_any_column_of_images_are_images() -> None:
+    assert parse_row({"image": PNG, "text": "a"}, "row").images == (PNG,)
+    assert parse_row(LLAVA[0] | {"image": None, "images": [{"bytes": PNG}]}, "row").images == (PNG,)
+    with pytest.raises(RowError, match="unknown key 'image_2'"):
+        parse_row(LLAVA[0] | {"image_2": PNG}, "row")
+
+
+def test_parquet_trains_with_the_losses_of_json(tmp_path: Path) -> None:
+    rows = [
+        conversation("square_rgb.png", "What is it?", "A boat."),
+        *[conversation(None, "q", f"a {n}") for n in range(3)],
+    ]
+    path = write(tmp_path / "data", rows, "file")
+    (tmp_path / "mix.yaml").write_text(f"- {{data_path: 'data/*.parquet', image_folder: {IMAGES}}}\n")
+    flags = {"max_steps": 2, "group_by_modality_length": True}
+    ours = losses(train(tmp_path / "a", tmp_path / "mix.yaml", **flags))
+    assert ours == losses(train(tmp_path / "b", write_rows(tmp_path / "rows.json", rows), **flags))
+    record = json.loads((tmp_path / "a/training_run.json").read_text())["sources"][0]
+    assert record["source"] == str(tmp_path / "data/*.parquet")
+    assert len(bytes.fromhex(record["fingerprint"])) == 32
+    assert Path(path).is_file()
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_the_name(tmp_path: Path) -> None:
+    def fingerprint(name: str, answer: str, kind: str) -> str:
+        path = write(tmp_path / name, [conversation(None, "q", answer)], kind)
+        return load_all_rows(DataSource(path), pytest.fail).fingerprint
+
+    for kind in ("file", "disk"):
+        assert fingerprint(f"{kind}-a", "a", kind) == fingerprint(f"{kind}-b", "a", kind)
+        assert fingerprint(f"{kind}-a2", "a", kind) != fingerprint(f"{kind}-c", "c", kind)
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows/1.json")
+    write_rows(tmp_path / "rows/2.json", [conversation(None, "q", "a")])
+    one, both = (
+        load_all_rows(DataSource(str(tmp_path / name)), lambda _: None) for name in ("rows/1.json", "rows/*.json")
+    )
+    assert one.fingerprint != both.fingerprint
+
+
+def test_a_name_on_the_hub_in_a_mixture_is_not_a_relative_path(tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text("- {data_path: 'hub:owner/name@main:train'}\n")
+    (source,) = read_sources(str(tmp_path / "mix.yaml"))
+    assert source.files() == [("hub:owner/name@main:train", ".")]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("hub:owner/name", r"hub:owner/name: cannot be loaded \(.*\); expected hub:owner/name\[@revision\]\[:split\]"),
+        ("hub:{folder}:test", r"cannot be loaded \(.*test.*\); expected"),
+        ("{folder}/damaged.parquet", r"damaged\.parquet: not a readable Parquet file \("),
+        ("{folder}/empty.parquet", r"empty\.parquet: no rows"),
+        ("{folder}/none.parquet", r"none\.parquet: cannot be read \(No such file"),
+        ("{folder}/broken", r"broken: cannot be read \(Directory .* is neither"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(path: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "data", [conversation(None, "q", "a")], "file")
+    (tmp_path / "data/damaged.parquet").write_bytes((tmp_path / "data/train.parquet").read_bytes()[:-300])
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "data/empty.parquet")
+    (tmp_path / "data/broken").mkdir()
+    (tmp_path / "data/broken/state.json").write_text("{}")
+    if path.endswith("test"):
+        (tmp_path / "data/damaged.parquet").unlink()
+        (tmp_path / "data/empty.parquet").unlink()
+    with pytest.raises(RowError, match=message) as raised:
+        load(path.format(folder=tmp_path / "data"))
+    assert "\n" not in str(raised.value)
