@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -22,6 +23,14 @@ def explain_full_disk(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         OSError: If the disk is full; earlier checkpoints and the log are intact.
     """
+    show_thread_error = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread, whose error it raises again in ours.
+        if getattr(error.exc_value, "errno", None) not in _CODES:
+            show_thread_error(error)
+
+    threading.excepthook = hook
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -31,3 +40,5 @@ def explain_full_disk(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         how = f"add --resume auto, which continues from {newest[0].name}" if newest else "start the run again"
         reason = f"No space left on device, or the quota is exceeded; free some and {how}"
         raise OSError(errno.ENOSPC, reason, os.fspath(output_dir)) from error
+    finally:
+        threading.excepthook = show_thread_error
