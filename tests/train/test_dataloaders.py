@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from yivl.checkpoint.loading import LoadedModel
+from yivl.checkpoint.manifest import MANIFEST
 from yivl.constants import IGNORE_INDEX
 from yivl.data.bad_rows import BadRows
 from yivl.data.collator import Collator, normalize_images
@@ -273,6 +274,7 @@ def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_pa
         record = json.loads((folder / "training_run.json").read_text())
         assert record["sources"][0].pop("subsampled") == "per epoch"
         (folder / "training_run.json").write_text(json.dumps(record))
+        (folder / MANIFEST).unlink(missing_ok=True)  # earlier versions wrote none
     with pytest.raises(CheckpointError, match=r"checkpoint-1: the weight of .*rows\.json selected the same rows"):
         train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
 
@@ -293,6 +295,7 @@ def test_a_run_whose_epochs_the_limit_did_not_hold_in_is_not_resumed(tmp_path: P
     assert record["sources"][0].pop("limited") == "per epoch"
     assert record["sources"][0]["rows_per_epoch"] == 8
     path.write_text(json.dumps(record))
+    path.with_name(MANIFEST).unlink()  # earlier versions wrote none
     with pytest.raises(CheckpointError, match=r"checkpoint-1: max_rows did not limit the epochs of .*rows\.json"):
         train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
 

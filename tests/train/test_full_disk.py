@@ -47,7 +47,7 @@ def test_a_run_ends_by_one_line_and_continues_when_there_is_space(
         command_line.run(lambda: main(flags(out, data, **RUN)))
     assert ended.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    how = f"add --resume auto, which continues from {checkpoints[-1]}" if checkpoints else "start the run again"
+    how = f"add --resume auto, which continues from {checkpoints[-1]}" if checkpoints else "run the command again"
     assert error == f"error: {out}: No space left on device, or the quota is exceeded; free some and {how}"
     assert [path.name for path in finished_checkpoints(out)] == checkpoints
     for path in finished_checkpoints(out):

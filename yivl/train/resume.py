@@ -75,6 +75,12 @@ def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return [path for _, path in sorted(found.items())]
 
 
+def describe_resume(output_dir: str | os.PathLike[str]) -> str:
+    """Return how to continue a run that has ended before its last step."""
+    newest = finished_checkpoints(output_dir)[-1:]
+    return f"add --resume auto, which continues from {newest[0].name}" if newest else "run the command again"
+
+
 def remove_leftovers(output_dir: Path) -> None:
     """Complete the move of a final model that a kill interrupted, and remove what else interrupted runs left."""
     if (output_dir / READY).is_dir():
