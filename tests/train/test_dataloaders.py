@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from yivl.checkpoint.loading import LoadedModel
+from yivl.checkpoint.manifest import MANIFEST
 from yivl.constants import IGNORE_INDEX
 from yivl.data.bad_rows import BadRows
 from yivl.data.collator import Collator, normalize_images
@@ -273,6 +274,7 @@ def test_a_run_whose_subsample_was_the_same_in_every_epoch_is_not_resumed(tmp_pa
         record = json.loads((folder / "training_run.json").read_text())
         assert record["sources"][0].pop("subsampled") == "per epoch"
         (folder / "training_run.json").write_text(json.dumps(record))
+        (folder / MANIFEST).unlink(missing_ok=True)  # earlier versions wrote none
     with pytest.raises(CheckpointError, match=r"checkpoint-1: the weight of .*rows\.json selected the same rows"):
         train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
 
@@ -293,6 +295,7 @@ def test_a_run_whose_epochs_the_limit_did_not_hold_in_is_not_resumed(tmp_path: P
     assert record["sources"][0].pop("limited") == "per epoch"
     assert record["sources"][0]["rows_per_epoch"] == 8
     path.write_text(json.dumps(record))
+    path.with_name(MANIFEST).unlink()  # earlier versions wrote none
     with pytest.raises(CheckpointError, match=r"checkpoint-1: max_rows did not limit the epochs of .*rows\.json"):
         train(tmp_path / "out", tmp_path / "mix.yaml", max_steps=2, resume="auto")
 
@@ -453,3 +456,32 @@ def test_the_end_of_a_packed_sample_does_not_predict_the_first_token_of_the_next
     )
     assert fused.labels is not None
     assert fused.labels[0, samples[0].sequence_length] == IGNORE_INDEX
+
+
+def test_changed_content_behind_the_same_rows_is_refused_on_resume_unless_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def batches(**facts: Any) -> Batches:
+        return Batches(mock.Mock(), [{"source": "a.json", "rows": 8}, {"source": "b.json", "rows": 4} | facts])
+
+    def record(sources: Sequence[Any]) -> None:
+        (tmp_path / "training_run.json").write_text(json.dumps({"sources": sources}))
+
+    record(batches(fingerprint="1f").sources)
+    batches(fingerprint="1f", source="moved/b.json").check_record(tmp_path)
+    changed = batches(fingerprint="2e", rows=5)
+    with pytest.raises(CheckpointError, match=r"the content of b\.json has changed .* add --allow_changed_data True$"):
+        changed.check_record(tmp_path)
+    changed.check_record(tmp_path, allow_changed_data=True)
+    assert caplog.messages == [
+        f"{tmp_path}: the content of b.json has changed since it was written; the run continues with the new content"
+    ]
+    # Another weight or limit is not another content.
+    with pytest.raises(CheckpointError, match=r"rows of b\.json was 4 when it was written, and is 5 now"):
+        batches(fingerprint="1f", rows=5).check_record(tmp_path, allow_changed_data=True)
+    record(batches(fingerprint="1f", weight=1.0).sources)
+    with pytest.raises(CheckpointError, match=r"weight of b\.json was 1\.0"):
+        batches(fingerprint="2e", weight=2.0).check_record(tmp_path, allow_changed_data=True)
+    # An earlier version recorded no fingerprint.
+    record(batches().sources)
+    batches(fingerprint="1f").check_record(tmp_path)

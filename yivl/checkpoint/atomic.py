@@ -116,7 +116,7 @@ def _aside(folder: Path) -> Path:
 
 
 def remove_dir(folder: Path) -> None:
-    """Rename a folder so that nobody takes it for a complete one, and remove it."""
+    """Rename a folder so that it is not taken for a complete one, and remove it."""
     removed = folder.with_name(f".{folder.name}{REMOVED}")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)

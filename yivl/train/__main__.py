@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     let_idle_threads_sleep()
     prepare_environment(arguments.training)
     command_line.log_to_stderr()
+    from yivl.checkpoint.full_disk import explain_full_disk
     from yivl.train.dry_run import describe_run
-    from yivl.train.full_disk import explain_full_disk
+    from yivl.train.resume import describe_resume
     from yivl.train.run import build_model, fit, prepare, save
 
     with ExitStack() as resources:
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.training.dry_run:
             logger.info("%s", describe_run(run, model.config, sizes))
         else:
-            with explain_full_disk(run.args.output_dir):
+            output_dir = run.args.output_dir
+            with explain_full_disk(output_dir, lambda: describe_resume(output_dir)):
                 save(run, *fit(run, model))
         if run.args.should_log and (report := run.bad_rows.report()):
             logger.warning("%s", report)

@@ -46,7 +46,8 @@ def check_files(checkpoint: Path) -> None:
 def _find_damage_without_manifest(checkpoint: Path) -> list[str]:
     if missing := [name for name in (STATE, ARGUMENTS, RECORD) if not (checkpoint / name).is_file()]:
         return [f"{name} is missing" for name in missing]
-    arguments, damage = read_json(checkpoint / ARGUMENTS), []
+    arguments = read_json(checkpoint / ARGUMENTS)
+    read_json(checkpoint / RECORD)
     world_size = arguments.get("world_size", 1)
     ranks = range(world_size if isinstance(world_size, int) else 1)
     needed = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]

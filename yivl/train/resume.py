@@ -18,7 +18,7 @@ from torch import nn
 
 import yivl
 from yivl.checkpoint.adapters import restore_adapter
-from yivl.checkpoint.atomic import REMOVED, move_entries, settle
+from yivl.checkpoint.atomic import REMOVED, move_entries, remove_dir, replace_dir, settle
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     ARGUMENTS,
@@ -28,7 +28,7 @@ from yivl.checkpoint.format import (
     read_json,
     read_main_weights,
 )
-from yivl.checkpoint.manifest import MANIFEST
+from yivl.checkpoint.manifest import MANIFEST, write_manifest
 from yivl.data.sources import read_sources
 from yivl.errors import CheckpointError
 from yivl.train.arguments import ModelArguments
@@ -76,8 +76,14 @@ def finished_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return [path for _, path in sorted(found.items())]
 
 
+def describe_resume(output_dir: str | os.PathLike[str]) -> str:
+    """Return how to continue a run that has ended before its last step."""
+    newest = finished_checkpoints(output_dir)[-1:]
+    return f"add --resume auto, which continues from {newest[0].name}" if newest else "run the command again"
+
+
 def remove_leftovers(output_dir: Path) -> None:
-    """Complete the move of a final model that a kill interrupted, and remove what else killed runs left."""
+    """Complete the move of a final model that a kill interrupted, and remove what else interrupted runs left."""
     if (output_dir / READY).is_dir():
         move_entries(output_dir / READY, output_dir, last=_CONFIGURATIONS)
     for folder in (output_dir / UNFINISHED, *output_dir.glob(f".checkpoint-*{REMOVED}")):
@@ -184,6 +190,15 @@ def _global_step(checkpoint: Path) -> int:
     if not isinstance(step, int):
         raise CheckpointError(f"{checkpoint / STATE}: global_step is {step}; the checkpoint is damaged")
     return step
+
+
+def publish_checkpoint(folder: Path, output_dir: Path, save_total_limit: int | None) -> None:
+    """Write the manifest of a complete checkpoint, move it into ``output_dir``, and remove those beyond the limit."""
+    write_manifest(folder)
+    replace_dir(folder, output_dir / folder.name)
+    if save_total_limit is not None:
+        for old in finished_checkpoints(output_dir)[: -max(save_total_limit, 1)]:
+            remove_dir(old)
 
 
 def publish(folder: Path, output_dir: Path) -> None:

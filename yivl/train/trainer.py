@@ -17,9 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from yivl.checkpoint.adapters import save_adapter
-from yivl.checkpoint.atomic import remove_dir, replace_dir, write_json, write_text
+from yivl.checkpoint.atomic import write_json, write_text
 from yivl.checkpoint.format import ARGUMENTS, RECORD, RUN_CONFIG, read_json
-from yivl.checkpoint.manifest import write_manifest
 from yivl.checkpoint.saving import write_checkpoint
 from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from yivl.data.collator import normalize_images
@@ -30,7 +29,7 @@ from yivl.train.arguments import Arguments
 from yivl.train.dataloaders import Batches, BatchLoader
 from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
 from yivl.train.plan import as_config, as_dict
-from yivl.train.resume import UNFINISHED, describe_origin, finished_checkpoints, load_trained, publish
+from yivl.train.resume import UNFINISHED, describe_origin, load_trained, publish, publish_checkpoint
 from yivl.train.run_config import run_config_text
 from yivl.train.run_log import RunLog
 
@@ -216,11 +215,7 @@ class YiVLTrainer(Trainer):
             finally:
                 self._run_dir = Path(self.args.output_dir)
         if self.args.should_save:
-            write_manifest(folder / name)
-            replace_dir(folder / name, self._run_dir / name)
-            if self.args.save_total_limit is not None:
-                for old in finished_checkpoints(self._run_dir)[: -max(self.args.save_total_limit, 1)]:
-                    remove_dir(old)
+            publish_checkpoint(folder / name, self._run_dir, self.args.save_total_limit)
             self.run_log.draw()
         self.accelerator.wait_for_everyone()
         self._since += time.perf_counter() - started  # saving does not count as training
