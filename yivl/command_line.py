@@ -250,16 +250,17 @@ def run(
 def _open_closed_streams() -> None:
     """Connect closed standard streams to the null device.
 
-    Otherwise the next file that is opened, such as a checkpoint, would take their place and receive what libraries
-    print, and ``sys.stderr`` would be ``None``.
+    Otherwise the next file that is opened, such as a checkpoint, would take the place of one and receive what libraries
+    print. ``sys.stdin`` and ``sys.stdout`` stay ``None``, by which a program knows; ``sys.stderr`` must not be, for
+    libraries.
     """
-    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (open to the end)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (open to the end)
 
 
 def require(module: str) -> None:
