@@ -104,9 +104,7 @@ def test_an_adapter_without_image_settings_takes_those_of_its_base_and_damaged_o
         load_model(tmp_path / "out", device="cpu")
     for size in (30, 0, -28):
         settings.write_text(json.dumps({"image_size": size, "image_aspect_ratio": "pad"}))
-        with pytest.raises(
-            CheckpointError, match=rf"image_size (is )?{size}(; expected| is not)"
-        ):
+        with pytest.raises(CheckpointError, match=rf"image_size (is )?{size}(; expected| is not)"):
             load_model(tmp_path / "out", device="cpu")
         with pytest.raises(CheckpointError, match=f"image_size {size} is not a multiple of the patch size 14"):
             train(tmp_path / "new", rows, image_size=size)
