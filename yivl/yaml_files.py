@@ -6,8 +6,8 @@ from typing import Any, Final
 from yivl import command_line
 from yivl.errors import YiVLError
 
-MAX_BYTES: Final = 2**20
-"""Largest file, in bytes. Source: ours."""
+MAX_CHARACTERS: Final = 2**20
+"""Longest file, in characters. Source: ours."""
 MAX_DEPTH: Final = 30
 """Deepest nesting. Source: ours; a mixture has 3 levels, JSON in a run configuration few more."""
 MAX_VALUES: Final = 100_000
@@ -31,12 +31,13 @@ def read_nodes(path: Path) -> Any:
         YiVLError: If the file cannot be read, or exceeds the limits.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise YiVLError(f"{path}: larger than {MAX_BYTES:,} bytes; give a YAML file")
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, ValueError) as error:  # not UTF-8, or no name of a file
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise YiVLError(f"{path}: {reason}; give a YAML file") from error
+    if len(text) > MAX_CHARACTERS:
+        raise YiVLError(f"{path}: more than {MAX_CHARACTERS:,} characters; give a YAML file")
     return parse_nodes(text, path)
 
 
@@ -53,18 +54,22 @@ def parse_nodes(text: str, source: str | Path) -> Any:
     command_line.require("yaml")
     import yaml
 
+    too_deep = YiVLError(f"{source}: nested more than {MAX_DEPTH} levels deep")
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # composing takes the square of the depth
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise too_deep
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise YiVLError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from error
-    except RecursionError as error:
-        raise YiVLError(f"{source}: nested more than {MAX_DEPTH} levels deep") from error
     num_values, nodes = 0, [] if root is None else [(root, 1)]
     while nodes:
         node, depth = nodes.pop()
         num_values += 1
-        if depth > MAX_DEPTH:
-            raise YiVLError(f"{source}: nested more than {MAX_DEPTH} levels deep")
+        if depth > MAX_DEPTH:  # an alias in the value it stands for
+            raise too_deep
         if num_values > MAX_VALUES:
             raise YiVLError(f"{source}: more than {MAX_VALUES:,} values")
         if not isinstance(node, yaml.ScalarNode):

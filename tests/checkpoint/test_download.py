@@ -59,9 +59,9 @@ def weights_bytes(weights: dict[str, torch.Tensor], path: Path) -> bytes:
     return path.read_bytes()
 
 
-SHARDS = {"model.safetensors.index.json": as_json({"weight_map": {"a": "model-1.safetensors"}})}
+SHARDS = {"model.safetensors.index.json": as_json({"metadata": {}, "weight_map": {"a": "model-1.safetensors"}})}
 OTHER_FORMAT = {
-    "pytorch_model.bin.index.json": as_json({"weight_map": {"a": "pytorch_model-1.bin"}}),
+    "pytorch_model.bin.index.json": as_json({"metadata": {}, "weight_map": {"a": "pytorch_model-1.bin"}}),
     "pytorch_model-1.bin": b"the same weights",
     "consolidated.safetensors": b"the same weights",
     "figure.png": b"",

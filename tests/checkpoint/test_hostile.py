@@ -171,6 +171,7 @@ def test_a_file_larger_than_any(folder: Path) -> None:
         [],
         {},
         {"weight_map": []},
+        {"weight_map": {"a": "b.bin"}},
         {"weight_map": {"a": 3}},
         {"weight_map": {"a": ["b"]}},
         *(

@@ -133,3 +133,36 @@ def test_the_numbers_of_both_recipes(name: str) -> None:
     assert (training.learning_rate, training.num_train_epochs, training.warmup_ratio) == (rate, epochs, 0.1)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, steps)
     assert (model.freeze_mm_mlp_adapter, model.lora_r, model.lora_alpha) == (True, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 3_000, "nested more than 30 levels deep"),
+        ("{a: " * 3_000, "nested more than 30 levels deep"),
+        ("- " * 3_000, "nested more than 30 levels deep"),
+        ("lr_scheduler_kwargs: &a [*a]", "nested more than 30 levels deep"),
+        ("".join(f"k{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 60) if i else 'x'}]\n" for i in range(5)), "values"),
+        ("- seed: 3", "expected a mapping of flags to values"),
+        ("? [1, 2]\n: 3", "line 1, a key is no name of a flag"),
+        ("? {a: 1}\n: 3", "line 1, a key is no name of a flag"),
+        ("lr_scheduler_kwargs: {[1]: 2}", "lr_scheduler_kwargs: not valid YAML"),
+        ("lr_scheduler_kwargs: {a: 2020-01-01}", "lr_scheduler_kwargs: expected JSON values"),
+        ("lr_scheduler_kwargs: [!!int x]", "lr_scheduler_kwargs: not valid YAML"),
+        ("lr_scheduler_kwargs: [!!python/object/apply:os.getcwd []]", "lr_scheduler_kwargs: not valid YAML"),
+        ("seed: *nothing", "not valid YAML"),
+        ("1: a\nseed: 3\nnull: 4", "line 1, unknown key 1; line 3, unknown key null"),
+        ("x" * 2**21, "more than 1,048,576 characters"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_hostile_file_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(YiVLError, match=r"run\.yaml") as caught:
+        parse(text, tmp_path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_within_the_limits_are_read(tmp_path: Path) -> None:
+    text = f"{NEEDED}learning_rate: &rate 2e-5\nmm_projector_lr: *rate\n"
+    assert parse(text, tmp_path).training.learning_rate == 2e-5

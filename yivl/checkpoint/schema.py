@@ -165,6 +165,7 @@ class IndexFields(TypedDict):
     """Index of a sharded checkpoint."""
 
     weight_map: Annotated[dict[str, str], file_names]
+    metadata: dict[str, Any]  # needed by transformers
 
 
 class AdapterFields(TypedDict, total=False):
