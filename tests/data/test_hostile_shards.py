@@ -14,6 +14,7 @@ from support.golden import GOLDEN
 from support.training import write_shards
 
 from yivl.data import tar_samples
+from yivl.data.bad_rows import BadRows
 from yivl.data.rows import Row, RowError
 from yivl.data.streaming import open_shards, read_shards
 
@@ -79,6 +80,15 @@ def test_a_hostile_member_costs_its_own_sample_only(kind: str, tmp_path: Path) -
     assert captions == ["first", "../outside/last"]
     assert error.startswith(f"{tmp_path / 'shard.tar'} sample bad: ")
     assert message in error
+
+
+def test_names_that_are_not_text_are_reported_in_one_line(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        add(tar, "a\nb\udcff.png", PNG)
+    _, (error,) = read(tmp_path / "shard.tar")
+    assert error.startswith(f"{tmp_path / 'shard.tar'} sample a\\nb\\udcff: no caption")
+    BadRows("skip", tmp_path / "bad.jsonl")(RowError(error))
+    assert "udcff" in (tmp_path / "bad.jsonl").read_text()
 
 
 def test_a_member_of_many_bytes_is_not_read(tmp_path: Path) -> None:

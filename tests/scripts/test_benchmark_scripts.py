@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,26 @@ def test_the_server_ends_when_a_measurement_fails(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ZeroDivisionError), serving(load_model(CHECKPOINT, device="cpu"), flags):
         raise ZeroDivisionError
     assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+
+
+@pytest.mark.slow
+def test_data_is_measured_in_files_and_shards(tmp_path: Path) -> None:
+    flags = ["--max-rows", "1000", "--max-shards", "1", "--samples", "40", "--shuffle-buffer", "8", "--batches", "2"]
+    outputs = ["--chart", str(tmp_path / "chart.png"), "--markdown", str(tmp_path / "table.md")]
+    command = [sys.executable, "scripts/benchmark_data.py", *flags, *outputs]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    results = json.loads(printed)
+    assert results["files"]["1000"]["samples_per_second"] > 0
+    assert len(results["shards"]["1"]["resume_seconds"]) == 3
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+    assert (tmp_path / "table.md").read_text().count("| 1,000 |") == 1
+
+
+def test_a_measurement_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = runpy.run_path(str(ROOT / "scripts/benchmark_data.py"))
+    results = {"samples": 5, "buffer": 8, "files": {1000: None}, "shards": {1: None}}
+    assert script["markdown_table"](results).count("not measured: too slow") == 2
 
 
 @pytest.mark.slow

@@ -92,14 +92,19 @@ class _Collected:
 
     def add(self, header: tarfile.TarInfo, suffix: str, read: Callable[[], bytes]) -> None:
         if not header.isreg() or header.issparse():
-            self.error = f"{header.name} is a link, a device or a sparse file; expected regular files"
+            self.error = f"{_printable(header.name)} is a link, a device or a sparse file; expected regular files"
         elif header.size > MAX_MEMBER_BYTES:
-            self.error = f"{header.name} has {header.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read"
+            self.error = f"{_printable(header.name)} has {header.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read"
         else:
             self.files[suffix] = read()
 
     def finish(self, path: str, end: int) -> TarSample:
-        return TarSample(f"{path} sample {self.name}", self.files, self.error, self.offset, self.index, end)
+        return TarSample(f"{path} sample {_printable(self.name)}", self.files, self.error, self.offset, self.index, end)
+
+
+def _printable(name: str) -> str:
+    """Return a name for one line of UTF-8 text: archives may have any bytes in names."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _split(name: str) -> tuple[str, str]:

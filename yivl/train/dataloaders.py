@@ -259,7 +259,12 @@ def make_eval_loader(
     """
     if data.eval_data_path is None:
         return None
-    sources = read_sources(data.eval_data_path, data.image_folder, allow_outside_images=data.allow_outside_images)
+    sources = read_sources(
+        data.eval_data_path,
+        data.image_folder,
+        allow_outside_images=data.allow_outside_images,
+        allow_remote_data=True,  # all tar shards are refused below
+    )
     if streamed := [source.name for source in sources if source.is_streamed]:
         raise YiVLError(f"--eval_data_path: {streamed[0]}: tar shards are streamed without end; use .json or .jsonl")
     rows = join([load_rows(source, 0, on_bad_row) for source in sources])
