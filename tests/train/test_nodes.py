@@ -1,5 +1,7 @@
 """Runs on several nodes: what all ranks must share, a node that is lost, and restarts."""
 
+import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -14,12 +16,15 @@ import pytest
 import torch.distributed as dist
 from support.golden import ROOT
 from support.serving import free_port
-from support.training import flags, run_script
+from support.training import flags, losses, run_script, train, write_rows
 
-from yivl.errors import YiVLError
+from yivl.checkpoint.format import read_json
+from yivl.errors import CheckpointError, YiVLError
 from yivl.train import heartbeat, launch
 from yivl.train.flags import torchrun_parser
 from yivl.train.nodes import reporting_lost_connections
+from yivl.train.resume import check_same_run
+from yivl.train.run_log import RunLog
 
 # The ranks of one node take the folders and the data of two nodes. What each check raises, or "passed", is written.
 WORKER = """
@@ -180,6 +185,39 @@ def test_ranks_that_were_restarted_without_a_silent_node_go_on(server: dist.TCPS
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug"), reporting_lost_connections():
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_current_step_and_stops(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    whole = losses(train(tmp_path / "whole", rows))
+    step_end = RunLog.on_step_end
+
+    def on_step_end(log: RunLog, args: Any, state: Any, *others: Any, **named: Any) -> None:
+        step_end(log, args, state, *others, **named)
+        if state.global_step == 2:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(RunLog, "on_step_end", on_step_end)
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "out", rows)
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + number
+    assert f"stopped by {number.name} at step 2; --resume auto continues from checkpoint-2" in caplog.text
+    assert signal.getsignal(number) == before
+    assert not (tmp_path / "out/config.json").exists()  # the final model
+    assert losses(train(tmp_path / "out", rows, resume="auto")) == whole
+
+
+def test_a_deepspeed_checkpoint_of_other_ranks_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, write_rows(tmp_path / "rows.json"), max_steps=2, save_steps=1)
+    recorded = read_json(tmp_path / "checkpoint-1/training_arguments.json")
+    now = recorded | {"deepspeed": "scripts/zero2.json", "world_size": 2, "per_device_train_batch_size": 1}
+    with pytest.raises(CheckpointError, match="DeepSpeed saved optimizer states of 1 processes, which 2 cannot load"):
+        check_same_run(tmp_path / "checkpoint-1", now, 2)
 
 
 @pytest.fixture(scope="module")
