@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.golden import CHECKPOINT
+from support.golden import CHECKPOINT, ROOT
 from support.serving import free_port
 from support.training import (
     losses,
@@ -21,6 +24,7 @@ from support.training import (
 from yivl.checkpoint.folder import read_all_weights, read_config
 from yivl.checkpoint.loading import load_model
 from yivl.export.hf import to_hf
+from yivl.train.resume import finished_checkpoints
 from yivl.train.run_log import read_log
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operators with g++")
@@ -134,14 +138,33 @@ def test_adapters_train_under_deepspeed_and_resume_bit_exactly(settings: str, tm
 def slurm(stubs: Path) -> dict[str, Any]:
     """Return the environment of a job of two nodes, both on this machine: stubs start them."""
     stubs.mkdir()
-    (stubs / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
+    (stubs / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {stubs}/scontrol.log\necho 127.0.0.1\n')
+    # Like Slurm's, it forwards SIGUSR1 to its tasks, and exits with their largest exit code.
     (stubs / "srun").write_text(
-        '#!/bin/bash\nset -e\nSLURM_NODEID=1 "$@" >/dev/null 2>&1 &\nSLURM_NODEID=0 "$@"\nwait $!\n'
+        """#!/bin/bash
+SLURM_NODEID=1 "$@" >/dev/null 2>&1 &
+second=$!
+SLURM_NODEID=0 "$@" &
+first=$!
+trap 'kill -USR1 $first $second' USR1
+code=0
+for task in $first $second; do
+  wait $task
+  one=$?
+  while kill -0 $task 2>/dev/null; do wait $task; one=$?; done
+  code=$((one > code ? one : code))
+done
+exit $code
+"""
     )
     for stub in stubs.iterdir():
         stub.chmod(0o755)
     path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "here", "PATH": path}
+    return {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": 7, "PATH": path}
+
+
+def requeues(stubs: Path) -> int:
+    return (stubs / "scontrol.log").read_text().splitlines().count("requeue 7")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -151,26 +174,54 @@ def test_every_stage_has_a_slurm_job(stage: int, tmp_path: Path) -> None:
     assert "--nproc-per-node 8 --nnodes 2 --node-rank 0" in printed
     assert f"stage:\\ {stage}\\," in printed  # quoted for the shell
     assert printed.endswith(" --resume auto --dataloader_num_workers 8 --max_steps 7 \n")
+    assert requeues(tmp_path / "bin") == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, 0), (1, 0, 1), (1, 3, 0), (2, 0, 0), (137, 2, 1)],
+    ids=["finished", "a lost node", "too often", "wrong input", "a killed task"],
+)
+def test_a_slurm_job_is_requeued_after_a_failure(code: int, restarts: int, requeued: int, tmp_path: Path) -> None:
+    environment = slurm(tmp_path / "bin") | {"SLURM_RESTART_COUNT": restarts}
+    (tmp_path / "bin/srun").write_text(f"#!/bin/bash\nexit {code}\n")
+    job = ["bash", "scripts/slurm/train_stage3.sbatch"]
+    variables = os.environ | {name: str(value) for name, value in environment.items()}
+    assert subprocess.run(job, cwd=ROOT, env=variables, capture_output=True, check=False).returncode == code
+    assert requeues(tmp_path / "bin") == requeued
 
 
 @pytest.mark.slow
-def test_two_nodes_under_slurm_train_as_one_run(tmp_path: Path) -> None:
+def test_a_slurm_job_of_two_nodes_saves_is_requeued_and_finishes(tmp_path: Path) -> None:
     """Stubs start both nodes on this machine; scripts and torchrun are real."""
-    environment = slurm(tmp_path / "bin")
+    environment = slurm(tmp_path / "bin") | {"GLOBAL_BATCH": 4, "MICRO_BATCH": 2, "SLURM_RESTART_COUNT": 9}
+    variables = os.environ | {name: str(value) for name, value in environment.items()}
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "GPUS": "0"}
     rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
-    printed = run_script(
-        "slurm/train_stage3.sbatch",
-        *script_flags(
-            CHECKPOINT, rows, out, image_size=56, num_train_epochs=1, learning_rate=1e-3, dataloader_num_workers=0
-        ),
-        **environment,
-        GLOBAL_BATCH=4,
-        MICRO_BATCH=2,
-        MASTER_PORT=free_port(),
+    few = {"image_size": 56, "learning_rate": 1e-3, "dataloader_num_workers": 0, "save_steps": 1000}
+    flags = script_flags(CHECKPOINT, rows, out, **few, max_steps=400)
+    job = subprocess.Popen(
+        ["bash", "scripts/slurm/train_stage3.sbatch", *flags],
+        cwd=ROOT,
+        env=variables | {"MASTER_PORT": str(free_port())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert "--nnodes 2 --node-rank 0" in printed
-    lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
-    assert len(lines) == 2  # eight samples, global batch size four
+    while job.poll() is None and not losses(read_log(out / "log.jsonl")):
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)  # as Slurm does, to the batch shell alone
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 128 + signal.SIGUSR1, printed
+    (checkpoint,) = finished_checkpoints(out)
+    step = int(checkpoint.name.partition("-")[2])
+    assert f"stopped by SIGUSR1 at step {step}; --resume auto continues from checkpoint-{step}" in printed
+    assert requeues(tmp_path / "bin") == 1
+
+    flags = script_flags(CHECKPOINT, rows, out, **few, max_steps=step + 2)
+    run_script("slurm/train_stage3.sbatch", *flags, **environment, MASTER_PORT=free_port())
+    steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line]
+    assert steps == list(range(1, step + 3))
     load_model(out, device="cpu")
 
 

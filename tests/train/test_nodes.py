@@ -1,5 +1,7 @@
 """Runs on several nodes: what all ranks must share, a node that is lost, and restarts."""
 
+import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -14,76 +16,69 @@ import pytest
 import torch.distributed as dist
 from support.golden import ROOT
 from support.serving import free_port
-from support.training import flags, run_script
+from support.training import flags, losses, run_script, train, write_rows
 
-from yivl.errors import YiVLError
+from yivl.checkpoint.format import read_json
+from yivl.errors import CheckpointError, YiVLError
 from yivl.train import heartbeat, launch
 from yivl.train.flags import torchrun_parser
 from yivl.train.nodes import reporting_lost_connections
+from yivl.train.resume import check_same_run
+from yivl.train.run_log import RunLog
 
-# The ranks of one node with the paths, or data, of two.
+# The ranks of one node take the folders and the data of two nodes. What each check raises, or "passed", is written.
 WORKER = """
 import os, sys
 import torch.distributed as dist
-from yivl import command_line
 from yivl.train import nodes
 
 dist.init_process_group("gloo")
-rank, arguments = dist.get_rank(), sys.argv[1:]
+rank, base = dist.get_rank(), sys.argv[1]
 nodes._VISIBLE_SECONDS = 0.5
-if arguments[0] == "folder":
-    check = lambda: nodes.check_output_dir(arguments[1 + rank])
-else:
-    facts = {"source": f"/node{rank}/rows.json", "rows": int(arguments[1 + rank])}
-    check = lambda: nodes.check_data("rows.json", [facts])
-command_line.run(check)
+facts = [{"source": f"/node{rank}/rows.json", "rows": 7}]
+checks = {
+    "shared": lambda: nodes.check_output_dir(f"{base}/out"),
+    "unshared": lambda: nodes.check_output_dir(f"{base}/out{rank}"),
+    "unwritable": lambda: nodes.check_output_dir(f"{base}/file"),
+    "same": lambda: nodes.check_data("rows.json", facts),
+    "fewer rows": lambda: nodes.check_data("rows.json", [facts[0] | {"rows": 7 + rank}]),
+    "no fingerprint": lambda: nodes.check_data("rows.json", [facts[0] | ({"fingerprint": "ab"} if rank else {})]),
+    "fewer sources": lambda: nodes.check_data("rows.json", facts * (rank + 1)),
+}
+with open(f"{base}/rank{rank}", "w") as file:
+    for name, check in checks.items():
+        try:
+            check()
+            print(f"{name}: passed", file=file)
+        except (ValueError, OSError) as error:
+            print(f"{name}: {type(error).__name__}: {error}", file=file)
 dist.destroy_process_group()
 """
 
 
-def run_worker(folder: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
-    (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, str(folder / "worker.py"), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_ranks_that_share_folder_and_data_go_ahead(tmp_path: Path) -> None:
-    shared = run_worker(tmp_path, "folder", tmp_path / "out", tmp_path / "out")
-    assert (shared.returncode, shared.stderr) == (0, "")
-    assert list((tmp_path / "out").iterdir()) == []
-    same = run_worker(tmp_path, "data", 7, 7)  # at another path
-    assert (same.returncode, same.stderr) == (0, "")
-
-
-def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
-    result = run_worker(tmp_path, "folder", tmp_path / "one", tmp_path / "two")
-    assert result.returncode == 2
-    assert set(result.stderr.splitlines()) <= {
-        f"error: --output_dir {path}: not shared: {socket.gethostname()} cannot see what rank 0 writes on "
-        f"{socket.gethostname()}; give a folder on a shared file system, or --save_strategy no, with which rank 0 "
-        "alone writes"
-        for path in (tmp_path / "one", tmp_path / "two")
-    }
-    assert list((tmp_path / "one").iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_written_ends_all_ranks(tmp_path: Path) -> None:
+def test_ranks_check_that_they_share_folder_and_data(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "file").touch()
-    result = run_worker(tmp_path, "folder", tmp_path / "file", tmp_path / "file")
-    assert result.returncode == 1
-    assert set(result.stderr.splitlines()) == {f"error: {tmp_path}/file: File exists"}
-
-
-def test_other_data_on_a_rank_is_refused(tmp_path: Path) -> None:
-    result = run_worker(tmp_path, "data", 8, 7)
+    command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run([*command, str(tmp_path / "worker.py"), str(tmp_path)], capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
     host = socket.gethostname()
-    assert result.returncode == 2
-    assert set(result.stderr.splitlines()) == {
-        f"error: --data_path rows.json: rows of /node0/rows.json is 8 on {host} (rank 0) and 7 on {host} (rank 1); "
-        "give all nodes the same data"
-    }
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text().splitlines() == [
+            "shared: passed",
+            f"unshared: YiVLError: --output_dir {tmp_path}/out{rank}: not shared: {host} cannot see what rank 0 writes "
+            f"on {host}; give a folder on a shared file system, or --save_strategy no, with which rank 0 alone writes",
+            f"unwritable: FileExistsError: [Errno 17] File exists: '{tmp_path}/file'",
+            "same: passed",
+            f"fewer rows: YiVLError: --data_path rows.json: rows of /node0/rows.json is 7 on {host} (rank 0) and 8 on "
+            f"{host} (rank 1); give all nodes the same data",
+            f"no fingerprint: YiVLError: --data_path rows.json: fingerprint of /node0/rows.json is None on {host} "
+            f"(rank 0) and ab on {host} (rank 1); give all nodes the same data",
+            f"fewer sources: YiVLError: --data_path rows.json: 1 sources on {host} and 2 on {host} (rank 1); give all "
+            "nodes the same data",
+        ]
+    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out0").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -190,6 +185,39 @@ def test_ranks_that_were_restarted_without_a_silent_node_go_on(server: dist.TCPS
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug"), reporting_lost_connections():
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_current_step_and_stops(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    whole = losses(train(tmp_path / "whole", rows))
+    step_end = RunLog.on_step_end
+
+    def on_step_end(log: RunLog, args: Any, state: Any, *others: Any, **named: Any) -> None:
+        step_end(log, args, state, *others, **named)
+        if state.global_step == 2:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(RunLog, "on_step_end", on_step_end)
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "out", rows)
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + number
+    assert f"stopped by {number.name} at step 2; --resume auto continues from checkpoint-2" in caplog.text
+    assert signal.getsignal(number) == before
+    assert not (tmp_path / "out/config.json").exists()  # the final model
+    assert losses(train(tmp_path / "out", rows, resume="auto")) == whole
+
+
+def test_a_deepspeed_checkpoint_of_other_ranks_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, write_rows(tmp_path / "rows.json"), max_steps=2, save_steps=1)
+    recorded = read_json(tmp_path / "checkpoint-1/training_arguments.json")
+    now = recorded | {"deepspeed": "scripts/zero2.json", "world_size": 2, "per_device_train_batch_size": 1}
+    with pytest.raises(CheckpointError, match="DeepSpeed saved optimizer states of 1 processes, which 2 cannot load"):
+        check_same_run(tmp_path / "checkpoint-1", now, 2)
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,11 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
         if name in must_agree:
             raise CheckpointError(f"{change}: not the same run; use the former value, or start a new run")
         logger.warning("%s", change)
+    if now["deepspeed"] and before["world_size"] != now["world_size"]:
+        raise CheckpointError(
+            f"{checkpoint}: DeepSpeed saved optimizer states of {before['world_size']} processes, which "
+            f"{now['world_size']} cannot load; use as many processes, or start a new run from its weights"
+        )
     if (step := _global_step(checkpoint)) > total_steps:
         raise CheckpointError(f"{checkpoint}: is of step {step}, after the last step of this run ({total_steps})")
     pattern, state = "optimizer.pt", "to resume without DeepSpeed and FSDP2"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from typing import Any
 
 import torch
@@ -20,14 +21,20 @@ class StopOnSignal(TrainerCallback):
         self.received = 0
         """Number of the signal, on all ranks after the step in which one rank received it; 0 before."""
         self._pending = 0
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Handle the signals from now on; before the first step, there is nothing to save."""
-        if args.save_strategy == "no":
+        if args.save_strategy == "no" or threading.current_thread() is not threading.main_thread():
             return
-        signal.signal(signal.SIGUSR1, self._receive)
-        if "LOCAL_WORLD_SIZE" not in os.environ:  # torchrun sets it
-            signal.signal(signal.SIGTERM, self._receive)
+        has_launcher = "LOCAL_WORLD_SIZE" in os.environ  # torchrun sets it
+        for number in (signal.SIGUSR1,) if has_launcher else (signal.SIGUSR1, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Let the signals end the process again, which may still write the final model."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
