@@ -1,5 +1,7 @@
 """The formulas of docs/scaling.md: FLOP against PyTorch's counter, bytes against the definition of the collectives."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +58,14 @@ def test_the_tables_of_the_page_are_those_of_the_script() -> None:
     assert len(tables.split("\n\n")) >= 4
     for table in tables.strip().split("\n\n"):
         assert table in page
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_nginx_accepts_the_configuration_of_the_page(tmp_path: Path) -> None:
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```nginx\n(.*?)```", page, flags=re.DOTALL)
+    settings = f"pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}} http {{ access_log off; {block} }}"
+    (tmp_path / "nginx.conf").write_text(settings)
+    command = ["nginx", "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -148,6 +148,9 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     }
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         derived["use_cpu"] = True  # ranks without an accelerator would not find each other otherwise
+    if plan.zero.is_fsdp:
+        # Else each rank would keep the whole gradients until the last micro-batch of a step.
+        derived["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     if training.dry_run:
         # Nothing is trained. DeepSpeed would compile its operators.
         derived |= {"deepspeed": None, "fsdp": None, "fsdp_config": None}

@@ -55,7 +55,7 @@ _RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vi
 _MAY_DIFFER: Final = (
     *("output_dir", "image_folder", "run_name", "resume", "allow_changed_data", "dry_run", "local_rank"),
     *("save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
-    *("global_batch_size", "gradient_checkpointing", "vision_gradient_checkpointing"),
+    *("global_batch_size", "gradient_checkpointing", "vision_gradient_checkpointing", "accelerator_config"),
 )
 _CONFIGURATIONS: Final = ("config.json", ADAPTER_CONFIG)
 
