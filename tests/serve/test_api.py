@@ -498,6 +498,7 @@ def test_a_client_that_leaves_before_the_stream_begins_cancels_its_answer(talkat
         exchange = Exchange(body, Limits(max_tokens=3000), scheduler, deadline, Metrics(scheduler))
         exchange.submit("Be kind.", [Turn("hello")], [[]])
         await leave(exchange)
+        assert exchange._cancelled.is_set()
 
     scheduler = Scheduler(talkative, Limits())
     asyncio.run(ask())
