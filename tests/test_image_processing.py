@@ -48,6 +48,16 @@ def many_scans() -> bytes:
     return data[:last] + data[last:-2] * 100 + data[-2:]
 
 
+def tiled_tiff(side: int) -> bytes:
+    """A TIFF with a tile for every pixel."""
+    tiles, after = side * side, 8 + 2 + 10 * 12 + 4
+    fields = [(256, 1, side), (257, 1, side), (258, 1, 8), (259, 1, 1), (262, 1, 1), (277, 1, 1)]
+    fields += [(322, 1, 1), (323, 1, 1), (324, tiles, after), (325, tiles, after + 4 * tiles)]
+    directory = b"".join(struct.pack("<HHII", tag, 4, count, value) for tag, count, value in fields)
+    head = b"II*\0" + struct.pack("<IH", 8, len(fields)) + directory + bytes(4)
+    return head + bytes(4 * tiles) + struct.pack("<I", 1) * tiles
+
+
 BAD = {
     "text": (b"this is no image", "not a readable image"),
     "empty file": (b"", "not a readable image"),
@@ -58,6 +68,12 @@ BAD = {
     "bomb": (png_header(60_000, 60_000), "more than 89,478,485 pixels"),
     "smaller bomb": (png_header(10_000, 10_000), "more than 89,478,485 pixels"),
     "scans": (many_scans(), "more than 100 scans"),
+    "segments": (
+        PHOTO.read_bytes()[:2] + b"\xff\xe1\0\2" * 70_000 + PHOTO.read_bytes()[2:],
+        "more than 65,536 segments",
+    ),
+    "chunks": (png_header(8, 8)[:33] + b"\0\0\0\0prVt\0\0\0\0" * 70_000, "more than 65,536 segments, chunks"),
+    "tiles": (tiled_tiff(260), "more than 65,536 segments, chunks or tiles"),
     "animated": (animated_gif(), "animated, or of several pages"),
 }
 
