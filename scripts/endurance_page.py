@@ -5,6 +5,7 @@
 
 import json
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -57,11 +58,13 @@ class Visitor:
         return json.dumps(output.get("data", [output])[0], ensure_ascii=False)
 
 
-def visit(url: str, num_rounds: int, report: Report) -> None:
-    """Send forged events and long conversations to a page."""
+def visit(url: str, num_rounds: int, end: float, report: Report) -> None:
+    """Send forged events and long conversations to a page; no round begins after ``end`` but the first."""
     expected = {question: Visitor(url, number).ask(question) for number, question in enumerate(QUESTIONS)}
     chance = random.Random(0)
     for round_number in range(num_rounds):
+        if round_number and time.monotonic() > end:
+            break
         visitors = [Visitor(url, 100 * (round_number + 1) + number) for number in range(4)]
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(visitor.ask, QUESTIONS[index]) for index, visitor in enumerate(visitors[:3])]

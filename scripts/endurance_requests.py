@@ -153,7 +153,7 @@ def run(budget_seconds: float, short: bool, figure: Path | None = None) -> list[
             page_url.rpartition(":")[2],
         ]
         with serving(page, page_url, page_log):
-            visit(page_url, 1 if short else 8, tally.add)
+            visit(page_url, 1 if short else 8, end, tally.add)
         text = api_log.read_text(encoding="utf-8") + page_log.read_text(encoding="utf-8")
     tally.add(CLEAN_LOG, "Traceback" not in text, text[text.find("Traceback") :][:2000])
     growth = plateau_growth([value for _, value in memory])

@@ -85,6 +85,7 @@ BAD_IMAGES: Final = (
     ("text chunk", _png_with_text(60_000_000)),
     ("EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     ("PPM", b"P6 4 4 255\n" + b"x" * 48),
+    ("segments", _JPEG[:2] + b"\xff\xe1\0\2" * 70_000 + _JPEG[2:]),
     ("scans", _jpeg_of_many_scans(2000, 2000)),
 )
 """Images that are refused, by name."""

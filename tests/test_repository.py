@@ -23,6 +23,7 @@ LAYERS = (
     ("constants", "errors"),
     ("parser",),
     ("command_line",),
+    ("image_files",),
     ("conversation", "image_processing"),
     ("tokenization",),
     ("model",),

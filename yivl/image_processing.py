@@ -8,7 +8,6 @@ import http.client
 import io
 import math
 import os
-import re
 import stat
 import time
 import urllib.request
@@ -26,6 +25,7 @@ from yivl.checkpoint.format import read_json
 from yivl.checkpoint.schema import PreprocessorFields
 from yivl.checkpoint.validation import library_errors
 from yivl.errors import CheckpointError, ImageError
+from yivl.image_files import check_parts
 
 AspectRatio = Literal["pad", "square"]
 """``pad``: center on a square of the mean color. ``square``: resize the short side and center-crop."""
@@ -45,13 +45,6 @@ MAX_FILE_BYTES: Final = 2**30
 
 MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
 """Largest download, in bytes. Source: ours."""
-
-MAX_JPEG_SCANS: Final = 100
-"""Largest number of scans of a JPEG; each passes over the whole image, so that a small file can take hours.
-Source: libtiff, which allows as many to a JPEG in a TIFF."""
-
-_JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
-"""Start of a segment, or the end of the image. The bytes left out are data, restarts and padding."""
 
 _STRIP_PIXELS: Final = 2**20
 """Pixels that are converted and resized at a time. Source: ours."""
@@ -76,6 +69,7 @@ def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: i
     if isinstance(source, Image.Image):
         return _upright(source, "image", max_pixels)
     name, data = ("image bytes", source) if isinstance(source, bytes) else _read(os.fspath(source), allow_remote)
+    check_parts(data, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -84,19 +78,7 @@ def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: i
         raise ImageError(f"{name}: more than {MAX_IMAGE_PIXELS:,} pixels; shrink the image first") from error
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ImageError(f"{name}: not a readable image; use JPEG, PNG, WebP, BMP or TIFF") from error
-    if image.format in ("JPEG", "MPO") and _num_scans(data) > MAX_JPEG_SCANS:
-        raise ImageError(f"{name}: more than {MAX_JPEG_SCANS} scans; save the image again")
     return _upright(image, name, max_pixels)
-
-
-def _num_scans(data: bytes) -> int:
-    """Return the number of scans of a JPEG, without those of its thumbnail and of what follows its end."""
-    position, scans = 2, 0
-    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] != b"\xd9":
-        scans += marker[1] == b"\xda"
-        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-        position = marker.end() + max(length, 2)
-    return scans
 
 
 def _read(name: str, allow_remote: bool) -> tuple[str, bytes]:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -32,11 +33,17 @@ from support.models import talkative_checkpoint
 from support.serving import data_url, free_port, user, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.conversation import Turn
 from yivl.errors import YiVLError
 from yivl.inference.chat import Chat, GenerationState
 from yivl.serve.app import build_app
+from yivl.serve.completions import Exchange
 from yivl.serve.limits import Limits
+from yivl.serve.listening import Server as StoppableServer
+from yivl.serve.listening import bind
+from yivl.serve.metrics import Metrics
 from yivl.serve.scheduler import Overloaded, Request, Scheduler
+from yivl.serve.schema import ChatRequest, UserMessage
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
@@ -429,6 +436,107 @@ def test_malformed_requests_are_refused(api: Server) -> None:
     assert chunked.status_code == 413
     assert httpx.get(url, headers=headers).status_code == 405
     assert httpx.get(f"{api.url}/nothing", headers=headers).json()["error"]["message"] == "there is nothing here"
+
+
+def test_a_question_of_megabytes_is_refused_before_its_image_is_read(api: Server) -> None:
+    body = {"model": "checkpoint", "messages": [user("x" * 500_000, "data:image/png;base64,nothing")]}
+    response = api.post(body)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert "the conversation has 500,000 characters" in response.json()["error"]["message"]
+
+
+def test_the_name_of_an_unknown_parameter_is_cut(api: Server) -> None:
+    response = api.post({"model": "checkpoint", "messages": [user("hi")], "a" * 10_000: 1})
+    assert response.status_code == 400
+    assert len(response.text) < 400
+
+
+def test_bodies_have_a_time_and_a_size_together(api_model: LoadedModel) -> None:
+    limits = dataclasses.replace(LIMITS, max_seconds=0.5, max_total_bytes=100_000)
+    with serving(api_model, limits) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+        with socket.create_connection(address) as slow:
+            slow.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(address) as held:
+            held.sendall(head + b"Content-Length: 90000\r\n\r\n" + b" " * 80_000)
+            wait_until(
+                lambda: (
+                    httpx.post(
+                        f"{server.url}/v1/chat/completions",
+                        content=b" " * 30_000,
+                        headers={"Authorization": "Bearer secret"},
+                    ).status_code
+                    == 429
+                )
+            )
+        wait_until(lambda: server.post({"model": "other", "messages": [user("x" * 30_000)]}).status_code == 404)
+
+
+def test_a_client_that_leaves_before_the_stream_begins_cancels_its_answer(talkative: LoadedModel) -> None:
+    async def leave(exchange: Exchange) -> None:
+        class Connected:
+            async def receive(self) -> Any:
+                await asyncio.sleep(3600)
+
+        async def disconnect() -> Any:
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            await asyncio.sleep(3600)
+
+        response = await exchange.stream(Connected())  # type: ignore[arg-type]
+        await response({"type": "http"}, disconnect, send)
+
+    async def ask() -> None:
+        body = ChatRequest(
+            model="checkpoint", messages=[UserMessage(role="user", content="hello")], max_tokens=3000, stream=True
+        )
+        deadline = asyncio.get_running_loop().time() + 60
+        exchange = Exchange(body, Limits(max_tokens=3000), scheduler, deadline, Metrics(scheduler))
+        exchange.submit("Be kind.", [Turn("hello")], [[]])
+        await leave(exchange)
+        assert exchange._cancelled.is_set()
+
+    scheduler = Scheduler(talkative, Limits())
+    asyncio.run(ask())
+    wait_until(lambda: not scheduler.num_running, 20)
+    scheduler.close()
+
+
+def test_an_answer_that_outlasts_the_shutdown_ends_with_an_error(talkative: LoadedModel) -> None:
+    limits = Limits(shutdown_seconds=1, max_tokens=4000)
+    scheduler = Scheduler(talkative, limits)
+    server, listener = StoppableServer(build_app(scheduler, limits), scheduler, limits), bind("127.0.0.1", 0, "--port")
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    wait_until(lambda: server.started)
+    body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 3900, "n": 4}
+    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as stream, ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(httpx.post, url, json=body, timeout=60)
+        lines = stream.iter_lines()
+        next(lines)
+        wait_until(lambda: scheduler.num_running == 8)
+        server.should_exit = True
+        *_, last = (line for line in lines if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert (whole.result().status_code, whole.result().headers["retry-after"]) == (503, "5")
+    thread.join()
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        for command in (["-m", "yivl.serve.api", "--port", port], ["web_demo.py", "--server-port", port]):
+            result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert result.returncode == 2
+            assert f"127.0.0.1:{port} cannot be listened on (Address already in use); choose another" in result.stderr
+            assert result.stderr.count("\n") == 1
 
 
 def test_a_disconnected_client_cancels_its_answer(talkative: LoadedModel) -> None:

@@ -191,3 +191,40 @@ def test_no_event_fetches_a_url(server: Server, fetched: list[str], value: Any) 
 def test_no_route_fetches_a_url(server: Server, fetched: list[str], path: str) -> None:
     assert server.http.get(path).is_client_error
     assert fetched == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("answer", [None, 0, 0.7, 5, -1, "English"]),
+        ("answer", []),
+        ("answer", [None, "x", None, [], {}, None]),
+        ("send", [5, None, [], "English"]),
+        ("send", ["hi", {"path": 5}, [], "English"]),
+        ("send", ["hi", None, [], "x"]),
+        ("send", ["x" * 1_000_000, None, [], "English"]),
+        ("edit", [[], "English"]),
+    ],
+)
+def test_a_forged_event_is_no_traceback(
+    server: Server, name: str, data: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    events = [index for index, event in server.blocks.fns.items() if event.name == name]
+    server.join(events[0], f"forged {name} {str(data)[:40]}", data)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/queue/join", {"fn_index": 999, "session_hash": "a", "data": []}),
+        ("/call/nothing", {"data": []}),
+        ("/component_server", {"session_hash": "a", "component_id": 999, "fn_name": "x", "data": 0}),
+    ],
+)
+def test_an_event_that_the_page_does_not_have_is_refused(
+    server: Server, path: str, body: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    response = server.http.post(path, json=body)
+    assert (response.status_code, response.json()) == (400, {"detail": "the page has no such event"})
+    assert "Traceback" not in capfd.readouterr().err
