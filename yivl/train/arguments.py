@@ -118,7 +118,9 @@ class DataArguments:
     """
 
     data_path: str = _flag(
-        "", "rows (.json, .jsonl), tar shards ({00000..00099}.tar) or a mixture of them (.yaml)", aliases=("--data",)
+        "",
+        "rows (.json, .jsonl, .parquet, hub:owner/name), tar shards ({00000..00099}.tar) or a mixture of them (.yaml)",
+        aliases=("--data",),
     )
     image_folder: str = _flag(".", "folder that relative image paths start from")
     allow_outside_images: bool = _flag(False, "allow rows to name images outside of --image_folder")
