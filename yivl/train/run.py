@@ -123,7 +123,7 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
 
 
 def _open_output(output_dir: Path, resume: str | None, resources: ExitStack) -> Path | None:
-    """Lock the output folder, remove what interrupted runs left there, and return the checkpoint to resume from, checked.
+    """Lock the output folder, remove what interrupted runs left, and return the checkpoint to resume from, checked.
 
     Raises:
         YiVLError: If another run writes to the folder, or there is no such checkpoint, or it is damaged.

@@ -29,9 +29,9 @@ Source: Linux, fs/nfsd/nfs4state.c, a lease of 90 seconds."""
 def run_lock(folder: Path, *, lease: float = LEASE) -> Iterator[None]:
     """Hold the lock of an output folder, which is created.
 
-    The kernel drops the lock when the process ends, however it ends, so an interrupted run never blocks the next one. POSIX
-    locks are not inherited, so data-loading workers that outlive the run do not hold it. On a file system without
-    locks, a warning is logged and nothing is locked.
+    The kernel drops the lock when the process ends, however it ends, so an interrupted run never blocks the next one.
+    POSIX locks are not inherited, so data-loading workers that outlive the run do not hold it. On a file system
+    without locks, a warning is logged and nothing is locked.
 
     Args:
         folder: Of one run.
