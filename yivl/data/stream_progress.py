@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from accelerate.utils import gather_object
 
 from yivl.data.stream_position import DataPosition, StreamPosition, read_position
 from yivl.data.streaming import StreamDataset
