@@ -23,6 +23,7 @@ LAYERS = (
     ("constants", "errors"),
     ("parser",),
     ("command_line",),
+    ("files",),
     ("conversation", "image_processing"),
     ("tokenization",),
     ("model",),

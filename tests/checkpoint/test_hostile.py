@@ -17,9 +17,9 @@ from support.golden import CHECKPOINT, ROOT
 from yivl.checkpoint.conversion import bin_to_safetensors
 from yivl.checkpoint.format import read_json, read_shapes, read_weights, weight_files
 from yivl.checkpoint.loading import load_model, load_processors
-from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit_source import resolve_vit
 from yivl.errors import CheckpointError
+from yivl.files.validation import library_errors
 
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
 INDEX = "pytorch_model.bin.index.json"
