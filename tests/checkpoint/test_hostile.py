@@ -252,8 +252,8 @@ def test_values_that_are_not_finite_are_read_where_no_schema_is(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_generated_files() -> None:
-    command = [sys.executable, str(ROOT / "scripts/endurance_hostile.py"), "--short", "--minutes", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    command = [sys.executable, str(ROOT / "scripts/endurance_hostile.py"), "--short", "--minutes", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     counts = json.loads(result.stdout.splitlines()[-1].replace("'", '"'))
     assert counts["opened"] > 5
