@@ -23,7 +23,7 @@ LAYERS = (
     ("constants", "errors"),
     ("parser",),
     ("command_line",),
-    ("image_files",),
+    ("files",),
     ("conversation", "image_processing"),
     ("tokenization",),
     ("model",),

@@ -21,11 +21,11 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from yivl.checkpoint.format import read_json
-from yivl.checkpoint.schema import PreprocessorFields
-from yivl.checkpoint.validation import library_errors
 from yivl.errors import CheckpointError, ImageError
-from yivl.image_files import check_parts
+from yivl.files.image_files import check_parts
+from yivl.files.json_files import read_json
+from yivl.files.schema import PreprocessorFields
+from yivl.files.validation import library_errors
 
 AspectRatio = Literal["pad", "square"]
 """``pad``: center on a square of the mean color. ``square``: resize the short side and center-crop."""

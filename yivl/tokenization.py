@@ -11,11 +11,11 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
-from yivl.checkpoint.format import read_json
-from yivl.checkpoint.validation import library_errors
 from yivl.constants import ASSISTANT, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
 from yivl.conversation import Turn, render_chunks
 from yivl.errors import CheckpointError
+from yivl.files.json_files import read_json
+from yivl.files.validation import library_errors
 
 _WORD_START = "▁"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -17,9 +17,9 @@ from support.golden import CHECKPOINT, ROOT
 from yivl.checkpoint.conversion import bin_to_safetensors
 from yivl.checkpoint.format import read_json, read_shapes, read_weights, weight_files
 from yivl.checkpoint.loading import load_model, load_processors
-from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit_source import resolve_vit
 from yivl.errors import CheckpointError
+from yivl.files.validation import library_errors
 
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
 INDEX = "pytorch_model.bin.index.json"
@@ -252,8 +252,8 @@ def test_values_that_are_not_finite_are_read_where_no_schema_is(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_generated_files() -> None:
-    command = [sys.executable, str(ROOT / "scripts/endurance_hostile.py"), "--short", "--minutes", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    command = [sys.executable, str(ROOT / "scripts/endurance_hostile.py"), "--short", "--minutes", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     counts = json.loads(result.stdout.splitlines()[-1].replace("'", '"'))
     assert counts["opened"] > 5

@@ -14,9 +14,9 @@ from yivl.checkpoint.hf_format import (
     read_hf_vit,
     read_hf_weights,
 )
-from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit import read_clip_weights, read_vision_config
 from yivl.errors import CheckpointError
+from yivl.files.validation import library_errors
 from yivl.image_processing import load_clip_processor
 from yivl.model.configuration import YiVLConfig, fields_for
 from yivl.tokenization import YiTokenizer, load_tokenizer

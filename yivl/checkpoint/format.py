@@ -3,11 +3,9 @@
 Code in pickled files never runs.
 """
 
-import json
 import os
 import pickle
 import zipfile
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from yivl.checkpoint.schema import check_file
 from yivl.errors import CheckpointError
+from yivl.files.json_files import read_json as read_json
 
 StateDict = dict[str, torch.Tensor]
 
@@ -45,9 +43,6 @@ ADAPTER_SETTINGS: Final = "yivl_adapter_config.json"
 """``image_size`` and ``image_aspect_ratio`` an adapter was trained with. Source: ours; LLaVA adapters have none."""
 ADAPTER: Final = ".lora_"
 """Part of the name of every LoRA parameter of peft."""
-
-MAX_JSON_BYTES: Final = 2**27
-"""Largest JSON file that is read. Source: ours; the index of the released 34B has 68 kB, a ``tokenizer.json`` 4 MB."""
 
 ARGUMENTS: Final = "training_arguments.json"
 """Resolved flags of a run, in its output folder and its checkpoints."""
@@ -101,45 +96,6 @@ def check_keys(
     if problems:
         more = f"; {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckpointError(f"{source}: the weights do not fit {fit}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; the known fields of the files of a checkpoint are checked.
-
-    Raises:
-        CheckpointError: If the file is missing, larger than ``MAX_JSON_BYTES``, holds no JSON object or one with
-            repeated keys, or has a known field of a wrong type or value.
-    """
-    if not is_file(path):
-        raise CheckpointError(f"{path}: no such file; a Yi-VL checkpoint has one")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; download it again")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: nested too deeply; download it again") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    check_file(path, fields)
-    return fields
-
-
-def is_file(path: Path) -> bool:
-    """Whether a path is a regular file; a name that no file can have is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name!r} is given more than once")
-    return fields
 
 
 def read_image_settings(adapter: Path) -> dict[str, Any]:

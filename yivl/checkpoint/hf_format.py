@@ -25,11 +25,11 @@ from yivl.checkpoint.format import (
     read_main_shapes,
     read_main_weights,
 )
-from yivl.checkpoint.schema import HfFields
-from yivl.checkpoint.validation import check_fields, library_errors
 from yivl.checkpoint.vit import vision_config
 from yivl.constants import STOP_STRING
 from yivl.errors import CheckpointError
+from yivl.files.schema import HfFields
+from yivl.files.validation import check_fields, library_errors
 from yivl.image_processing import clip_processor, load_clip_processor
 from yivl.model.configuration import YiVLConfig, fields_for, generation_config
 from yivl.tokenization import YiTokenizer, load_tokenizer, read_sentencepiece

@@ -26,10 +26,10 @@ from yivl.checkpoint.format import (
     without_tower,
 )
 from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_weights
-from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.command_line import require
 from yivl.errors import CheckpointError, YiVLError
+from yivl.files.validation import library_errors
 from yivl.image_processing import ImageProcessor
 from yivl.model.block_attention import register_block_sdpa
 from yivl.model.configuration import YiVLConfig, generation_config

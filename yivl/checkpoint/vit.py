@@ -13,9 +13,9 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights
-from yivl.checkpoint.schema import OpenClipVision
-from yivl.checkpoint.validation import check_fields, library_errors
 from yivl.errors import CheckpointError
+from yivl.files.schema import OpenClipVision
+from yivl.files.validation import check_fields, library_errors
 from yivl.model.configuration import fields_for
 from yivl.model.vision_tower import gathered
 

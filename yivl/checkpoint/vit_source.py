@@ -10,8 +10,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from yivl.checkpoint.download import Fetch, download_model, fetch_first, reason_of
 from yivl.checkpoint.format import WEIGHTS, StateDict, read_json
-from yivl.checkpoint.schema import OpenClipPreprocessing
-from yivl.checkpoint.validation import check_fields
 from yivl.checkpoint.vit import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
@@ -21,6 +19,8 @@ from yivl.checkpoint.vit import (
     read_vit_config,
 )
 from yivl.errors import CheckpointError
+from yivl.files.schema import OpenClipPreprocessing
+from yivl.files.validation import check_fields
 from yivl.image_processing import load_clip_processor
 
 OPEN_CLIP: Final = "open_clip:"

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from yivl.checkpoint.atomic import atomic_file, write_json
 from yivl.checkpoint.format import read_json
 from yivl.checkpoint.loading import LoadedModel
-from yivl.checkpoint.validation import library_errors
 from yivl.constants import SYSTEM_PROMPT
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.eval.benchmarks.benchmark import Question, file_key
+from yivl.files.validation import library_errors
 from yivl.inference.chat import Chat, GenerationState
 from yivl.inference.engine import finish_together
 

@@ -85,7 +85,7 @@ class GenerationState:
     finish_reason: FinishReason | None = None
     """``None`` while the request runs."""
     error: YiVLError | None = None
-    """The reason of ``error``, which whoever decodes the request raises."""
+    """The reason of ``error``; the caller that decodes the request raises it."""
 
     @property
     def text(self) -> str:

@@ -10,8 +10,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 
-from yivl.checkpoint.validation import library_errors
 from yivl.errors import CheckpointError
+from yivl.files.validation import library_errors
 
 # Fields of transformers or of this process that a checkpoint does not record.
 _UNPUBLISHED: Final = (

@@ -12,9 +12,9 @@ from yivl.checkpoint.format import StateDict, check_weight_file, read_json
 from yivl.checkpoint.hf_format import is_hf
 from yivl.checkpoint.loading import check_support, empty_model, read_small_files, set_images
 from yivl.checkpoint.projector import load_projector
-from yivl.checkpoint.validation import library_errors
 from yivl.checkpoint.vit_source import ViTSource, resolve_vit
 from yivl.errors import CheckpointError, YiVLError
+from yivl.files.validation import library_errors
 from yivl.image_processing import ImageProcessor
 from yivl.model.attention import register_packed_sdpa
 from yivl.model.configuration import YiVLConfig, fields_for

@@ -7,9 +7,9 @@ from typing import Any
 
 from yivl import command_line
 from yivl.errors import YiVLError
+from yivl.files.yaml_files import parse_nodes, read_nodes, value_of
 from yivl.train.flags import JSON
 from yivl.train.layers import Layer
-from yivl.yaml_files import parse_nodes, read_nodes, value_of
 
 
 def read_run_config(source: str, parser: command_line.Parser) -> Layer:

@@ -1,6 +1,6 @@
 """Checks of the fields of JSON files by annotations: types, and validators of values; messages of one line.
 
-``yivl.checkpoint.schema`` has the annotations.
+``yivl.files.schema`` has the annotations.
 """
 
 import os

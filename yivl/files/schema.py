@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, is_typeddict
 
-from yivl.checkpoint.validation import (
+from yivl.files.validation import (
     check_fields,
     check_value,
     file_names,
