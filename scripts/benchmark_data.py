@@ -265,6 +265,7 @@ def write_chart(path: Path, results: dict[str, Any]) -> None:
 
     mpl.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     files = {int(rows): found for rows, found in results["files"].items() if found is not None}
@@ -277,11 +278,12 @@ def write_chart(path: Path, results: dict[str, Any]) -> None:
     for number, color in zip(shards, ("tab:blue", "tab:orange", "tab:green"), strict=False):
         read = [int(number * results["samples"] * fraction) for fraction in FRACTIONS]
         for key, style, label in (
-            ("resume_by_reading_seconds", "--", f"{number} shards, by reading again"),
-            ("resume_seconds", "-", f"{number} shards, by position"),
+            ("resume_by_reading_seconds", "--", f"{number} tars, by reading again"),
+            ("resume_seconds", "-", f"{number} tars, by position"),
         ):
             right.plot(read, shards[number][key], style, color=color, marker="o", label=label)
     right.set(xscale="log", yscale="log", xlabel="samples read before", ylabel="time to resume, s")
+    right.xaxis.set_minor_formatter(NullFormatter())
     for axes in (middle, right):
         axes.legend(frameon=False, fontsize="small")
     for axes in (left, middle, right):
