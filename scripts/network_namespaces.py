@@ -50,9 +50,9 @@ class Network:
     def __exit__(self, *_: Any) -> None:
         for node in self.nodes:
             self.kill(node)
-            subprocess.run(["ip", "netns", "del", self._name(node)], capture_output=True, check=False)
+            _delete(self._name(node))
             shutil.rmtree(HOSTS / self._name(node), ignore_errors=True)
-        subprocess.run(["ip", "netns", "del", self._bridge], capture_output=True, check=False)
+        _delete(self._bridge)
         with suppress(OSError):  # others may use it
             HOSTS.rmdir()
 
@@ -110,6 +110,12 @@ class Network:
             self.set_link(node, up=True)
             (HOSTS / name).mkdir(parents=True)
             (HOSTS / name / "hosts").write_text(f"127.0.0.1 localhost\n{addresses}", encoding="utf-8")
+
+
+def _delete(name: str) -> None:
+    # In a session of its own: a signal to the process group of this program must not interrupt it.
+    command = ["ip", "netns", "del", name]
+    subprocess.run(command, capture_output=True, check=False, start_new_session=True)
 
 
 def _ip(*arguments: str) -> None:
