@@ -261,7 +261,12 @@ def test_every_flag_in_the_documentation_exists() -> None:
     assert len(flags) > 100
     for path in DOCUMENTS:
         # Commands of img2dataset and SGLang have flags of their own.
-        text = re.sub(r"^(?:img2dataset|python -m sglang\w*\.\w+) (.*\\\n)*.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = re.sub(
+            r"^(?:img2dataset|python -m sglang\w*\.\w+) (.*\\\n)*.*$",
+            "",
+            path.read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
+        )
         for flag in re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9_-]*", text):
             assert flag in flags, f"{flag} in {path.name}"
 
