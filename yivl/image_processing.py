@@ -46,6 +46,9 @@ MAX_FILE_BYTES: Final = 2**30
 MAX_DOWNLOAD_BYTES: Final = 50 * 2**20
 """Largest download, in bytes. Source: ours."""
 
+_MAX_RATIO: Final = 100
+"""Largest ratio of the sides of an image that is cropped instead of padded. Source: ours."""
+
 _STRIP_PIXELS: Final = 2**20
 """Pixels that are converted and resized at a time. Source: ours."""
 
@@ -251,10 +254,17 @@ def resize_to_square(
         resample: Filter of Pillow.
         pad: Center the image on a square first, as ``expand2square`` does.
 
+    Raises:
+        ImageError: If the image is too narrow to be resized without padding.
+
     Source: transformers, CLIPImageProcessorPil, which computes the same with arrays.
     """
     full_width, full_height = (max(image.size),) * 2 if pad else image.size
     shorter, longer = sorted((full_width, full_height))
+    if longer > _MAX_RATIO * shorter:  # without padding, the resized image would have billions of pixels
+        raise ImageError(
+            f"image: {image.width}x{image.height} pixels, more than {_MAX_RATIO} times as long as wide; crop it first"
+        )
     longer = int(image_size * longer / shorter)
     width, height = (image_size, longer) if full_width <= full_height else (longer, image_size)
     left, top = (width - image_size) // 2, (height - image_size) // 2
