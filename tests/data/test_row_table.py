@@ -1,4 +1,4 @@
-"""The cache of rows: the same rows, errors and notices as parsing the file, whoever built it, and however."""
+"""The cache of rows: the same rows, errors and notices as parsing the file, and one build for all processes."""
 
 import ast
 import errno
@@ -187,13 +187,17 @@ def test_a_table_has_the_rows_errors_and_notices_of_parsing_each_row(
 
 def test_deep_nesting_and_long_numbers_are_invalid_rows(tmp_path: Path) -> None:
     good = json.dumps(conversation(None, "q", "a"))
+    (tmp_path / "b.json").write_text(f'[{good[:-1]}, "meta": ' + "[" * 600 + "]" * 600 + f"}}, {good}]")
+    errors: list[RowError] = []
+    assert len(load_all_rows(DataSource(str(tmp_path / "b.json")), errors.append)) == 1
+    assert [str(error) for error in errors] == [f"{tmp_path}/b.json row 0: nested too deeply; remove the row"]
     deep, number = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"a": ' + "1" * 5000 + "}"
     for path, text in (
         (tmp_path / "a.json", f"[{good},{deep},{number},{good}]"),
         (tmp_path / "a.jsonl", f"{good}\n{deep}\n{number}\n{good}"),
     ):
         path.write_text(text)
-        errors: list[RowError] = []
+        errors.clear()
         assert len(load_all_rows(DataSource(str(path)), errors.append)) == 2
         assert len(errors) == 2
         assert "JSON that cannot be read (maximum recursion depth" in str(errors[0])

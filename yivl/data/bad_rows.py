@@ -27,7 +27,7 @@ class BadRows:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"reason": str(error)}, ensure_ascii=False) + "\n"
         with self.path.open("ab", buffering=0) as file:  # a single write: lines of several processes do not interleave
-            file.write(line.encode("utf-8"))
+            file.write(line.encode("utf-8", "backslashreplace"))  # unpaired surrogates, as JSON escapes them
 
     def report(self) -> str:
         """Return the number of distinct skipped rows and the first five reasons, or an empty string."""

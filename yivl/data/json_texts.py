@@ -103,7 +103,7 @@ class _Parts:
                 _, end = _DECODER.raw_decode(self._text, start)
             except (ValueError, RecursionError):  # cut off, with trailing commas, nested too deeply, or not JSON
                 end, is_valid = _closing_bracket(self._text, start), False
-            if end < len(self._text):  # at the end of a part, a number may go on
+            if end < len(self._text):  # at the end of a part, a number may continue
                 text = self._text[start:end]
                 if not is_valid and not _is_row(text):
                     return None

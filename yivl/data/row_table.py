@@ -3,12 +3,13 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 
+from yivl.data.row_cache import BLOCK
 from yivl.data.row_file import HAS_IMAGES, HAS_PATHS, IS_EMPTY, IS_OUTSIDE, OPENS, RowFile
 from yivl.data.rows import EMPTY_ANSWER, OPENING_ANSWER, OUTSIDE_IMAGE, Row, summarize_notice
 
@@ -71,12 +72,11 @@ class RowTable(Sequence[Row]):
 
     def first_images(self, count: int) -> list[Path]:
         """Return the paths of the first images that are files."""
-        found: list[Path] = []
-        for index in np.flatnonzero(self._flags() & HAS_PATHS):
-            found += [image for image in self[int(index)].images if isinstance(image, Path)]
-            if len(found) >= count:
-                break
-        return found[:count]
+        flags = self._flags()
+        blocks = ((start, flags[start : start + BLOCK]) for start in range(0, len(flags), BLOCK))  # most need only one
+        indices = (start + int(offset) for start, block in blocks for offset in np.flatnonzero(block & HAS_PATHS))
+        images = (image for index in indices for image in self[index].images if isinstance(image, Path))
+        return list(islice(images, count))
 
     def notices(self) -> list[str]:
         """Return one line for each kind of notice, with the number of rows and the first of them."""

@@ -69,6 +69,8 @@ def parse_row(
             raise RowError(f"{placeholders} image placeholders but {len(dialogue.images)} images; {fix}")
     except YiVLError as error:
         raise RowError(f"{origin}: {error}") from error
+    except RecursionError as error:
+        raise RowError(f"{origin}: nested too deeply; remove the row") from error
     folder = Path(image_folder)
     paths = [image if isinstance(image, bytes) else folder / image for image in dialogue.images]
     return Row(tuple(turns), tuple(paths), origin, tuple(_notices(dialogue, turns, folder)), dialogue.system)
