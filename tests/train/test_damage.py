@@ -80,8 +80,10 @@ def test_without_a_checkpoint_before_the_advice_is_a_new_start(out: Path) -> Non
         check_files(out / "checkpoint-2")
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in FILES for damage in (Path.unlink, cut)] + [("optimizer.pt", flip)],
+)
 def test_checkpoints_of_earlier_versions_are_checked_without_a_manifest(
     name: str, damage: Callable[[Path], None], out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

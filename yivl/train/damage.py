@@ -4,6 +4,8 @@ import logging
 import math
 import re
 import shlex
+import zipfile
+import zlib
 from pathlib import Path
 
 from transformers import TrainerState
@@ -65,12 +67,22 @@ def _find_damage_without_manifest(checkpoint: Path) -> list[str]:
     elif not arguments.get("deepspeed"):
         weight_files(checkpoint)
     for path in sorted(checkpoint.rglob("*")):
-        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-            try:
-                check_weight_file(path)
-            except CheckpointError:
-                damage.append(f"{path.relative_to(checkpoint).as_posix()} is damaged or truncated")
+        if not _is_readable(path):
+            damage.append(f"{path.relative_to(checkpoint).as_posix()} is damaged or truncated")
     return damage
+
+
+def _is_readable(path: Path) -> bool:
+    """Return whether tensors can be read from a file: of those of PyTorch, the checksums have to fit, too."""
+    try:
+        if path.suffix in (".pt", ".pth"):
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+        if path.suffix in (".safetensors", ".bin"):
+            check_weight_file(path)
+    except (CheckpointError, zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, ValueError):
+        return False  # a damaged header may ask for a password, or for another compression
+    return True
 
 
 def _advise(checkpoint: Path) -> str:
