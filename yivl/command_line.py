@@ -34,7 +34,7 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "assets" / "yi-vl-tiny")
 
 EXTRAS: Final = {
     "": "PIL accelerate google huggingface_hub numpy prompt_toolkit safetensors sentencepiece torch tqdm transformers",
-    "train": "datasets deepspeed matplotlib open_clip peft tensorboard torchvision yaml",
+    "train": "aiohttp datasets deepspeed matplotlib open_clip peft tensorboard torchvision yaml",
     "quantization": "bitsandbytes",
     "serve": "fastapi gradio prometheus_client uvicorn",
     "export": "gguf jinja2",

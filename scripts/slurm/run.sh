@@ -5,6 +5,7 @@
 #                                          PreemptParameters=send_user_signal): a checkpoint is saved, then the requeue
 #   after a failure that is not wrong input (exit code 2)  at most MAX_REQUEUES=3 times
 # After a failure of a node or a preemption with SIGTERM, Slurm requeues the job itself (#SBATCH --requeue).
+set -euo pipefail
 run_stage() {
   local stage=$1 code step stopped=0
   shift

@@ -127,10 +127,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("field", "value", "said"),
     [
         ("peft_type", "PREFIX_TUNING", "adapter_config.json: peft_type is 'PREFIX_TUNING'; expected 'LORA'"),
-        ("r", 10**9, "adapter_config.json: r is 1000000000; expected an integer from 1 to"),
-        ("r", "8", "adapter_config.json: r is '8'; expected an integer from 1 to"),
+        ("r", 10**9, "adapter_config.json: r is 1000000000; expected an integer, 1 to 131,072"),
+        ("r", 100_000, "adapter_config.json: r is 100000; the weights have at most"),
+        ("r", "8", "adapter_config.json: r is '8'; expected an integer"),
         ("target_modules", "((", "not an adapter of this base model (missing ), unterminated subpattern"),
-        ("rank_pattern", [1], "not an adapter of this base model ("),
+        ("rank_pattern", [1], "adapter_config.json: rank_pattern is [1]; expected an object"),
     ],
 )
 def test_an_adapter_with_a_wrong_field_is_refused_by_name(

@@ -17,6 +17,7 @@ from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, RowError, parse_row
 from yivl.data.streaming import parse_shard_sample
 from yivl.data.tar_samples import TarSample
+from yivl.serve.images import ImageReader
 from yivl.serve.limits import Limits
 from yivl.serve.messages import read_messages
 from yivl.serve.remote import Fetcher
@@ -104,7 +105,7 @@ def test_parts_of_a_message_are_the_prompt_of_the_api(loaded: LoadedModel) -> No
     parts = [text("One"), {"type": "image_url", "image_url": {"url": url}}, text("two?")]
     row = parse_row(openai(parts), "row")
     request = [UserMessage(role="user", content=parts)]
-    _, (turn,), _ = read_messages(request, Limits(), Fetcher((), 1), loaded.image_processor)
+    _, (turn,), _ = read_messages(request, Limits(), Fetcher((), 1), ImageReader(Limits(), loaded.image_processor))
     assert (row.turns[0].question, row.turns[0].num_images) == (turn.question, turn.num_images) == ("One\ntwo?", 1)
     encode = Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048)
     from_file = parse_row({"image": "square_rgb.png", "text": "A."}, "row", IMAGES)

@@ -173,7 +173,9 @@ def test_there_and_back_nothing_is_lost(source: Path, tmp_path: Path) -> None:
         for key in old.keys() - {"_name_or_path", "use_cache", "transformers_version"}:
             assert new[key] == old[key], f"{name}: {key}"
     old, new = read(source / "generation_config.json"), read(tmp_path / "back/generation_config.json")
-    assert new | {"transformers_version": ""} == old | {"transformers_version": ""}
+    # Of transformers, about the origin of the fields.
+    assert all(new.get(key) == old[key] for key in old.keys() - {"transformers_version", "_from_model_config"})
+    assert new.keys() <= old.keys()
     assert (source / "tokenizer.model").read_bytes() == (tmp_path / "back/tokenizer.model").read_bytes()
     assert after.image_processor.clip_processor.to_dict() == before.image_processor.clip_processor.to_dict()
 

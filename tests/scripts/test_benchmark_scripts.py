@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.golden import CHECKPOINT, ROOT
+from support.serving import wait_until
 
 from yivl.checkpoint.loading import empty_model, load_model
 
@@ -47,7 +48,8 @@ def test_the_server_ends_when_a_measurement_fails(monkeypatch: pytest.MonkeyPatc
     flags = Namespace(clients=2, prefill_chunk=64)
     with pytest.raises(ZeroDivisionError), serving(load_model(CHECKPOINT, device="cpu"), flags):
         raise ZeroDivisionError
-    assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+    # Threads of the event loop's pool end after the loop.
+    wait_until(lambda: not [thread for thread in set(threading.enumerate()) - before if not thread.daemon])
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_a_run_over_tar_shards_resumes_with_another_number_of_workers_and_says_s
     assert position["rows"] == 4  # of the ten that were left of the epoch
     assert "2 streams (ranks x --dataloader_num_workers), and this run has 1" in caplog.text
     (resumed / "checkpoint-4/data_position.json").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint-4: data_position\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 is damaged: data_position\.json is missing"):
         train(resumed, data, **stream, **others, max_steps=6)
 
 

@@ -133,6 +133,8 @@ def read_hf_config(folder: str | os.PathLike[str], published: Mapping[str, Any] 
     fields = read_json(Path(folder) / "config.json")
     original = (read_published(folder) if published is None else published).get("config.json", {})
     path = Path(folder) / "config.json"
+    if missing := sorted({"text_config", "vision_config"} - fields.keys()):
+        raise CheckpointError(f"{path}: not the -hf format of a Yi-VL model (no {missing[0]})")
     check_fields(path, fields, HfFields)
     vision = vision_config(fields["vision_config"], f"{path}: vision_config")
     with library_errors(f"{path}: not the -hf format of a Yi-VL model"):
