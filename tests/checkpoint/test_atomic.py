@@ -1,10 +1,13 @@
 """Kills between any two operations on files while folders are replaced, moved and removed."""
 
 import fcntl
+import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from yivl.checkpoint.atomic import atomic_dir, atomic_file
+from yivl.checkpoint.atomic import MAX_AGE, atomic_dir, atomic_file
 from yivl.train.damage import check_files
 from yivl.train.resume import UNFINISHED, find_checkpoint, finished_checkpoints, publish, publish_checkpoint
 from yivl.train.resume import remove_leftovers as tidy
@@ -125,11 +128,91 @@ def test_without_locks_no_temporary_folder_is_removed(tmp_path: Path, monkeypatc
     def refuse(*_: object) -> None:
         raise OSError("no locks")
 
-    write(tmp_path / ".model.abcdefgh", "of another writer", "a")
+    other = left_by(tmp_path, socket.gethostname())
     monkeypatch.setattr(fcntl, "flock", refuse)
     with atomic_dir(tmp_path / "model") as folder:
         write(folder, "new", "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.abcdefgh", "model"]
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, "model"}
+
+
+def left_by(place: Path, host: str) -> Path:
+    """Write what a killed writer of ``place / "model"`` leaves on a host."""
+    mark = hashlib.sha256(host.encode()).hexdigest()[:8]
+    return write(place / f".model.yivl-partial-{mark}-abcdefgh", "partial", "a")
+
+
+def test_folders_of_other_names_and_of_other_hosts_are_not_removed(tmp_path: Path) -> None:
+    names = (".model.20260101", ".model.abcdefgh", ".model.abcdefgh.old", ".model.yivl-partial-notes", ".model2")
+    for name in names:
+        write(tmp_path / name, "kept", "a")
+    here, elsewhere = left_by(tmp_path, socket.gethostname()), left_by(tmp_path, "another host")
+    with atomic_dir(tmp_path / "model") as folder:
+        write(folder, "new", "a")
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "model", elsewhere.name}
+    assert not here.exists()
+    os.utime(elsewhere, (0, time.time() - MAX_AGE - 60))
+    with atomic_dir(tmp_path / "model"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "model"}
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_a_leftover_that_cannot_be_opened_is_no_obstacle(
+    error: type[OSError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, opened = left_by(tmp_path, socket.gethostname()), os.open
+
+    def refuse(path: Path, *arguments: int) -> int:
+        if path == left:
+            raise error
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with atomic_dir(tmp_path / "model") as folder:
+        write(folder, "new", "a")
+    assert (tmp_path / "model/a").read_text() == "new"
+
+
+def test_a_folder_that_another_writer_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, removed = fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            with atomic_dir(tmp_path / "model") as folder:
+                write(folder, "quick", "a")
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with atomic_dir(tmp_path / "model") as folder:
+        assert len(removed) == 1
+        assert not removed[0].exists()
+        assert (tmp_path / "model/a").read_text() == "quick"
+        write(folder, "slow", "a")
+    assert (tmp_path / "model/a").read_text() == "slow"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_leftover_is_locked_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, remove = left_by(tmp_path, socket.gethostname()), shutil.rmtree
+    held = []
+
+    def watched(folder: Path, **options: bool) -> None:
+        if folder == left:
+            handle = os.open(folder, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(handle)
+            held.append(folder)
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with atomic_dir(tmp_path / "model"):
+        pass
+    assert held == [left]
+    assert not left.exists()
 
 
 def test_an_interrupt_while_a_folder_is_replaced_restores_the_former_one(

@@ -4,11 +4,14 @@ Every rename and ``fsync`` of the package is here.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +19,9 @@ from typing import Any, Final
 
 REMOVED: Final = ".removed"
 """Suffix of a folder that ``remove_dir`` has renamed and not removed yet."""
+MAX_AGE: Final = 86_400.0
+"""Seconds after which a temporary folder of another host counts as abandoned: a day, longer than a checkpoint is
+written. Source: ours."""
 
 
 @contextmanager
@@ -49,11 +55,8 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    handle = os.open(temporary, os.O_RDONLY)
+    temporary, handle = _make_temporary(target)
     try:
-        with suppress(OSError):  # a file system without locks: leftovers of killed writers stay
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         replace_dir(temporary, target)
     except BaseException:
@@ -63,31 +66,81 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(handle)
 
 
+def temporary_prefix(target: Path) -> str:
+    """Return how the paths of the temporary folders of ``target``, which is resolved, begin."""
+    return f"{target.parent / f'.{target.name}'}.yivl-partial-"
+
+
+def _make_temporary(target: Path) -> tuple[Path, int]:
+    """Return a new folder and the descriptor that holds its lock, where the file system has locks."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{temporary_prefix(target)}{_host()}-"))
+        # Before it is locked, another writer may take it for one that a killed writer left.
+        with suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            if _lock(handle) is not False and _is_at(handle, folder):
+                return folder, handle
+            os.close(handle)
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove the temporary folders of killed writers of ``target``; writers that live hold a lock on theirs."""
-    # The names of tempfile.mkdtemp.
-    pattern = re.compile(rf"(\.{re.escape(target.name)}\.[a-z0-9_]{{8}})(\.old)?")
-    stems = {match[1] for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))}
-    for temporary in (target.with_name(stem) for stem in sorted(stems)):
-        if temporary.is_dir() and not _is_abandoned(temporary):
-            continue
-        aside = _aside(temporary)
-        if aside.is_dir() and not target.exists():
-            aside.rename(target)
-        for folder in (temporary, aside):
-            shutil.rmtree(folder, ignore_errors=True)
+    name = re.escape(Path(temporary_prefix(target)).name)
+    pattern = re.compile(rf"({name}([0-9a-f]{{8}})-[a-z0-9_]{{8}})(\.old)?")  # the end is that of tempfile.mkdtemp
+    hosts = {match[1]: match[2] for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+    for temporary, host in sorted((target.with_name(stem), host) for stem, host in hosts.items()):
+        with _claim(temporary, host) as is_abandoned:
+            if not is_abandoned:
+                continue
+            aside = _aside(temporary)
+            if aside.is_dir() and not target.exists():
+                with suppress(OSError):  # another writer restores it, or this user may not
+                    aside.rename(target)
+                    _sync(target.parent)
+            for folder in (temporary, aside) if target.exists() else (temporary,):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_abandoned(folder: Path) -> bool:
-    """Return whether no process holds the lock on a folder; without locks that is not known."""
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _claim(folder: Path, host: str) -> Iterator[bool]:
+    """Lock a temporary folder for its removal; yield whether its writer has ended, which without locks is not known."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # only the former folder is left
+        yield True
+        return
+    except OSError:  # of another user
+        yield False
+        return
+    try:
+        # A lock of another host may not be visible here.
+        is_old = time.time() - os.fstat(handle).st_mtime > MAX_AGE
+        yield (host == _host() or is_old) and _lock(handle) is True and _is_at(handle, folder)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock a folder; return ``False`` if another process holds the lock, ``None`` if the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
     return True
+
+
+def _is_at(handle: int, folder: Path) -> bool:
+    """Return whether a path is still the open folder."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    return False
+
+
+def _host() -> str:
+    """Return what the temporary folders of this host are marked with."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def replace_dir(folder: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,8 +81,6 @@ def build_once(key: str, build: Callable[[Path], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
             if not target.is_dir():
-                for interrupted in target.parent.glob(f".{key}.*"):
-                    shutil.rmtree(interrupted, ignore_errors=True)
                 with atomic_dir(target) as folder:
                     build(folder)
     return target
