@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,58 @@ def test_the_errors_of_libraries_name_the_target(error: Exception) -> None:
     assert raised.value.filename == "out/model"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("mat1 and mat2")])
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/model/log.jsonl"), "out/model"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/.model.yivl-partial-0-a/log.jsonl"), "out/model"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/other"), "out/other"),
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/torchinductor_root/a"), "/tmp/torchinductor_root/a"),
+        (RuntimeError("OSError: [Errno 28] No space left on device: '/tmp/torchinductor_root/a'"), None),
+    ],
+    ids=str,
+)
+def test_a_file_elsewhere_is_named(error: Exception, named: str | None) -> None:
+    with pytest.raises(OSError, match="free some and run") as raised, explain_full_disk("out/model"):
+        raise error
+    assert raised.value.filename == (named or "/tmp/torchinductor_root/a")
+
+
+def test_full_shared_memory_is_named_with_its_fix() -> None:
+    said = r"the quota is exceeded; .*--shm-size 16g\) or free some and run the command again: '/dev/shm'"
+    with pytest.raises(OSError, match=said), explain_full_disk("out"):
+        raise RuntimeError("unable to write to file </torch_310_2_0>: No space left on device (28)")
+
+
+def test_only_the_thread_of_tensorboard_is_silent() -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kinds = [threading.Thread, type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary.writer"})]
+    said = []
+    for kind in kinds:
+        shown: list[object] = []
+        former, threading.excepthook = threading.excepthook, shown.append
+        try:
+            with explain_full_disk("out"):
+                thread = kind(target=fail)
+                thread.start()
+                thread.join()
+        finally:
+            threading.excepthook = former
+        said.append(len(shown))
+    assert said == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EACCES, "Permission denied"),
+        RuntimeError("mat1 and mat2"),
+        RuntimeError("8 devices requested and 4 found"),
+    ],
+    ids=str,
+)
 def test_other_errors_are_not_changed(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, explain_full_disk("out"):
         raise error
