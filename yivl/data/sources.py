@@ -11,14 +11,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import yaml
-
 from yivl.data.json_texts import check_regular
 from yivl.data.records import HUB, is_dataset
 from yivl.data.row_file import open_rows
 from yivl.data.row_table import RowTable
 from yivl.data.rows import RowError
 from yivl.data.shard_file import check_urls, is_remote
+from yivl.errors import YiVLError
+from yivl.files.yaml_files import read_yaml
 
 T = TypeVar("T")
 
@@ -164,12 +164,14 @@ def _read_mixture(
         return [DataSource(data_path, image_folder, max_rows=max_rows, allow_outside_images=allow_outside_images)]
     try:
         check_regular(data_path)
-        entries = yaml.safe_load(Path(data_path).read_text(encoding="utf-8"))
+        entries = read_yaml(Path(data_path))
     except RowError:
         raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RowError(f"{data_path}: not readable YAML; quote a path that begins with a brace ({reason})") from error
+    except OSError as error:
+        raise RowError(f"{data_path}: cannot be read ({error.strerror})") from error
+    except YiVLError as error:
+        hint = "; quote a path that begins with a brace" if error.__cause__ else ""  # not if it exceeds the limits
+        raise RowError(f"{error}{hint}") from error
     known = [field.name for field in fields(DataSource) if field.name != "allow_outside_images"]
     if not isinstance(entries, list) or not entries:
         raise RowError(f"{data_path}: expected a list of sources with the keys {', '.join(known)}")
