@@ -24,7 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from yivl.errors import CheckpointError, ImageError
 from yivl.files.image_files import check_parts
 from yivl.files.json_files import read_json
-from yivl.files.schema import PreprocessorFields
+from yivl.files.schema import PreprocessorFields, without_null
 from yivl.files.validation import library_errors
 
 AspectRatio = Literal["pad", "square"]
@@ -329,5 +329,7 @@ def clip_processor(fields: Mapping[str, Any], source: str | os.PathLike[str]) ->
         CheckpointError: If transformers refuses them.
     """
     known = PreprocessorFields.__annotations__.keys() & fields.keys()
+    given = without_null({name: fields[name] for name in known})
+    sides = {name: without_null(side) for name, side in given.items() if isinstance(side, dict)}
     with library_errors(source):
-        return CLIPImageProcessorPil(**{name: fields[name] for name in known})
+        return CLIPImageProcessorPil(**given | sides)

@@ -144,6 +144,16 @@ def test_an_adapter_with_a_wrong_field_is_refused_by_name(
         load_model(folder, model_base=CHECKPOINT, device="cpu")
 
 
+def test_null_fields_of_an_adapter_stand_for_absent_ones(adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    path = folder / "adapter_config.json"
+    null = dict.fromkeys(("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | null))
+    before, after = (load_model(path, model_base=CHECKPOINT, device="cpu") for path in (adapter, folder))
+    expected = logits(before.model, before.image_processor)
+    torch.testing.assert_close(logits(after.model, after.image_processor), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("damage", ["missing", "incomplete"])
 def test_an_adapter_without_what_was_trained_with_it_is_refused(damage: str, adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))

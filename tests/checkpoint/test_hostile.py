@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.golden import CHECKPOINT, ROOT
 
 from yivl.checkpoint.conversion import bin_to_safetensors
+from yivl.checkpoint.folder import read_config
 from yivl.checkpoint.format import read_json, read_shapes, read_weights, weight_files
 from yivl.checkpoint.loading import load_model, load_processors
 from yivl.checkpoint.vit_source import resolve_vit
@@ -74,7 +75,7 @@ def refused(load: Callable[[Path], Any], path: Path) -> str:
         ("rope_scaling", {"type": "linear"}, "config.json: KeyError"),
         ("hidden_act", "unheard", "hidden_act is 'unheard'; expected text, an activation function of transformers"),
         ("hidden_act", 3, "hidden_act is 3; expected text"),
-        ("torch_dtype", "os", "torch_dtype is 'os'; expected one of float64, float32, float16, bfloat16 or null"),
+        ("torch_dtype", "os", "torch_dtype is 'os'; expected text or null, one of auto, float64, float32, float16"),
         ("dtype", "int8", "dtype is 'int8'"),
         ("pad_token_id", 10**9, "pad_token_id is 1000000000"),
         ("pad_token_id", 5_000, "pad_token_id is 5000; expected less than vocab_size, 1024"),
@@ -113,7 +114,7 @@ def test_a_field_of_the_vit(folder: Path, field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"size": 0}, "size is 0; expected an integer or an object, each value an integer, 1 to 8,192"),
+        ({"size": 0}, "size is 0; expected an integer or an object, each value an integer or null, 1 to 8,192"),
         ({"crop_size": {"height": 0, "width": 0}}, "crop_size is {'height': 0, 'width': 0}"),
         ({"size": 10**9, "crop_size": 10**9}, "size is 1000000000"),
         ({"size": 28, "crop_size": 28}, "size is 28; expected image_size of the ViT, 56"),
@@ -171,7 +172,7 @@ def test_a_file_larger_than_any(folder: Path) -> None:
         [],
         {},
         {"weight_map": []},
-        {"weight_map": {"a": "b.bin"}},
+        {"weight_map": {"a": "b.bin"}, "metadata": []},
         {"weight_map": {"a": 3}},
         {"weight_map": {"a": ["b"]}},
         *(
@@ -203,12 +204,53 @@ def test_weights_that_are_no_floating_point_tensors(folder: Path, tmp_path: Path
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
 
 
-@pytest.mark.parametrize(
-    "fields", [{"temperature": "hot"}, {"top_p": 3}, {"watermarking_config": 7}, {"eos_token_id": {}}], ids=str
-)
-def test_generation_settings(folder: Path, fields: dict[str, Any]) -> None:
+def test_an_index_without_what_transformers_needs(folder: Path) -> None:
+    fields = json.loads((folder / INDEX).read_text())
+    del fields["metadata"]
+    (folder / INDEX).write_text(json.dumps(fields))
+    assert len(weight_files(folder)) == 2
+    bin_to_safetensors(folder, folder.parent / "converted")
+    message = refused(lambda path: load_model(path, device="cpu"), folder)
+    assert message.endswith(f'{INDEX}: no metadata, which transformers needs; add "metadata": {{}}')
+
+
+@pytest.mark.parametrize("fields", [{"eos_token_id": {}}, {"pad_token_id": 10**9}], ids=str)
+def test_ids_of_the_generation_settings(folder: Path, fields: dict[str, Any]) -> None:
     edit(folder / "generation_config.json", **fields)
     assert "generation_config.json: " in refused(lambda path: load_model(path, device="cpu"), folder)
+
+
+def test_wrong_sampling_is_left_out_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wrong: dict[str, Any] = {"temperature": "hot", "top_p": 3, "top_k": -1, "max_length": 0}
+    wrong |= {"cache_implementation": "unheard", "watermarking_config": 7}
+    edit(folder / "generation_config.json", **wrong, repetition_penalty=1.5)
+    model = load_model(folder, device="cpu").model
+    said = [record.getMessage() for record in caplog.records if "the setting is ignored" in record.getMessage()]
+    assert len(said) == len(wrong)
+    for name, line in zip(sorted(wrong), said, strict=True):
+        assert line.startswith(f"{folder}/generation_config.json: {name}")
+    kept = model.generation_config.to_dict()
+    assert kept["repetition_penalty"] == 1.5
+    assert all(kept[name] != value for name, value in wrong.items())
+
+
+def test_null_and_empty_values_of_other_programs_stand_for_absent_fields(folder: Path) -> None:
+    before = load_model(folder, device="cpu")
+    null = ("attention_bias", "mlp_bias", "mm_use_im_start_end", "mm_use_im_patch_token", "initializer_range")
+    edit(folder / "config.json", **dict.fromkeys(null), quantization_config={}, torch_dtype="torch.float16")
+    edit(folder / VIT / "config.json", torch_dtype="auto", initializer_factor=None)
+    sides = json.loads((folder / VIT / "preprocessor_config.json").read_text())["size"]
+    size = {"shortest_edge": sides if isinstance(sides, int) else sides["shortest_edge"], "longest_edge": None}
+    edit(folder / VIT / "preprocessor_config.json", size=size, do_rescale=None)
+    edit(folder / "special_tokens_map.json", unk_token=None, additional_special_tokens=None)
+    after = load_model(folder, device="cpu")
+    assert read_config(folder).dtype == torch.float16
+    fields = after.model.config.to_published_dict() | {"torch_dtype": "float32"}
+    assert fields == before.model.config.to_published_dict()
+    assert before.image_processor.clip_processor.to_dict() == after.image_processor.clip_processor.to_dict()
+    assert before.tokenizer("<unk> hi</s>")["input_ids"] == after.tokenizer("<unk> hi</s>")["input_ids"]
+    edit(folder / "config.json", torch_dtype="auto")
+    assert load_model(folder, device="cpu").model.dtype == before.model.dtype
 
 
 def test_fields_that_would_replace_methods_or_name_code_are_left_out(folder: Path) -> None:

@@ -92,6 +92,8 @@ def load_adapter(model: YiVLForCausalLM, folder: Path, *, merge: bool = False) -
     _check_config(folder, weights)
     try:
         config = PeftConfig.from_pretrained(os.fspath(folder))
+        for name in ("rank_pattern", "alpha_pattern"):  # null is none of them
+            setattr(config, name, getattr(config, name) or {})
         if not any("vision_tower" in key for key in weights):
             # LLaVA names targets by their last part, which the ViT shares; its adapters never include the ViT.
             config.exclude_modules = r".*vision_tower.*"

@@ -18,6 +18,7 @@ from yivl.checkpoint.folder import read_config, read_processors, read_vit_weight
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     PROJECTOR,
+    WEIGHTS,
     StateDict,
     check_keys,
     read_image_settings,
@@ -259,6 +260,8 @@ def load_pretrained(
         kwargs = {"generation_config": generation_config(read_json(path), path)} | kwargs
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
+    if weights is None:
+        _check_index(Path(folder))
     # The copy of the ViT in the main files may be of any shape: it is replaced.
     source = os.fspath(folder) if weights is None else None
     model = load(source, config=config, ignore_mismatched_sizes=True, **kwargs)
@@ -275,6 +278,22 @@ def load_pretrained(
     if image_size is not None:
         model.resize_images(image_size)
     return model
+
+
+def _check_index(folder: Path) -> None:
+    """Check the field of a weight index that transformers alone needs.
+
+    Raises:
+        CheckpointError: If it is missing.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            if "metadata" not in read_json(index):
+                raise CheckpointError(f'{index}: no metadata, which transformers needs; add "metadata": {{}}')
+            return
 
 
 def empty_model(config: YiVLConfig) -> YiVLForCausalLM:

@@ -1,17 +1,18 @@
 """The known fields of the JSON files of checkpoints: types and limits, which are checked before any library reads them.
 
-Fields that no schema names are not checked. The limits are far above those of published models: they keep a damaged
-file from allocating memory or running for hours.
+Fields that no schema names are not checked. Null stands for an absent field, except for shapes, which are required. The
+limits are far above those of published models: they keep a damaged file from allocating memory or running for hours.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, is_typeddict
+from typing import Annotated, Any, Final, NotRequired, TypedDict, is_typeddict
 
 from yivl.files.validation import (
     check_fields,
     check_value,
+    empty,
     file_names,
     known_activation,
     known_rope,
@@ -26,8 +27,9 @@ _WIDTH: Final = 2**17
 _LAYERS: Final = 1_000
 _IMAGE_SIDE: Final = 8_192
 _VOCABULARY: Final = 2**24
+_DTYPES: Final = ("float64", "float32", "float16", "bfloat16")
 
-Dtype = Literal["float64", "float32", "float16", "bfloat16"] | None
+Dtype = Annotated[str | None, one_of("auto", *(p + n for p in ("", "torch.") for n in _DTYPES))]
 Width = Annotated[int, within(1, _WIDTH)]
 Text = Annotated[str | None, short]
 TokenId = Annotated[int | None, within(-1, _VOCABULARY)]
@@ -47,11 +49,11 @@ class ModelFields(TypedDict, total=False):
     max_position_embeddings: Annotated[int, within(1, 2**24)]
     rms_norm_eps: Annotated[Number, within(0, 1)]
     layer_norm_eps: Annotated[Number, within(0, 1)]
-    initializer_range: Annotated[Number, within(0, 1)]
-    initializer_factor: Annotated[Number, within(0, 1_000)]
+    initializer_range: Annotated[Number | None, within(0, 1)]
+    initializer_factor: Annotated[Number | None, within(0, 1_000)]
     attention_dropout: Annotated[Number | None, within(0, 1)]
-    attention_bias: bool
-    mlp_bias: bool
+    attention_bias: bool | None
+    mlp_bias: bool | None
     hidden_act: Annotated[str, known_activation]
     rope_theta: Annotated[Number, within(1, 1e15)]
     rope_scaling: dict[str, Any] | None
@@ -62,7 +64,7 @@ class ModelFields(TypedDict, total=False):
     torch_dtype: Dtype
     dtype: Dtype
     num_labels: Annotated[int, within(0, 2**20)]
-    quantization_config: None
+    quantization_config: Annotated[dict[str, Any] | None, empty]
     # Of the ViT
     image_size: Annotated[int, within(1, _IMAGE_SIDE)]
     patch_size: Annotated[int, within(1, _IMAGE_SIDE)]
@@ -74,11 +76,11 @@ class ModelFields(TypedDict, total=False):
     mm_hidden_size: Width
     mm_vision_select_layer: Annotated[int, within(-_LAYERS, _LAYERS)]
     mm_vision_select_feature: str
-    mm_use_im_start_end: bool
-    mm_use_im_patch_token: bool
+    mm_use_im_start_end: bool | None
+    mm_use_im_patch_token: bool | None
     image_aspect_ratio: str | None
     # Of the -hf format
-    is_yi_vl_derived_model: bool
+    is_yi_vl_derived_model: bool | None
 
 
 class HfFields(TypedDict):
@@ -103,16 +105,16 @@ class RopeFields(TypedDict, total=False):
 class PreprocessorFields(TypedDict, total=False):
     """``preprocessor_config.json`` of a ViT."""
 
-    size: Annotated[int | dict[str, int], within(1, _IMAGE_SIDE)]
-    crop_size: Annotated[int | dict[str, int], within(1, _IMAGE_SIDE)]
+    size: Annotated[int | dict[str, int | None], within(1, _IMAGE_SIDE)]
+    crop_size: Annotated[int | dict[str, int | None], within(1, _IMAGE_SIDE)]
     image_mean: Annotated[list[Number], within(0, 1, length=3)]
     image_std: Annotated[list[Number], within(1e-6, 1e6, length=3)]
     rescale_factor: Annotated[Number, within(1e-6, 1)]
     resample: Annotated[int, within(0, 5)]
-    do_resize: bool
-    do_center_crop: bool
-    do_rescale: bool
-    do_normalize: bool
+    do_resize: bool | None
+    do_center_crop: bool | None
+    do_rescale: bool | None
+    do_normalize: bool | None
     do_convert_rgb: bool | None
 
 
@@ -138,19 +140,24 @@ class TokenizerFields(TypedDict, total=False):
 class SpecialTokenFields(TypedDict, total=False):
     """``special_tokens_map.json``."""
 
-    additional_special_tokens: list[str | dict[str, Any]]
-    bos_token: str | dict[str, Any]
-    eos_token: str | dict[str, Any]
-    pad_token: str | dict[str, Any]
-    unk_token: str | dict[str, Any]
+    additional_special_tokens: list[str | dict[str, Any]] | None
+    bos_token: str | dict[str, Any] | None
+    eos_token: str | dict[str, Any] | None
+    pad_token: str | dict[str, Any] | None
+    unk_token: str | dict[str, Any] | None
 
 
 class GenerationFields(TypedDict, total=False):
-    """``generation_config.json``."""
+    """``generation_config.json``: only what an answer depends on, which is no sampling: its settings are flags."""
 
     bos_token_id: TokenIds
     eos_token_id: TokenIds
     pad_token_id: TokenIds
+
+
+class SamplingFields(TypedDict, total=False):
+    """Defaults of sampling in ``generation_config.json``; ``generation_config`` leaves wrong ones out."""
+
     do_sample: bool | None
     temperature: Annotated[Number | None, within(0, 1e6)]
     top_p: Annotated[Number | None, within(0, 1)]
@@ -165,7 +172,7 @@ class IndexFields(TypedDict):
     """Index of a sharded checkpoint."""
 
     weight_map: Annotated[dict[str, str], file_names]
-    metadata: dict[str, Any]  # needed by transformers
+    metadata: NotRequired[dict[str, Any]]  # only the loader of transformers needs it
 
 
 class AdapterFields(TypedDict, total=False):
@@ -180,12 +187,12 @@ class AdapterFields(TypedDict, total=False):
     exclude_modules: str | list[str] | None
     modules_to_save: list[str] | None
     layers_to_transform: int | list[int] | None
-    rank_pattern: Annotated[dict[str, int], within(1, _WIDTH)]
-    alpha_pattern: dict[str, Number]
+    rank_pattern: Annotated[dict[str, int] | None, within(1, _WIDTH)]
+    alpha_pattern: dict[str, Number] | None
     bias: Annotated[str, one_of("none", "all", "lora_only")]
-    use_rslora: bool
-    use_dora: bool
-    fan_in_fan_out: bool
+    use_rslora: bool | None
+    use_dora: bool | None
+    fan_in_fan_out: bool | None
 
 
 class AdapterSettings(TypedDict):
@@ -265,6 +272,11 @@ _NESTED: Final[Mapping[str, Any]] = {
     "rope_scaling": RopeFields,
     "image_processor": PreprocessorFields,
 }
+
+
+def without_null(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields whose value is not null."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def check_file(path: Path, fields: Mapping[str, Any]) -> None:

@@ -79,6 +79,12 @@ def known_rope(value: Any) -> None:
         raise ValueError(f"one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
 
 
+def empty(value: Any) -> None:
+    """Check that an object has no fields."""
+    if value:
+        raise ValueError("without fields")
+
+
 def short(value: Any) -> None:
     """Check that a text may be a path or a name."""
     if isinstance(value, str) and (len(value) > 1_024 or "\0" in value):

@@ -1,17 +1,21 @@
 """The configuration of a Yi-VL checkpoint: Llama fields, ``mm_*`` fields, and the ViT's own configuration."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from yivl.errors import CheckpointError
-from yivl.files.validation import library_errors
+from yivl.files.schema import SamplingFields
+from yivl.files.validation import check_value, library_errors
+
+logger = logging.getLogger(__name__)
 
 # Fields of transformers or of this process that a checkpoint does not record.
 _UNPUBLISHED: Final = (
@@ -25,6 +29,7 @@ _UNPUBLISHED: Final = (
 )
 # Of old versions of transformers, which become other fields.
 _LEGACY: Final = ("rope_scaling", "torch_dtype")
+_DTYPES: Final = {"dtype", "torch_dtype"}
 _OF_A_PROCESS: Final = (
     *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config"),
     *("quantization_config", "transformers_weights"),
@@ -35,29 +40,50 @@ def fields_for(kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> dict[
     """Return the fields of a file that a configuration takes.
 
     Left out are those that would replace a method or a property of the class, or that are about a process and no model:
-    the attention implementation, for example, may name a kernel that transformers downloads and runs.
+    the attention implementation, for example, may name a kernel that transformers downloads and runs. Null where the
+    class has another default, and the dtype ``auto``, stand for an absent field; a null id is none.
     """
-    known = {field.name for field in dataclasses.fields(kind)} | set(_LEGACY)
-    return {
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    known = defaults.keys() | set(_LEGACY)
+    taken = {
         name: value
         for name, value in fields.items()
         if name in known or not (name.startswith("_") or name in _OF_A_PROCESS or hasattr(kind, name))
     }
+    for name in _DTYPES & taken.keys():
+        taken[name] = None if taken[name] in (None, "auto") else str(taken[name]).removeprefix("torch.")
+    return {
+        name: value
+        for name, value in taken.items()
+        if value is not None or name.endswith("_id") or defaults.get(name) is None
+    }
 
 
 def generation_config(fields: Mapping[str, Any], source: str | os.PathLike[str]) -> GenerationConfig:
-    """Return generation settings; fields that transformers does not know are left out.
+    """Return generation settings; sampling that is wrong or unknown to transformers is left out, with a warning.
+
+    Answers are sampled by flags, so that such a setting is no reason to refuse a checkpoint.
 
     Args:
-        fields: Of a ``generation_config.json``, checked.
-        source: Of the fields, for the error.
+        fields: Of a ``generation_config.json``, its ids checked.
+        source: Of the fields, for the messages.
 
     Raises:
-        CheckpointError: If transformers refuses them.
+        CheckpointError: If transformers refuses what is left.
     """
+    known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+    types = get_type_hints(SamplingFields, include_extras=True)
+    kept = {}
+    for name in sorted(known & fields.keys()):
+        try:
+            check_value(source, name, fields[name], types.get(name, Any))
+            with library_errors(f"{source}: {name}"):
+                GenerationConfig(**{name: fields[name]})
+            kept[name] = fields[name]
+        except CheckpointError as error:
+            logger.warning("%s; the setting is ignored, flags decide how answers are sampled", error)
     with library_errors(source):
-        known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
-        return GenerationConfig(**{name: value for name, value in fields.items() if name in known})
+        return GenerationConfig(**kept)
 
 
 @strict
