@@ -113,6 +113,12 @@ def resume(folder: Path, output: Path) -> None:
     train(output / "run", {"resume": "auto", **RUN})
 
 
+def resume_unlisted(folder: Path, output: Path) -> None:
+    """Resume a run from a checkpoint of an earlier version, which has no manifest; its readers see the damage."""
+    (folder / _CHECKPOINT / _MANIFEST).unlink()
+    resume(folder, output)
+
+
 RUN: Final = {"max_steps": 4, "save_steps": 2, "lora_enable": True}
 """Flags of the run whose checkpoint is mutated."""
 
@@ -238,6 +244,7 @@ def write_samples(folder: Path) -> None:
 _CONFIGS: Final = ("config.json", f"{VIT}/config.json", f"{VIT}/preprocessor_config.json", "generation_config.json")
 _TOKENIZER: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CHECKPOINT: Final = "checkpoint-2"
+_MANIFEST: Final = "checkpoint_manifest.json"
 
 FORMATS: Final = (
     Format("configurations", "checkpoint", _CONFIGS, mutations.mutate_json, ask, 60),
@@ -271,7 +278,11 @@ FORMATS: Final = (
     Format("JPEG", "photo_rgb.jpg", ("image.jpg",), mutations.mutate_bytes, read_image, 15),
     Format("PNG", "rgba_square.png", ("image.png",), mutations.mutate_bytes, read_image, 15),
     *(
-        Format(f"checkpoint of a run, {name}", "run", (f"{_CHECKPOINT}/{name}",), mutate, resume, 5)
+        Format(f"{kind}, {name}", "run", (f"{_CHECKPOINT}/{name}",), mutate, open_run, share)
+        for kind, open_run, share in (
+            ("checkpoint of a run", resume, 2),
+            ("checkpoint without manifest", resume_unlisted, 3),
+        )
         for name, mutate in (
             ("trainer_state.json", mutations.mutate_json),
             ("training_arguments.json", mutations.mutate_json),
@@ -282,4 +293,5 @@ FORMATS: Final = (
             ("rng_state.pth", mutations.mutate_bytes),
         )
     ),
+    Format("checkpoint of a run, manifest", "run", (f"{_CHECKPOINT}/{_MANIFEST}",), mutations.mutate_json, resume, 4),
 )

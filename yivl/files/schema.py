@@ -27,6 +27,7 @@ _WIDTH: Final = 2**17
 _LAYERS: Final = 1_000
 _IMAGE_SIDE: Final = 8_192
 _VOCABULARY: Final = 2**24
+_COUNT: Final = 2**48  # of rows and steps
 _DTYPES: Final = ("float64", "float32", "float16", "bfloat16")
 
 Dtype = Annotated[str | None, one_of("auto", *(p + n for p in ("", "torch.") for n in _DTYPES))]
@@ -210,6 +211,44 @@ class RunFields(TypedDict, total=False):
     versions: dict[str, str]
 
 
+class SourceFields(TypedDict, total=False):
+    """Entry of ``sources`` in ``training_run.json``."""
+
+    source: str
+    shards: Annotated[int, within(0, _COUNT)]
+    rows: Annotated[int, within(0, _COUNT)]
+    rows_found: Annotated[int, within(0, _COUNT)]
+    rows_per_epoch: Annotated[int, within(0, _COUNT)]
+    fingerprint: str
+
+
+class ArgumentFields(TypedDict, total=False):
+    """``training_arguments.json``: the flags that a resumed run computes with; the others are compared."""
+
+    per_device_train_batch_size: Annotated[int, within(1, 2**24)]
+    gradient_accumulation_steps: Annotated[int, within(1, 2**24)]
+    world_size: Annotated[int, within(1, 2**20)]
+    optim: str
+    lr_scheduler_type: str
+
+
+class StateFields(TypedDict, total=False):
+    """``trainer_state.json`` of transformers."""
+
+    epoch: Annotated[Number | None, within(0, 1e12)]
+    global_step: Annotated[int, within(0, _COUNT)]
+    max_steps: Annotated[int, within(-1, _COUNT)]
+    logging_steps: Annotated[Number, within(0, _COUNT)]
+    eval_steps: Annotated[Number | None, within(0, _COUNT)]
+    save_steps: Annotated[Number, within(0, _COUNT)]
+    train_batch_size: Annotated[int | None, within(1, 2**24)]
+    num_train_epochs: Annotated[Number, within(0, _COUNT)]
+    num_input_tokens_seen: Annotated[int, within(0, 2**63)]
+    total_flos: Annotated[Number, within(0, 1e100)]
+    log_history: list[dict[str, Any]] | None
+    stateful_callbacks: dict[str, Any] | None
+
+
 class OpenClipFields(TypedDict, total=False):
     """``open_clip_config.json``."""
 
@@ -261,6 +300,8 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "adapter_config.json": AdapterFields,
     "yivl_adapter_config.json": AdapterSettings,
     "training_run.json": RunFields,
+    "training_arguments.json": ArgumentFields,
+    "trainer_state.json": StateFields,
     "open_clip_config.json": OpenClipFields,
     "published.json": dict[str, dict[str, Any]],
 }
@@ -295,6 +336,9 @@ def check_file(path: Path, fields: Mapping[str, Any]) -> None:
     if path.name == "published.json":
         for name, content in fields.items():
             check_file(path / name, content)
+    if path.name == "training_run.json":
+        for source in fields.get("sources", []):
+            check_fields(f"{path}: sources", source, SourceFields)
     _check_nested(path, fields)
 
 

@@ -50,8 +50,8 @@ def _find_damage_without_manifest(checkpoint: Path) -> list[str]:
         return [f"{name} is missing" for name in missing]
     arguments = read_json(checkpoint / ARGUMENTS)
     read_json(checkpoint / RECORD)
-    world_size = arguments.get("world_size", 1)
-    ranks = range(world_size if isinstance(world_size, int) else 1)
+    read_json(checkpoint / STATE)
+    ranks = range(arguments.get("world_size", 1))
     needed = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     # DeepSpeed and FSDP have files of their own, beside the state of the schedule.
     needed += (

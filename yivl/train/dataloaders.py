@@ -93,8 +93,8 @@ class Batches:
         for source in recorded:
             if "subsampled" not in source and source.get("rows_per_epoch", 0) % max(source.get("rows", 0), 1):
                 raise CheckpointError(
-                    f"{checkpoint}: the weight of {source['source']} selected the same rows in every epoch when it was "
-                    "written, and now selects others in each; start a new run"
+                    f"{checkpoint}: the weight of {source.get('source')} selected the same rows in every epoch when it "
+                    "was written, and now selects others in each; start a new run"
                 )
         if len(recorded) != len(self.sources):
             raise CheckpointError(
