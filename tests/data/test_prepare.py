@@ -357,6 +357,7 @@ def test_the_program_writes_rows_and_reports_bad_records_and_missing_images(tmp_
         (("laion400m", "--source", "empty", "--output", "x.jsonl"), r"laion400m is written to a \.yaml file"),
         (("gqa", "--source", "list", "--output", "x.jsonl"), "not the format of train_balanced_questions.json"),
         (("gqa", "--source", "text", "--output", "x.jsonl"), "not valid JSON"),
+        (("gqa", "--source", "deep", "--output", "x.jsonl"), "not valid JSON .maximum recursion"),
         (("gqa", "--source", "bad", "--output", "x.jsonl"), "no valid row to write; bad records: 1, question 0: no"),
     ],
 )
@@ -364,9 +365,9 @@ def test_wrong_input_is_one_error_line_and_writes_nothing(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for folder, content in (("list", "[1]"), ("text", "x"), ("bad", '{"0": {}}')):
+    for folder, content in (("list", "[1]"), ("text", "x"), ("bad", '{"0": {}}'), ("deep", "[" * 100_000)):
         write_files(tmp_path / folder, {"train_balanced_questions.json": content})
-    is_path = {"empty", "list", "text", "bad", "x.json", "x.jsonl", "x.yaml"}
+    is_path = {"empty", "list", "text", "bad", "deep", "x.json", "x.jsonl", "x.yaml"}
     result = run(*(tmp_path / word if word in is_path else word for word in arguments))
     assert result.returncode == 2
     assert re.search(message, result.stderr), result.stderr

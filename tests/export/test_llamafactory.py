@@ -1,6 +1,7 @@
 """Rows to LLaMA-Factory's datasets and back: the same training examples, and one error line for unsupported rows."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -430,6 +431,13 @@ def test_a_missing_or_broken_declaration_is_one_line(tmp_path: Path) -> None:
             to_llamafactory(source, tmp_path, name="mine")
         assert info.read_text() == text
         assert not (tmp_path / "mine.json").exists()
+    os.truncate(info, 2**40)  # sparse: it needs no disk
+    with pytest.raises(RowError, match=r"dataset_info\.json: larger than 134,217,728 bytes"):
+        from_llamafactory(info, "mine", target)
+    info.unlink()
+    os.mkfifo(info)
+    with pytest.raises(RowError, match=r"dataset_info\.json: not a regular file"):
+        from_llamafactory(info, "mine", target)
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from yivl.checkpoint.atomic import write_json, write_text
 from yivl.constants import DEFAULT_IMAGE_TOKEN, SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.data.dialects import read_dialogue
+from yivl.data.json_texts import check_regular
 from yivl.data.rows import Row, RowError, log_notices, parse_row, read_rows
+from yivl.files.json_files import MAX_JSON_BYTES
 
 IMAGE: Final = "<image>"
 """Placeholder of one image. Source: hiyouga/LLaMA-Factory, src/llamafactory/extras/constants.py."""
@@ -246,7 +248,12 @@ def _other_keys(fields: Mapping[str, Any], read: Iterable[str], written: Sequenc
 
 def _read_info(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise RowError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; give the file that declares the datasets")
         info = json.loads(path.read_text(encoding="utf-8"))
+    except RowError:
+        raise
     except OSError as error:
         raise RowError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

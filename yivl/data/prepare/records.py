@@ -53,7 +53,7 @@ class OfficialFolder:
         path = self.find(name)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise YiVLError(f"{path}: not valid JSON ({error}); download it again from {self.address}") from error
 
     def lines(self, name: str) -> list[str]:
