@@ -105,6 +105,13 @@ def test_a_damaged_manifest_is_named(manifest: str, out: Path) -> None:
         check_files(out / "checkpoint-4")
 
 
+@pytest.mark.parametrize("name", ["x" * 5_000, "a\0b", "\ud800"], ids=["long", "null", "surrogate"])
+def test_a_manifest_may_name_what_no_file_can_be_called(name: str, out: Path) -> None:
+    (out / "checkpoint-4" / MANIFEST).write_text(json.dumps({"files": {name: {"size": 1, "sha256": "a"}}}))
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 is damaged: .* is missing"):
+        check_files(out / "checkpoint-4")
+
+
 @pytest.mark.parametrize(
     ("name", "field"),
     [("training_arguments.json", "world_size"), ("training_arguments.json", "optim"), ("training_run.json", "sources")],
@@ -118,6 +125,25 @@ def test_records_without_their_fields_are_refused(name: str, field: str, run: Pa
     (out / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=f"{re.escape(name)}: .*{field}.* the checkpoint is damaged"):
         train(out, run / "rows.json", **LORA | {"resume": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("training_arguments.json", {"world_size": 2**63}, "world_size is 9223372036854775808; expected an integer"),
+        ("training_arguments.json", {"optim": 3}, "optim is 3; expected text"),
+        ("training_arguments.json", {"gradient_accumulation_steps": "2"}, "gradient_accumulation_steps is '2'"),
+        ("training_run.json", {"sources": [{"rows": "many"}]}, "sources: rows is 'many'; expected an integer"),
+        ("trainer_state.json", {"global_step": "x"}, "global_step is 'x'; expected an integer"),
+        ("trainer_state.json", {"log_history": 7}, "log_history is 7; expected a list"),
+    ],
+)
+def test_records_with_wrong_fields_are_refused(name: str, fields: dict[str, Any], said: str, out: Path) -> None:
+    (out / "checkpoint-4" / MANIFEST).unlink()
+    path = out / "checkpoint-4" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(CheckpointError, match=f"checkpoint-4/{re.escape(name)}: {said}"):
+        check_files(out / "checkpoint-4")
 
 
 def test_a_resumed_run_on_another_number_of_ranks_is_reproducible(run: Path, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from yivl.checkpoint.atomic import write_json
 from yivl.checkpoint.format import read_json
 from yivl.errors import CheckpointError
+from yivl.files.json_files import is_file
 
 MANIFEST: Final = "checkpoint_manifest.json"
 """Of every checkpoint of a run: ``files``, from the path in the folder to ``size`` in bytes and ``sha256``."""
@@ -59,7 +60,7 @@ def _read_files(manifest: Path) -> dict[str, tuple[int, str]]:
 
 
 def _check_size(path: Path, size: int) -> str | None:
-    if not path.is_file():
+    if not is_file(path):  # a damaged manifest may have names that no file can have
         return "is missing"
     found = path.stat().st_size
     return None if found == size else f"has {found:,} bytes instead of {size:,}"

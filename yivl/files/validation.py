@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from yivl.errors import CheckpointError, YiVLError
 
+Number = int | float
 Validator = Callable[[Any], None]
 
 _LONGEST_REASON: Final = 500  # characters of a message of a library
