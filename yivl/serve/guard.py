@@ -14,7 +14,6 @@ from yivl.serve.api_errors import APIError, http_error
 from yivl.serve.limits import Limits
 from yivl.serve.metrics import Metrics, log
 
-
 _SMALL_BODY: Final = 2**20
 """Bytes of a body that may use all of ``max_total_bytes``: text, and images as most clients send them. Source: ours."""
 
