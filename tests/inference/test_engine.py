@@ -343,7 +343,7 @@ class Transfers(TorchDispatchMode):
     num_single = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num_single += func is torch.ops.aten._local_scalar_dense.default
+        self.num_single += func in (torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default)
         return func(*args, **(kwargs or {}))
 
 
