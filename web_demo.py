@@ -44,7 +44,8 @@ def main() -> None:
 
     from yivl.serve.listening import bind
 
-    bind(arguments.server_name, arguments.server_port, "--server-name, --server-port").close()
+    for listener in bind(arguments.server_name, arguments.server_port, "--server-name, --server-port"):
+        listener.close()  # gradio opens its own
 
     from yivl.serve.memory import return_large_blocks
     from yivl.serve.scheduler import Scheduler

@@ -40,7 +40,12 @@ class Visitor:
         self.events = {str(event["api_name"]): int(event["id"]) for event in config["dependencies"]}
 
     def event(self, index: int, data: list[Any], event_data: Any = None) -> tuple[int, dict[str, Any]]:
-        """Send an event; return the status of the response and the output."""
+        """Send an event; return the status of the response and the output.
+
+        The stream is read to its end, as browsers do: gradio removes the events of a session that leaves it, and the
+        next event may be one of them.
+        """
+        output: dict[str, Any] = {}
         body = {"fn_index": index, "session_hash": self._session, "data": data, "event_data": event_data}
         response = self._http.post("/queue/join", json=body)
         if response.is_error:
@@ -48,8 +53,8 @@ class Visitor:
         with self._http.stream("GET", "/queue/data", params={"session_hash": self._session}) as stream:
             for line in stream.iter_lines():
                 if line.startswith("data: ") and '"process_completed"' in line:
-                    return 200, json.loads(line.removeprefix("data: "))["output"]
-        return 200, {}
+                    output = json.loads(line.removeprefix("data: "))["output"]
+        return 200, output
 
     def ask(self, question: str) -> str:
         """Ask a question without an image; return the conversation after the answer."""

@@ -22,6 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from yivl import image_processing
 from yivl.errors import CheckpointError, ImageError
 from yivl.image_processing import ImageProcessor, expand2square, load_image, to_rgb
+from yivl.serve.limits import Limits
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 
@@ -64,7 +65,7 @@ BAD = {
     "empty file": (b"", "not a readable image"),
     "truncated": (PHOTO.read_bytes()[:9000], "damaged or truncated"),
     "zero width": (png_header(0, 5), "not a readable image|empty"),
-    "thin bomb": (png_header(65_000, 1), "more than 9,459 pixels on a side"),
+    "thin bomb": (png_header(65_000, 1), "more than 20,000 pixels on a side"),
     "damaged animation": (animated_gif()[:-12] + b"\x2c" * 12, "damaged|animated|not a readable"),
     "bomb": (png_header(60_000, 60_000), "more than 89,478,485 pixels"),
     "smaller bomb": (png_header(10_000, 10_000), "more than 89,478,485 pixels"),
@@ -115,6 +116,16 @@ def test_a_narrow_image_needs_no_memory_for_the_square_around_it(size: tuple[int
             cropping.resize([image])
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+@pytest.mark.parametrize("size", [(8064, 6048), (1080, 12_000), (20_000, 1)])
+def test_large_photographs_and_long_screenshots_are_accepted(size: tuple[int, int]) -> None:
+    """They are padded in strips: the square around them limits nothing."""
+    file = io.BytesIO()
+    Image.new("1", size).save(file, "PNG")
+    assert load_image(file.getvalue(), max_pixels=Limits().max_image_pixels).size == size
+    with pytest.raises(ImageError, match=f"more than {size[0] * size[1] - 1:,} pixels; shrink"):
+        load_image(file.getvalue(), max_pixels=size[0] * size[1] - 1)
 
 
 def test_devices_pipes_and_huge_files_are_refused_before_they_are_read(tmp_path: Path) -> None:

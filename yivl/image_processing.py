@@ -6,7 +6,6 @@ that the reference corrupts or crashes on: other modes, EXIF orientation, sides 
 
 import http.client
 import io
-import math
 import os
 import stat
 import time
@@ -34,8 +33,12 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 """A path, an http(s) URL (only where allowed), the bytes of an image file, or a PIL image."""
 
 MAX_IMAGE_PIXELS: Final = 89_478_485
-"""Largest square around an image that is decoded: 9,459 pixels per side. The square counts, because padding fills it
-however narrow the image is. Source: the warning threshold of Pillow."""
+"""Largest image that is decoded: width times height. Its pixels are in memory, its padding is not. Source: the warning
+threshold of Pillow."""
+
+MAX_SIDE: Final = 20_000
+"""Longest side of an image, in pixels. The rows of a padded image are resized at the width of the square around it, so
+the time grows with the area of the square: 2 seconds of a core at this limit. Source: ours."""
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Supported formats. Pillow supports more, among them EPS, which starts another program. Source: ours."""
@@ -62,11 +65,11 @@ def load_image(source: ImageSource, *, allow_remote: bool = False, max_pixels: i
     Args:
         source: The image.
         allow_remote: Accept http(s) URLs.
-        max_pixels: Limit of the square around the image, at most ``MAX_IMAGE_PIXELS``.
+        max_pixels: Limit of width times height, at most ``MAX_IMAGE_PIXELS``.
 
     Raises:
-        ImageError: If the image is missing, unreadable, truncated, animated, empty, larger than ``max_pixels``, or a
-            URL while ``allow_remote`` is false.
+        ImageError: If the image is missing, unreadable, truncated, animated, empty, larger than ``max_pixels`` or
+            than ``MAX_SIDE`` on a side, or a URL while ``allow_remote`` is false.
     """
     max_pixels = min(max_pixels, MAX_IMAGE_PIXELS)
     if isinstance(source, Image.Image):
@@ -128,9 +131,10 @@ def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """Decode an image and apply its EXIF orientation, after the checks that need only the header."""
     if not image.width or not image.height:
         raise ImageError(f"{name}: the image is empty ({image.width}x{image.height} pixels); use another one")
-    if max(image.size) ** 2 > max_pixels:
-        longest = math.isqrt(max_pixels)
-        raise ImageError(f"{name}: more than {longest:,} pixels on a side; shrink the image first")
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"{name}: more than {max_pixels:,} pixels; shrink the image first")
+    if max(image.size) > MAX_SIDE:
+        raise ImageError(f"{name}: more than {MAX_SIDE:,} pixels on a side; shrink the image first")
     try:
         # Not n_frames: Pillow reads a file of many frames to its end for it. An MPO file is a photograph followed by
         # previews or a stereo partner; its first frame is the image.

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from support.golden import GOLDEN
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.errors import CheckpointError, NonFiniteError, YiVLError
 from yivl.inference.chat import Chat, GenerationState, answer_batch
 from yivl.inference.engine import Engine, _pad_left, finish_together
 from yivl.inference.kv_cache import PrefixStore
+from yivl.inference.sampling import Sampler, Sampling
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
@@ -333,3 +335,35 @@ def test_one_damaged_embedding_ends_the_request_that_needs_it(loaded: LoadedMode
         finish_together(damaged, [Chat(damaged).begin("hi", **GREEDY)])
     with pytest.raises(NonFiniteError):
         Chat(damaged).ask("hi", **GREEDY)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the values that a GPU would have to wait for."""
+
+    num_single = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_single += func in (torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_token_and_its_check_are_one_transfer(temperature: float, value: float | None) -> None:
+    """``tolist`` copies both at once; ``int``, ``if`` and ``math.isfinite`` would copy single values."""
+    logits = torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
+    settings = Sampling(temperature=temperature, top_k=0, seed=1)
+    expected = int(logits.argmax())
+    if temperature:
+        probabilities = (logits / temperature).softmax(-1)
+        expected = int(torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(1)))
+    if value is not None:
+        logits[0, 7] = value
+    sampler = Sampler(settings, [1], torch.device("cpu"))
+    with Transfers() as transfers:
+        if value is None:
+            assert sampler.choose(logits) == expected
+        else:
+            with pytest.raises(NonFiniteError):
+                sampler.choose(logits)
+    assert not transfers.num_single

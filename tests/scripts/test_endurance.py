@@ -19,7 +19,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: runpy.run_path(str(ROOT / f"scripts/{name}.py"))
 
 
-@pytest.mark.parametrize(("tried", "held", "code"), [(3, 3, 0), (3, 2, 1), (0, 0, 1)])
+@pytest.mark.parametrize(("tried", "held", "code"), [(3, 3, 0), (3, 2, 1), (0, 0, 0)])
 def test_the_exit_code_says_whether_all_promises_held(
     tried: int,
     held: int,
@@ -50,6 +50,33 @@ def test_the_exit_code_says_whether_all_promises_held(
     assert "old" not in page.read_text()
     written = json.loads((tmp_path / "out/kills.json").read_text())
     assert written["outcomes"] == [{"promise": "after 120.0 s | True", "tried": tried, "held": held, "notes": "a note"}]
+
+
+@pytest.mark.parametrize(("tried", "code"), [(3, None), (0, 1)])
+def test_a_whole_campaign_tries_every_promise_and_draws_the_memory(
+    tried: int, code: int | None, scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, figures = scripts("endurance_report")["Outcome"], []
+
+    def run(_: float, short: bool, figure: Path | None = None) -> list[Any]:
+        figures.append(figure)
+        assert not short
+        return [outcome("a promise", tried, tried)]
+
+    campaign = ModuleType("endurance_requests")
+    campaign.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "endurance_requests", campaign)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- requests -->\n<!-- /requests -->\n")
+    main = scripts("endurance")["main"]
+    for flags in ([], ["--markdown", str(page)]):
+        monkeypatch.setattr(sys, "argv", ["endurance.py", "requests", *flags])
+        if code:
+            with pytest.raises(SystemExit, match=str(code)):
+                main()
+        else:
+            main()
+    assert figures == [None, tmp_path / "endurance-memory.png"]
 
 
 def write_run(folder: Path) -> None:

@@ -1,11 +1,27 @@
-"""The short campaign of requests holds all promises."""
+"""The short campaign of requests holds all promises, and a memory that grows is noticed."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.golden import ROOT
+
+
+def test_a_plateau_of_the_memory_needs_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    plateau = runpy.run_path(str(ROOT / "scripts/endurance_requests.py"))["plateau"]
+    for values, tried, held in (
+        ([], 0, 0),
+        ([100.0] * 7, 0, 0),
+        ([100.0] * 8, 1, 1),
+        ([*[100.0] * 9, *[140.0] * 3], 1, 0),
+        ([100.0, 200, 300, *[330.0] * 9], 1, 1),
+        ([100.0 + 10 * part for part in range(12)], 1, 0),
+    ):
+        outcome = plateau([(25 * part, value) for part, value in enumerate(values, 1)])
+        assert (outcome.tried, outcome.held) == (tried, held), values
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import openai
@@ -28,6 +29,7 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
+from starlette.exceptions import HTTPException
 from support.golden import CHECKPOINT, GOLDEN, ROOT
 from support.models import talkative_checkpoint
 from support.serving import data_url, free_port, user, wait_until
@@ -38,11 +40,12 @@ from yivl.errors import YiVLError
 from yivl.inference.chat import Chat, GenerationState
 from yivl.serve.app import build_app
 from yivl.serve.completions import Exchange
+from yivl.serve.guard import Guard
 from yivl.serve.limits import Limits
 from yivl.serve.listening import Server as StoppableServer
 from yivl.serve.listening import bind
 from yivl.serve.metrics import Metrics
-from yivl.serve.scheduler import Overloaded, Request, Scheduler
+from yivl.serve.scheduler import Overloaded, Request, Scheduler, ShuttingDown
 from yivl.serve.schema import ChatRequest, UserMessage
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
@@ -396,7 +399,7 @@ def test_unsupported_parameters_are_reported(
         (data_url(b""), "not a readable image; use JPEG, PNG, WebP, BMP or TIFF"),
         (data_url(PHOTO.read_bytes()[:2_000]), "damaged or truncated"),
         (data_url(png(40_000, 30_000)), "pixels"),
-        (data_url(png(3_000, 10)), "more than 1,000 pixels on a side"),
+        (data_url(png(1_001, 1_000)), "more than 1,000,000 pixels"),
         (data_url(b"x" * 300_000), "at most 200,000 bytes"),
     ],
 )
@@ -453,7 +456,7 @@ def test_the_name_of_an_unknown_parameter_is_cut(api: Server) -> None:
 
 
 def test_bodies_have_a_time_and_a_size_together(api_model: LoadedModel) -> None:
-    limits = dataclasses.replace(LIMITS, max_seconds=0.5, max_total_bytes=100_000)
+    limits = dataclasses.replace(LIMITS, max_receive_seconds=0.5, max_total_bytes=100_000)
     with serving(api_model, limits) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
@@ -473,6 +476,54 @@ def test_bodies_have_a_time_and_a_size_together(api_model: LoadedModel) -> None:
                 )
             )
         wait_until(lambda: server.post({"model": "other", "messages": [user("x" * 30_000)]}).status_code == 404)
+
+
+def test_large_bodies_leave_room_for_small_ones() -> None:
+    """Clients that send large bodies slowly would keep all others out."""
+    limits = Limits(max_body_bytes=2**23, max_total_bytes=2**24)
+
+    async def send(guard: Guard, sizes: list[int], hold: asyncio.Event) -> bool:
+        """Return whether a body, sent in parts, is received; it is held until the event."""
+        parts: list[Any] = [{"type": "http.request", "body": bytes(size), "more_body": True} for size in sizes]
+
+        async def receive() -> Any:
+            return parts.pop(0)
+
+        async def ignore(_: Any) -> None:
+            pass
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        try:
+            await guard({**scope, "received": hold}, receive, ignore)
+        except HTTPException as error:
+            return error.status_code != 429
+        return True
+
+    async def app(scope: Any, receive: Any, _: Any) -> None:
+        for _ in range(2):
+            await receive()
+        await scope["received"].wait()
+
+    async def check() -> None:
+        guard, end, done = (
+            Guard(app, api_key=None, limits=limits, metrics=MagicMock()),
+            asyncio.Event(),
+            asyncio.Event(),
+        )
+        done.set()
+        held = asyncio.create_task(send(guard, [2**22, 2**22], end))
+        await asyncio.sleep(0)
+        assert await send(guard, [2**22, 2**21], done)  # 14 of the 16 MiB
+        other = asyncio.create_task(send(guard, [2**22, 2**21], end))
+        await asyncio.sleep(0)
+        assert not await send(guard, [2**20, 1], done)
+        assert await send(guard, [2**19, 2**19], done)
+        end.set()
+        assert await held
+        assert await other
+        assert await send(guard, [2**22, 2**22], done)
+
+    asyncio.run(check())
 
 
 def test_a_client_that_leaves_before_the_stream_begins_cancels_its_answer(talkative: LoadedModel) -> None:
@@ -509,9 +560,9 @@ def test_a_client_that_leaves_before_the_stream_begins_cancels_its_answer(talkat
 def test_an_answer_that_outlasts_the_shutdown_ends_with_an_error(talkative: LoadedModel) -> None:
     limits = Limits(shutdown_seconds=1, max_tokens=4000)
     scheduler = Scheduler(talkative, limits)
-    server, listener = StoppableServer(build_app(scheduler, limits), scheduler, limits), bind("127.0.0.1", 0, "--port")
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    server, listeners = StoppableServer(build_app(scheduler, limits), scheduler, limits), bind("127.0.0.1", 0, "--port")
+    url = f"http://127.0.0.1:{listeners[0].getsockname()[1]}/v1/chat/completions"
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     wait_until(lambda: server.started)
     body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 0, "max_tokens": 3900, "n": 4}
@@ -537,6 +588,46 @@ def test_a_port_that_is_taken_is_one_line() -> None:
             assert result.returncode == 2
             assert f"127.0.0.1:{port} cannot be listened on (Address already in use); choose another" in result.stderr
             assert result.stderr.count("\n") == 1
+
+
+def test_a_port_that_another_server_takes_while_the_model_is_loaded_is_one_line(api_model: LoadedModel) -> None:
+    """``SO_REUSEADDR`` lets both servers bind it."""
+    listeners = bind("127.0.0.1", 0, "--port")
+    scheduler = Scheduler(api_model, LIMITS)
+    server = StoppableServer(build_app(scheduler, LIMITS), scheduler, LIMITS)
+    (other,) = bind("127.0.0.1", listeners[0].getsockname()[1], "--port")
+    with other:
+        other.listen()
+        with pytest.raises(
+            YiVLError, match=r"^--port: cannot be listened on \(Address already in use\); choose another$"
+        ):
+            server.run(sockets=listeners)
+    with pytest.raises(ShuttingDown):
+        scheduler.submit([])  # its thread has ended, so the process ends too
+    listeners[0].close()
+
+
+def test_all_addresses_of_a_name_are_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addresses(*names: str) -> None:
+        families = [(socket.AF_INET6 if ":" in name else socket.AF_INET, name) for name in names]
+        found = [(family, socket.SOCK_STREAM, 6, "", (name, 0)) for family, name in families for _ in range(2)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    addresses("127.0.0.1", "127.0.0.2", "2001:db8::1")  # the last is of no interface, as ::1 without IPv6
+    first, second = bind("name", 0, "--host")
+    with first, second:
+        assert (first.getsockname()[0], second.getsockname()[0]) == ("127.0.0.1", "127.0.0.2")
+        assert first.getsockname()[1] == second.getsockname()[1]
+    addresses("2001:db8::1")
+    with pytest.raises(YiVLError, match=r"^--host: name:0 cannot be listened on"):
+        bind("name", 0, "--host")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+def test_an_ipv6_address_is_not_listened_on_with_ipv4() -> None:
+    (listener,) = bind("::", 0, "--host")
+    with listener:
+        assert listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
 
 
 def test_a_disconnected_client_cancels_its_answer(talkative: LoadedModel) -> None:

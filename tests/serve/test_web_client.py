@@ -1,11 +1,16 @@
 """The endpoint of the page, through gradio's own client over real HTTP."""
 
+import asyncio
+import errno
+import logging
 from collections.abc import Iterator
 from typing import Any, Final
 
+import gradio as gr
 import httpx
 import pytest
 import safehttpx
+from fastapi import Request
 from gradio.components import chatbot
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -18,7 +23,7 @@ from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.inference.chat import Chat
 from yivl.serve.limits import Limits
 from yivl.serve.scheduler import Scheduler
-from yivl.serve.web_layout import build_page, launch
+from yivl.serve.web_layout import _refuse, build_page, launch
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 LIMITS = Limits(max_tokens=4000, max_queue=2, max_batch=2, max_image_bytes=100_000)
@@ -228,3 +233,29 @@ def test_an_event_that_the_page_does_not_have_is_refused(
     response = server.http.post(path, json=body)
     assert (response.status_code, response.json()) == (400, {"detail": "the page has no such event"})
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_errors_of_the_system_and_of_other_routes_are_no_refusals(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk would look like a wrong argument, and a bug of any route like an event that does not exist."""
+    errors: list[Exception] = [OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError("of the client")]
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise errors[0]
+
+    monkeypatch.setattr(gr.Blocks, "preprocess_data", fail)
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(server.blocks.preprocess_data(None, []))
+    del errors[0]
+    with caplog.at_level(logging.DEBUG, "yivl"), pytest.raises(gr.Error, match="wrong type or value"):
+        asyncio.run(server.blocks.preprocess_data(None, []))
+    assert "FileNotFoundError: of the client" in caplog.text
+
+    for path, is_refused in (("/gradio_api/queue/join", True), ("/gradio_api/info", False)):
+        request = Request({"type": "http", "path": path, "headers": [], "server": ("host", 80), "scheme": "http"})
+        if is_refused:
+            assert asyncio.run(_refuse(request, KeyError(999))).status_code == 400
+        else:
+            with pytest.raises(KeyError):
+                asyncio.run(_refuse(request, KeyError(999)))

@@ -117,17 +117,19 @@ class Sampler:
         scores = self._processors(self._seen, logits.float())
         if self.settings.temperature > 0:
             probabilities = scores.softmax(-1)
-            checked = probabilities[0, 0]  # one logit that is not finite makes all probabilities NaN
-            if math.isfinite(checked):
-                token = torch.multinomial(probabilities, 1, generator=self._generator)
+            checked = probabilities[0, :1]  # one logit that is not finite makes all probabilities NaN
+            # multinomial refuses NaN, on a GPU with an assertion after which the process cannot use the device.
+            token = torch.multinomial(probabilities.nan_to_num(1.0), 1, generator=self._generator)
         else:
             checked, token = (value[0] for value in scores.max(-1, keepdim=True))  # NaN counts as the largest
-        if not math.isfinite(checked):
-            raise NonFiniteError(NOT_FINITE)
         token = token.view(1, 1)
+        # One transfer: on a GPU each one waits for all kernels.
+        is_finite, chosen = torch.cat([checked.isfinite().to(token.dtype), token[0]]).tolist()
+        if not is_finite:
+            raise NonFiniteError(NOT_FINITE)
         if self.settings.repetition_penalty != 1:
             self._seen = torch.cat([self._seen, token], dim=1)
-        return int(token)
+        return int(chosen)
 
 
 class AnswerText:

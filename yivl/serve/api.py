@@ -26,7 +26,7 @@ def main() -> None:
 
     from yivl.serve.listening import Server, bind
 
-    listener = bind(arguments.host, arguments.port, "--host, --port")
+    listeners = bind(arguments.host, arguments.port, "--host, --port")
 
     from yivl.serve.app import build_app
     from yivl.serve.memory import return_large_blocks
@@ -38,9 +38,9 @@ def main() -> None:
         logger.warning("%s:%d is open to everyone who can reach it; set YIVL_API_KEY", arguments.host, arguments.port)
     scheduler = Scheduler(loaded, limits)
     app = build_app(scheduler, limits, api_key=api_key, remote_hosts=tuple(arguments.allow_remote_images))
-    port = listener.getsockname()[1]
+    port = listeners[0].getsockname()[1]
     logger.info("http://%s:%d/v1 answers as %s", arguments.host, port, loaded.name)
-    Server(app, scheduler, limits).run(sockets=[listener])
+    Server(app, scheduler, limits).run(sockets=listeners)
 
 
 def console() -> None:

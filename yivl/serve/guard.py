@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import time
+from typing import Final
 
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
@@ -12,6 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from yivl.serve.api_errors import APIError, http_error
 from yivl.serve.limits import Limits
 from yivl.serve.metrics import Metrics, log
+
+_SMALL_BODY: Final = 2**20
+"""Bytes of a body that may use all of ``max_total_bytes``: text, and images as most clients send them. Source: ours."""
+
+_SHARE_OF_LARGE: Final = 7 / 8
+"""Part of ``max_total_bytes`` that larger bodies can use up, so that they cannot keep all others out. Source: ours."""
 
 
 class Guard:
@@ -36,7 +43,7 @@ class Guard:
             return
         start, status, received = time.perf_counter(), 500, 0  # 500: nothing is sent if the application fails
 
-        deadline: float | None = asyncio.get_running_loop().time() + self._limits.max_seconds
+        deadline: float | None = asyncio.get_running_loop().time() + self._limits.max_receive_seconds
 
         async def limited_receive() -> Message:
             nonlocal received, deadline
@@ -51,7 +58,8 @@ class Guard:
             received, self._held = received + length, self._held + length
             if received > self._limits.max_body_bytes:
                 raise HTTPException(413)
-            if self._held > self._limits.max_total_bytes:
+            share = 1 if received <= _SMALL_BODY else _SHARE_OF_LARGE
+            if self._held > share * self._limits.max_total_bytes:
                 raise HTTPException(429)
             return message
 

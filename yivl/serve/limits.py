@@ -21,7 +21,7 @@ class Limits:
 
     max_tokens: int = _limit(2048, "tokens of an answer", "api", "web")
     max_image_bytes: int = _limit(20 * 2**20, "bytes of an image", "api", "web")
-    max_image_pixels: int = _limit(50_000_000, "pixels of the square around an image", "api", "web")
+    max_image_pixels: int = _limit(50_000_000, "pixels of an image", "api", "web")
     max_decoding: int = _limit(2, "image files decoded at a time", "api", "web")
     max_queue: int = _limit(64, "requests in the queue", "api", "web")
     max_images: int = _limit(8, "images of a request", "api")
@@ -43,6 +43,7 @@ class Limits:
         may_be_zero=True,
     )
     max_seconds: float = _limit(600.0, "seconds of a request, the time in the queue included", "api")
+    max_receive_seconds: float = _limit(120.0, "seconds that a client has to send a request", "api")
     max_encoded_images: int = _limit(16, "images whose vision features are kept for later requests", "api", "web")
     shutdown_seconds: int = _limit(20, "seconds that answers have to finish when the server is stopped", "api")
     max_sessions: int = _limit(64, "conversations kept", "web")

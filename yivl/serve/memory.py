@@ -16,6 +16,9 @@ def return_large_blocks() -> None:
 
     By default glibc raises the size from which it does so up to 32 MiB as large blocks are freed, and keeps the smaller
     ones: after large images a server would hold several times the memory that it uses.
+
+    Blocks that are returned are mapped again by the next step. The only ones of a decoding step are the logits: a small
+    model with a vocabulary of 64,000 decodes 8 rows 2 % slower, measured in alternating processes.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)

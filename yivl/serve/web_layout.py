@@ -1,5 +1,6 @@
 """Components of the web page, and the callback of each event."""
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +47,15 @@ _LANGUAGE: Final = """() => {
 }"""
 _CLOSE: Final = '() => ({__type__: "update", open: false})'
 _FORM_BYTES: Final = 2**20  # of an upload, beside the file
-_FORGED: Final = (LookupError, TypeError, ValueError, AttributeError, FnIndexInferError)  # from gradio's routes
+_FORGED: Final = (LookupError, TypeError, ValueError, AttributeError, FnIndexInferError)
+"""What gradio raises while it looks up the event that a request names, and the names of its arguments."""
+
+_EVENT_ROUTES: Final = ("/queue/join", "/call/", "/run/", "/api/", "/component_server")
+"""Routes that do it; they only queue the event, or catch what its callback raises."""
+
+_OF_THE_SYSTEM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of files for which no request is the reason, unlike a path that does not exist."""
+
 _SYSTEM_FONTS: Final = ("system-ui", "sans-serif")  # the theme's own would be fetched from another host
 _SYSTEM_MONO_FONTS: Final = ("ui-monospace", "monospace")
 
@@ -206,6 +215,9 @@ class _LocalBlocks(gr.Blocks):
         except Exception as error:  # the components of gradio raise errors of many types
             if isinstance(error, gr.Error) and not error.print_exception:
                 raise
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_SYSTEM:
+                raise
+            logger.debug("refused the arguments of an event", exc_info=error)
             raise gr.Error("an argument has the wrong type or value", print_exception=False) from error
 
 
@@ -226,7 +238,10 @@ def _refuse_url(request: Request) -> None:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """Answer a request that gradio's routes fail on, such as one that names an event the page does not have."""
+    """Answer a request for an event that the page does not have."""
+    if not any(route in request.url.path for route in _EVENT_ROUTES):
+        raise error
+    logger.debug("refused a request", exc_info=error)
     logger.warning("%s: refused, the page has no such event (%s)", request.url.path[:60], type(error).__name__)
     return JSONResponse({"detail": "the page has no such event"}, 400)
 
