@@ -153,7 +153,7 @@ def test_a_weight_is_whole_repeats_and_a_subsample_without_overlap_across_ranks(
     sizes: list[int], weight: float, limit: int | None, world_size: int, seed: int
 ) -> None:
     source = DataSource("rows.json", weight=weight, max_rows=limit)
-    sizes = [len(source.subset(range(size), seed)) for size in sizes]
+    sizes = [len(source.subset(size, seed)) for size in sizes]
     samples = [source.samples_per_epoch(size) for size in sizes]
     for epoch in range(2):
         counts: Counter[int] = Counter()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from array import array
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from yivl.checkpoint.atomic import write_text
+from yivl.data.orders import index_type
 from yivl.data.rows import RowError
 from yivl.data.shard_file import ShardFile, ShardUnavailableError, is_remote
 from yivl.data.sources import DataSource
@@ -48,14 +50,14 @@ def select_samples(source: DataSource, seed: int) -> ShardSubset:
     """
     paths = source.shards()
     counts = _cached_counts(source.name, paths)
-    chosen = source.subset(range(sum(number for number, _ in counts)), seed)
+    chosen = source.subset(sum(number for number, _ in counts), seed)
     kept: dict[str, Sequence[int]] = {}
     start = 0
     for path, (number, is_damaged) in zip(paths, counts, strict=True):
         indices = chosen[bisect_left(chosen, start) : bisect_left(chosen, start + number)]
         if indices or is_damaged:  # reading it reports the damage, after the samples before it
             is_whole = len(indices) == number
-            kept[path] = range(number) if is_whole else [index - start for index in indices]
+            kept[path] = range(number) if is_whole else array(index_type(number), (index - start for index in indices))
         start += number
     return ShardSubset(start, kept)
 
