@@ -129,6 +129,21 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_name(tmp_path: Path) -
     assert one.fingerprint != both.fingerprint
 
 
+def test_the_fingerprint_of_a_name_on_the_hub_is_of_the_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint(place: str, split: str, answer: str = "a") -> str:
+        """Load a data set into a cache of its own, as each node of a cluster does."""
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / f"cache-{place}")
+        write(tmp_path / place, [conversation(None, f"q{n}", answer) for n in range(3)], "file")
+        return load_all_rows(DataSource(f"hub:{tmp_path}/{place}:{split}"), pytest.fail).fingerprint
+
+    first = fingerprint("one", "train")
+    assert fingerprint("two", "train") == first
+    assert fingerprint("three", "train", "b") != first
+    assert fingerprint("one", "train[:2]") != first
+
+
 def test_a_name_on_the_hub_in_a_mixture_is_not_a_relative_path(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text("- {data_path: 'hub:owner/name@main:train'}\n")
     (source,) = read_sources(str(tmp_path / "mix.yaml"))

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +257,22 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkey
 def open_in_a_process(path: Path, ready: Any, results: Any) -> None:
     builds, write = [], records._write_json
     records._write_json = lambda *arguments: (builds.append(1), write(*arguments))[1]
+    hashed, digest = [], hashlib.file_digest
+
+    def digest_slowly(file: Any, name: str) -> Any:
+        hashed.append(1)
+        time.sleep(0.1)  # the other processes look for the hash meanwhile
+        return digest(file, name)
+
+    hashlib.file_digest = digest_slowly
     ready.wait()
     rows = len(open_rows_of(path))
-    results.put((rows, len(builds)))
+    results.put((rows, len(builds), len(hashed)))
 
 
 def test_of_processes_that_open_a_file_at_once_one_reads_it(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.json", [conversation(None, f"q{index}", "a") for index in range(500)])
+    os.utime(path, (1, 1))  # the hash of a file that was just written is not kept
     context = multiprocessing.get_context("fork")
     ready, results = context.Barrier(4), context.Queue()
     processes = [context.Process(target=open_in_a_process, args=(path, ready, results)) for _ in range(4)]
@@ -270,8 +281,9 @@ def test_of_processes_that_open_a_file_at_once_one_reads_it(tmp_path: Path) -> N
     found = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert [rows for rows, _ in found] == [500] * 4
-    assert sum(builds for _, builds in found) == 1
+    assert [rows for rows, _, _ in found] == [500] * 4
+    assert sum(builds for _, builds, _ in found) == 1
+    assert sum(hashed for _, _, hashed in found) == 1
 
 
 def test_a_killed_build_leaves_nothing_that_is_used(
@@ -381,6 +393,7 @@ def test_a_mixture_cannot_allow_images_outside_of_their_folder(tmp_path: Path) -
 
 RANK = """
 import sys
+import time
 import torch.distributed as dist
 from yivl.data import records
 from yivl.data.sources import DataSource, load_all_rows

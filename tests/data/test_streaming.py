@@ -274,6 +274,41 @@ def test_a_position_that_cannot_be_used_is_an_error(damage: str | None, message:
         read_position(tmp_path, [[0, 1]], 0)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_changed_source_starts_with_a_new_epoch_and_the_others_continue(
+    parts: int, encoder: Encoder, tmp_path: Path
+) -> None:
+    """The sources change to other numbers of shards and rows, so that no former place can exist."""
+    kept = DataSource(write_shards(tmp_path / "kept", 2, 8))
+    before = [DataSource(write_shards(tmp_path / "before", 5, 6)), kept, DataSource(rows_of(tmp_path / "a.json", 19))]
+    now = [DataSource(write_shards(tmp_path / "now", 2, 7)), kept, DataSource(rows_of(tmp_path / "b.json", 4))]
+    dataset = StreamDataset(before, encoder, pytest.fail, 1, num_slots=2, shuffle_buffer=4)
+    streams = [dataset.open_stream(part) for part in range(2)]
+    for stream in streams:
+        for _ in range(25):
+            next(stream)
+    epochs = [max(stream.position.sources[source].epoch for stream in streams) for source in range(3)]
+    DataPosition(dataset.start.layout, [stream.position for stream in streams]).write(tmp_path)
+    new = StreamDataset(now, encoder, pytest.fail, 1, num_slots=parts, shuffle_buffer=4)
+    with pytest.raises(CheckpointError, match="the sources had"):
+        read_position(tmp_path, new.shard_numbers, 0)
+    found = read_position(tmp_path, new.shard_numbers, 0, changed=[0, 2])
+    resumed = [replace(place, rows=0) for place in found.positions]
+    expected = [replace(stream.position, rows=0) for stream in streams]
+    assert [place.sources[1] for place in resumed] == [place.sources[1] for place in expected]
+    for source, total in ((0, 14), (2, 4)):
+        counts: Counter[str] = Counter()
+        for stream in streams_of(now, encoder, parts, start=found):
+            own = stream._sources[source]
+            while (row := own.next_row()) and own.position.epoch == epochs[source] + 1:
+                counts[answer(row)] += 1
+        assert len(counts) == counts.total() == total
+
+
+def rows_of(path: Path, number: int) -> str:
+    return str(write_rows(path, [conversation(None, "q", f"{path.name} {index}") for index in range(number)]))
+
+
 def test_batches_carry_the_position_after_their_last_sample(encoder: Encoder, tmp_path: Path) -> None:
     sources = read_sources(write_shards(tmp_path, 2, 6, bad=[3]))
     bad = BadRows("skip", tmp_path / "bad.jsonl")

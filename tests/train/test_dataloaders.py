@@ -153,7 +153,7 @@ def test_a_weight_is_whole_repeats_and_a_subsample_without_overlap_across_ranks(
     sizes: list[int], weight: float, limit: int | None, world_size: int, seed: int
 ) -> None:
     source = DataSource("rows.json", weight=weight, max_rows=limit)
-    sizes = [len(source.subset(range(size), seed)) for size in sizes]
+    sizes = [len(source.subset(size, seed)) for size in sizes]
     samples = [source.samples_per_epoch(size) for size in sizes]
     for epoch in range(2):
         counts: Counter[int] = Counter()
@@ -535,11 +535,12 @@ def test_changed_content_behind_the_same_rows_is_refused_on_resume_unless_allowe
         (tmp_path / "training_run.json").write_text(json.dumps({"sources": sources}))
 
     record(batches(fingerprint="1f").sources)
-    batches(fingerprint="1f", source="moved/b.json").check_record(tmp_path)
+    assert batches(fingerprint="1f", source="moved/b.json").check_record(tmp_path) == []
+    assert batches().check_record(tmp_path) == []  # a shard is unavailable for now
     changed = batches(fingerprint="2e", rows=5)
     with pytest.raises(CheckpointError, match=r"the content of b\.json has changed .* add --allow_changed_data True$"):
         changed.check_record(tmp_path)
-    changed.check_record(tmp_path, allow_changed_data=True)
+    assert changed.check_record(tmp_path, allow_changed_data=True) == [1]
     assert caplog.messages == [
         f"{tmp_path}: the content of b.json has changed since it was written; the run continues with the new content"
     ]

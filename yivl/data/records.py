@@ -15,7 +15,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from yivl.data.json_texts import check_regular, parse_text, read_texts, row_unit
-from yivl.data.row_cache import build_once, content_hash
+from yivl.data.row_cache import build_once, cache_lock, content_hash
 from yivl.errors import RowError
 
 HUB: Final = "hub:"
@@ -69,8 +69,7 @@ def open_records(path: str) -> Records:
         OSError: If the disk of the cache is full.
     """
     if path.startswith(HUB):
-        dataset = _load_hub(path)
-        return Records(path, dataset, False, dataset._fingerprint)
+        return _load_hub(path)
     try:
         if is_dataset(path):
             return _load_folder(path)
@@ -136,11 +135,16 @@ def _load_folder(path: str) -> Records:
         dataset = datasets.load_from_disk(path)
     except (ValueError, KeyError, pyarrow.ArrowException) as error:
         raise RowError(f"{path}: not a folder of Dataset.save_to_disk ({' '.join(str(error).split())})") from error
+    return Records(path, dataset, False, _hash_files(dataset, ""))
+
+
+def _hash_files(dataset: Any, split: str) -> str:
+    """Return a hash of the content of the files of a data set, whatever their names, and of the split of them."""
     contents = [content_hash(file["filename"]) for file in dataset.cache_files]
-    return Records(path, dataset, False, hashlib.sha256("".join(contents).encode()).hexdigest())
+    return hashlib.sha256("".join([split, *contents]).encode()).hexdigest()
 
 
-def _load_hub(path: str) -> Any:
+def _load_hub(path: str) -> Records:
     """Return the split of a data set on the hub, ``hub:owner/name[@revision][:split]``; by default ``train``.
 
     No code of the data set is executed: ``datasets`` reads data files only.
@@ -149,8 +153,12 @@ def _load_hub(path: str) -> Any:
     name, _, revision = name.partition("@")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    split = split or "train"
     try:
-        return datasets.load_dataset(name, split=split or "train", revision=revision or None)
+        with cache_lock(f"hub-{hashlib.sha256(name.encode()).hexdigest()}"):
+            dataset = datasets.load_dataset(name, split=split, revision=revision or None)
+        # Not the fingerprint of the data set, which depends on the path and time stamps of its files.
+        return Records(path, dataset, False, _hash_files(dataset, split))
     except Exception as error:  # of the network, the hub, the readers of files: there is no common type
         if "No space left on device" in str(error):
             raise

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -46,18 +46,37 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     """
     place = os.path.abspath(path).encode("utf-8", "surrogateescape")
     record = cache_folder() / "files" / f"{hashlib.sha256(place).hexdigest()}.json"
-    identity = _identity(path)
+    if (known := _known_hash(record, _identity(path))) is not None:
+        return known
+    with cache_lock(record.stem):  # the ranks of a node would read the file at once
+        identity = _identity(path)
+        if (known := _known_hash(record, identity)) is not None:
+            return known
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if _identity(path) == identity and time.time() - identity[1] / 1e9 > _SETTLED:
+            with suppress(OSError):  # it is read again the next time
+                write_text(record, json.dumps({"identity": identity, "sha256": found}))
+        return found
+
+
+def _known_hash(record: Path, identity: list[int]) -> str | None:
     with suppress(OSError, ValueError):
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["identity"] == identity:
             return str(known["sha256"])
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if _identity(path) == identity and time.time() - identity[1] / 1e9 > _SETTLED:
-        with suppress(OSError):  # it is read again the next time
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_text(record, json.dumps({"identity": identity, "sha256": found}))
-    return found
+    return None
+
+
+@contextmanager
+def cache_lock(name: str) -> Iterator[None]:
+    """Hold a lock of the cache; without one if the cache cannot be written, which ``build_once`` reports."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder = cache_folder() / "files"
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / f"{name}.lock"))
+        yield
 
 
 def _identity(path: str | os.PathLike[str]) -> list[int]:

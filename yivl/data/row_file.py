@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from yivl.data.orders import index_type
 from yivl.data.records import Records, open_records
 from yivl.data.row_cache import build_once, map_blocks
 from yivl.data.rows import EMPTY_ANSWER, OPENING_ANSWER, OUTSIDE_IMAGE, Row, parse_row
@@ -80,7 +81,9 @@ class RowFile:
 
     def inside(self) -> np.ndarray | None:
         """Return the indices of the valid rows without images outside the folder; ``None`` if these are all."""
-        return np.flatnonzero(self.flags & IS_OUTSIDE == 0) if len(self._outside()) else None
+        if not len(self._outside()):
+            return None
+        return np.flatnonzero(self.flags & IS_OUTSIDE == 0).astype(index_type(len(self)))
 
     def lengths(self, encoder: "Encoder") -> np.ndarray:
         """Return the sequence length of every valid row, ``(rows,)`` int32, computed once and cached."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 
+from yivl.data.orders import index_type
 from yivl.data.row_cache import BLOCK
 from yivl.data.row_file import HAS_IMAGES, HAS_PATHS, IS_EMPTY, IS_OUTSIDE, OPENS, RowFile
 from yivl.data.rows import EMPTY_ANSWER, OPENING_ANSWER, OUTSIDE_IMAGE, Row, summarize_notice
@@ -48,7 +49,7 @@ class RowTable(Sequence[Row]):
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "RowTable":
         """Return a table of some rows, given in ascending order."""
-        wanted = np.asarray(indices, dtype=np.int64)
+        wanted = np.asarray(indices, dtype=index_type(len(self)))
         bounds = np.searchsorted(wanted, self._starts)
         parts = []
         for (file, kept), offset, start, stop in zip(self.parts, self._starts, bounds, bounds[1:], strict=False):

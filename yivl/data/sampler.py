@@ -9,8 +9,8 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from yivl.data.encoding import Encoder, Sample, encode_or_skip
+from yivl.data.orders import index_type, subsample
 from yivl.data.rows import Row, RowError
-from yivl.data.sources import subsample
 
 GROUP_SIZE = 50
 """Global batches that are sorted together by length: enough to pad little, few enough to stay random. Source: ours,
@@ -86,14 +86,14 @@ class BatchSampler(Sampler[list[int]]):
 
     def _epoch_indices(self) -> "array[int]":
         """Return the dataset indices of the epoch, not shuffled: whole repeats, and a subsample for the fraction."""
-        indices = array("i" if sum(self.num_rows) < 2**31 else "q")
+        indices = array(index_type(sum(self.num_rows)))
         start = 0
         for source, (number, total) in enumerate(zip(self.num_rows, self.samples_per_epoch, strict=True)):
-            rows = range(start, start + number)
             repeats, rest = divmod(total, max(number, 1))
             for _ in range(repeats):
-                indices.extend(rows)
-            indices.extend(subsample(rows, rest, f"{self.seed} {self.epoch} {source}"))
+                indices.extend(range(start, start + number))
+            chosen = subsample(number, rest, f"{self.seed} {self.epoch} {source}")
+            indices.extend(start + index for index in chosen)
             start += number
         return indices
 

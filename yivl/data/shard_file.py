@@ -33,6 +33,10 @@ class ShardUnavailableError(YiVLError):
     """A shard cannot be read, although nothing is known to be wrong with its content."""
 
 
+class ShardMissingError(ShardUnavailableError):
+    """A shard cannot be read, and another try would not help: it does not exist, or access is denied."""
+
+
 def is_remote(path: str) -> bool:
     """Return whether a path is a URL, such as ``https://`` or ``s3://``."""
     return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
@@ -125,7 +129,7 @@ class ShardFile:
                 cause = _cause(error)
                 reason = " ".join(str(cause).split()) or type(cause).__name__
                 if _is_permanent(cause):
-                    raise ShardUnavailableError(f"{self.path}: cannot be read ({reason})") from error
+                    raise ShardMissingError(f"{self.path}: cannot be read ({reason})") from error
                 pause = next(pauses, None)
                 if pause is None:
                     raise ShardUnavailableError(

@@ -3,15 +3,15 @@
 import glob
 import math
 import os
-import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from yivl.data.json_texts import check_regular
+from yivl.data.orders import subsample
 from yivl.data.records import HUB, is_dataset
 from yivl.data.row_file import open_rows
 from yivl.data.row_table import RowTable
@@ -19,8 +19,6 @@ from yivl.data.rows import RowError
 from yivl.data.shard_file import check_urls, is_remote
 from yivl.errors import YiVLError
 from yivl.files.yaml_files import read_yaml
-
-T = TypeVar("T")
 
 MAX_PATHS: Final = 1_000_000
 """Largest number of paths of one pattern; LAION-5B has 232,320 shards. Source: ours."""
@@ -117,11 +115,11 @@ class DataSource:
         """
         return [path for path, _ in self.files()]
 
-    def subset(self, items: Sequence[T], seed: int) -> Sequence[T]:
-        """Return the items, or the subset of ``max_rows`` of them that ``seed`` determines, in their order."""
-        if self.max_rows is None or len(items) <= self.max_rows:
-            return items
-        return subsample(items, self.max_rows, seed)
+    def subset(self, number: int, seed: int) -> Sequence[int]:
+        """Return the indices of ``number`` rows, or of the subset of ``max_rows`` that ``seed`` determines."""
+        if self.max_rows is None or number <= self.max_rows:
+            return range(number)
+        return subsample(number, self.max_rows, seed)
 
     def samples_per_epoch(self, num_rows: int) -> int:
         """Return how many samples an epoch has of ``num_rows`` rows, which ``max_rows`` has already limited."""
@@ -253,9 +251,8 @@ def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], No
 
 def select_rows(source: DataSource, rows: RowTable, seed: int) -> RowTable:
     """Return all rows of a source, or the subset of ``max_rows`` that ``seed`` determines."""
-    places = range(len(rows))
-    chosen = source.subset(places, seed)
-    return rows if chosen is places else rows.select(chosen)
+    chosen = source.subset(len(rows), seed)
+    return rows if len(chosen) == len(rows) else rows.select(chosen)
 
 
 def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) -> RowTable:
@@ -271,8 +268,3 @@ def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) ->
             on_bad_row(error)
         parts.append((file, None if source.allow_outside_images else file.inside()))
     return RowTable(parts)
-
-
-def subsample(items: Sequence[T], count: int, seed: int | str) -> list[T]:
-    """Return a random subset of ``count`` items, in their order."""
-    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]

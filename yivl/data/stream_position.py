@@ -3,8 +3,8 @@
 import json
 import random
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -154,6 +154,20 @@ class DataPosition:
         layout = self.layout.split_rest(self.positions, parts)
         return DataPosition(layout, [layout.start()] * parts)
 
+    def restart(self, source: int) -> "DataPosition":
+        """Return the same positions, with all streams at the start of an epoch of a source that none has begun."""
+        rests = [dict(epochs) for epochs in self.layout.rests]
+        begun = [position.sources[source].epoch for position in self.positions]
+        if rests:
+            begun += rests[source]
+            rests[source] = {}
+        place = SourcePosition(max(begun) + 1)
+        positions = [
+            replace(position, sources=(*position.sources[:source], place, *position.sources[source + 1 :]))
+            for position in self.positions
+        ]
+        return DataPosition(replace(self.layout, rests=rests), positions)
+
     def write(self, folder: Path) -> None:
         """Write ``POSITION``."""
         rests = []
@@ -176,13 +190,16 @@ class DataPosition:
         write_text(folder / POSITION, json.dumps(fields) + "\n")
 
 
-def read_position(folder: Path, shards: Sequence[Sequence[int]], seed: int) -> DataPosition:
+def read_position(
+    folder: Path, shards: Sequence[Sequence[int]], seed: int, changed: Collection[int] = ()
+) -> DataPosition:
     """Return the positions that a checkpoint holds.
 
     Args:
         folder: Of the checkpoint.
         shards: As in ``Layout``.
         seed: Of the run.
+        changed: Indices of the sources whose content is another than that of the checkpoint: they restart.
 
     Raises:
         CheckpointError: If there are none, they cannot be read, or they are of other data.
@@ -211,12 +228,16 @@ def read_position(folder: Path, shards: Sequence[Sequence[int]], seed: int) -> D
         raise CheckpointError(
             f"{path}: damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint"
         ) from error
-    if counts != [len(of_source) for of_source in shards]:
+    now = [len(of_source) for of_source in shards]
+    if len(counts) != len(now) or any(counts[i] != now[i] for i in range(len(now)) if i not in changed):
         raise CheckpointError(
             f"{path}: the sources had {counts} tar shards when it was written, and have "
-            f"{[len(of_source) for of_source in shards]} now; use the former data, or start a new run"
+            f"{now} now; use the former data, or start a new run"
         )
-    return DataPosition(Layout(shards, len(positions), seed, generation, rests), positions)
+    position = DataPosition(Layout(shards, len(positions), seed, generation, rests), positions)
+    for source in changed:
+        position = position.restart(source)
+    return position
 
 
 def _stream_position(entry: Mapping[str, Any]) -> StreamPosition:

@@ -1,7 +1,7 @@
 """Which streamed batches the trainer of this rank has received, for its checkpoints."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,20 @@ class StreamProgress:
             position = batch.pop("position")
             self._received[position.part] = position.position
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, changed: Collection[int] = ()) -> None:
         """Let the streams continue where those of a checkpoint were; must be called before the first batch is read.
 
         With as many streams (ranks x data-loading workers) the order is the same as without an interruption. Others
-        read, in another order, exactly what is left of the epochs that have begun.
+        read, in another order, exactly what is left of the epochs that have begun. Sources whose indices are in
+        ``changed`` have another content than before and start with the next epoch.
 
         Raises:
             CheckpointError: If the checkpoint has no position, or it is of other data.
         """
         dataset = self.dataset
-        saved = read_position(checkpoint, dataset.shard_numbers, dataset.seed)
+        saved = read_position(checkpoint, dataset.shard_numbers, dataset.seed, changed)
+        for source in changed:
+            logger.warning("%s: starts with a new epoch, since its content has changed", dataset.sources[source].name)
         before, now = saved.layout.parts, dataset.start.layout.parts
         if before != now:
             logger.warning(

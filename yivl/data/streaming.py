@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from yivl.data.encoding import Encoder, Sample, encode_or_skip
+from yivl.data.orders import shuffled
 from yivl.data.rows import Row, RowError, parse_row
 from yivl.data.shard_facts import ShardSubset, select_samples
 from yivl.data.shards import ShardReader
@@ -267,13 +268,13 @@ class _RowReader:
     def __init__(self, source: DataSource, seed: int) -> None:
         self._seed, self._bad = seed, list[RowError]()
         self._rows = load_rows(source, seed, self._bad.append)
-        self._epoch, self._order = -1, list[int]()
+        self._epoch, self._order = -1, array("i")
 
     def read(self, epoch: int, piece: Piece) -> Iterator[TarSample | _FileRow | RowError]:
         """Yield the rows of a piece."""
         if self._epoch != epoch:
-            self._epoch, self._order = epoch, list(range(len(self._rows) + len(self._bad)))
-            random.Random(f"{self._seed} {epoch}").shuffle(self._order)
+            self._epoch = epoch
+            self._order = shuffled(len(self._rows) + len(self._bad), f"{self._seed} {epoch}")
         places = range(piece.sample, piece.sample + 1)
         if piece.modulus:
             first = piece.sample + (piece.remainder - piece.sample) % piece.modulus

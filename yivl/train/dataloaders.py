@@ -17,7 +17,7 @@ from yivl.data.encoding import Encoder
 from yivl.data.row_table import RowTable, join
 from yivl.data.rows import RowError
 from yivl.data.sampler import BatchSampler, RowDataset
-from yivl.data.shard_facts import ShardSubset, fingerprint
+from yivl.data.shard_facts import ShardSubset, shared_fingerprint
 from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources, select_rows
 from yivl.data.stream_progress import StreamProgress
 from yivl.data.streaming import StreamCollator, StreamDataset, StreamSampler
@@ -70,8 +70,10 @@ class Batches:
             for *cells, name in table
         )
 
-    def check_record(self, checkpoint: Path, *, allow_changed_data: bool = False) -> None:
+    def check_record(self, checkpoint: Path, *, allow_changed_data: bool = False) -> list[int]:
         """Check that a checkpoint was trained on the same subsamples of the same data; their paths may have changed.
+
+        Returns the indices of the sources with another content.
 
         Args:
             checkpoint: To resume from.
@@ -101,10 +103,13 @@ class Batches:
                 f"{checkpoint}: the data had {len(recorded)} sources when it was written, and has {len(self.sources)} "
                 "now; use the former data, or start a new run"
             )
-        for ours, theirs in zip(self.sources, recorded, strict=True):
-            # What earlier versions did not record is not compared.
-            has_changed = ours.get("fingerprint", "") != theirs.get("fingerprint", ours.get("fingerprint", ""))
+        changed = []
+        for number, (ours, theirs) in enumerate(zip(self.sources, recorded, strict=True)):
+            # What earlier versions did not record, or what is unavailable, is not compared.
+            hashes = [facts["fingerprint"] for facts in (ours, theirs) if "fingerprint" in facts]
+            has_changed = len(hashes) == 2 and hashes[0] != hashes[1]
             if has_changed:
+                changed.append(number)
                 change = f"{checkpoint}: the content of {ours['source']} has changed since it was written"
                 if not allow_changed_data:
                     raise CheckpointError(
@@ -118,6 +123,7 @@ class Batches:
                         f"{checkpoint}: {name} of {ours['source']} was {theirs[name]} when it was written, and is "
                         f"{ours[name]} now; use the former data, max_rows and weight, or start a new run"
                     )
+        return changed
 
 
 def make_batches(
@@ -209,8 +215,7 @@ def _streamed_batches(
     facts = [
         {"source": source.name, "weight": source.weight}
         | (
-            {"shards": len(source.shards()), "fingerprint": fingerprint(source)}
-            | _subset_facts(dataset.subsets.get(source))
+            _shard_facts(source, training) | _subset_facts(dataset.subsets.get(source))
             if source.is_streamed
             else _file_facts(source, training.seed, on_bad_row)
         )
@@ -219,6 +224,11 @@ def _streamed_batches(
     _warn_of_limit(facts)
     loader = _loader(dataset, sampler, encoder, data, training, wrap=StreamCollator)
     return Batches(loader, facts, StreamProgress(dataset))
+
+
+def _shard_facts(source: DataSource, training: TrainingArguments) -> dict[str, Any]:
+    found = shared_fingerprint(source, training.process_index, training.local_process_index)
+    return {"shards": len(source.shards())} | ({} if found is None else {"fingerprint": found})
 
 
 def _subset_facts(subset: ShardSubset | None) -> dict[str, Any]:

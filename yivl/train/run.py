@@ -116,9 +116,9 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
     run = Run(arguments, plan, args, start, encoder, batches, eval_loader, bad_rows, checkpoint, total_steps)
     if checkpoint is not None and not run.is_finished:
         check_same_run(checkpoint, as_dict(arguments, args), total_steps)
-        batches.check_record(checkpoint, allow_changed_data=training.allow_changed_data)
+        changed = batches.check_record(checkpoint, allow_changed_data=training.allow_changed_data)
         if batches.stream is not None:
-            batches.stream.resume(checkpoint)
+            batches.stream.resume(checkpoint, changed)
     return run
 
 
