@@ -26,3 +26,7 @@ class NonFiniteError(CheckpointError):
 
 class ContextLengthError(YiVLError):
     """A conversation that exceeds the context length."""
+
+
+class Stopped(SystemExit):
+    """The end of all ranks of a run after the same step, because of a signal; the code is 128 and its number."""

@@ -3,11 +3,12 @@
 # job where it can continue from a checkpoint:
 #   before the time limit or a preemption  Slurm sends SIGUSR1 to the job (#SBATCH --signal=B:USR1@600; for preemption,
 #                                          PreemptParameters=send_user_signal): a checkpoint is saved, then the requeue
-#   after a failure that is not wrong input (exit code 2)  at most MAX_REQUEUES=3 times
+#   after a failure that is not wrong input (exit code 2)  at most MAX_REQUEUES=3 times, counted in
+#                                          OUT/slurm-JOB.failures; SLURM_RESTART_COUNT also counts the requeues above
 # After a failure of a node or a preemption with SIGTERM, Slurm requeues the job itself (#SBATCH --requeue).
 set -euo pipefail
 run_stage() {
-  local stage=$1 code step stopped=0
+  local stage=$1 code step stopped=0 failures count=0
   shift
   export NNODES=$SLURM_NNODES MASTER_PORT=${MASTER_PORT:-29500}
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -25,8 +26,14 @@ run_stage() {
     code=0
     wait "$step" || code=$?
   done
-  if ((code != 0 && (stopped || (code != 2 && ${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-3})))); then
-    echo "requeue: exit code $code, restart ${SLURM_RESTART_COUNT:-0}"
+  if ((code != 0 && code != 2 && !stopped)); then
+    failures=${OUT:-.}/slurm-$SLURM_JOB_ID.failures
+    mkdir -p "${OUT:-.}"
+    echo "$(date '+%F %T') exit code $code" >>"$failures"
+    count=$(wc -l <"$failures")
+  fi
+  if ((code != 0 && (stopped || (code != 2 && count <= ${MAX_REQUEUES:-3})))); then
+    echo "requeue: exit code $code, failure $((count))"
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"

@@ -178,12 +178,16 @@ def test_every_stage_has_a_slurm_job(stage: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
+    ("code", "failures", "requeued"),
     [(0, 0, 0), (1, 0, 1), (1, 3, 0), (2, 0, 0), (137, 2, 1)],
     ids=["finished", "a lost node", "too often", "wrong input", "a killed task"],
 )
-def test_a_slurm_job_is_requeued_after_a_failure(code: int, restarts: int, requeued: int, tmp_path: Path) -> None:
-    environment = slurm(tmp_path / "bin") | {"SLURM_RESTART_COUNT": restarts}
+def test_a_slurm_job_is_requeued_after_a_failure(code: int, failures: int, requeued: int, tmp_path: Path) -> None:
+    # Requeues before a time limit do not count.
+    environment = slurm(tmp_path / "bin") | {"SLURM_RESTART_COUNT": 9, "OUT": tmp_path / "out"}
+    if failures:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/slurm-7.failures").write_text("exit code 1\n" * failures)
     (tmp_path / "bin/srun").write_text(f"#!/bin/bash\nexit {code}\n")
     job = ["bash", "scripts/slurm/train_stage3.sbatch"]
     variables = os.environ | {name: str(value) for name, value in environment.items()}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.training import losses, train, write_rows
 
-from yivl.checkpoint.manifest import MANIFEST
+from yivl.checkpoint.manifest import MANIFEST, share_files
 from yivl.errors import CheckpointError
 from yivl.train.damage import check_files
 from yivl.train.run_log import read_log
@@ -162,3 +162,13 @@ def test_a_resumed_run_on_another_number_of_ranks_is_reproducible(run: Path, out
     assert logs[0] == logs[1]
     assert len(logs[0]) == 2
     assert logs[0] != losses(train(out.parent / "same", run / "rows.json", **LORA | {"resume": out / "checkpoint-4"}))
+
+
+def test_each_rank_hashes_what_it_wrote_and_the_rest_by_size() -> None:
+    states = {f"global_step2/zero_pp_rank_{number}_mp_rank_00_optim_states.pt": 5 for number in range(3)}
+    sizes = states | {"model-1.safetensors": 4, "model-2.safetensors": 3, "config.json": 1, "vit/config.json": 1}
+    assert share_files(sizes, 2) == [
+        [*list(states)[::2], "config.json", "vit/config.json"],
+        [list(states)[1], "model-1.safetensors", "model-2.safetensors"],
+    ]
+    assert share_files({"a": 1}, 3) == [["a"], [], []]

@@ -1,6 +1,7 @@
 """Runs on several nodes: what all ranks must share, a node that is lost, and restarts."""
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +18,18 @@ import torch.distributed as dist
 from support.golden import ROOT
 from support.serving import free_port
 from support.training import flags, losses, run_script, train, write_rows
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerState
 
 from yivl.checkpoint.format import read_json
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train import heartbeat, launch
+from yivl.train.dataloaders import set_up_worker
 from yivl.train.flags import torchrun_parser
 from yivl.train.nodes import reporting_lost_connections
 from yivl.train.resume import check_same_run
 from yivl.train.run_log import RunLog
+from yivl.train.stopping import StopOnSignal
 
 # The ranks of one node take the folders and the data of two nodes. What each check raises, or "passed", is written.
 WORKER = """
@@ -33,6 +38,8 @@ import torch.distributed as dist
 from yivl.train import nodes
 
 dist.init_process_group("gloo")
+for name in ("out", "out0", "out1"):
+    os.makedirs(f"{sys.argv[1]}/{name}", exist_ok=True)
 rank, base = dist.get_rank(), sys.argv[1]
 nodes._VISIBLE_SECONDS = 0.5
 facts = [{"source": f"/node{rank}/rows.json", "rows": 7}]
@@ -50,8 +57,8 @@ with open(f"{base}/rank{rank}", "w") as file:
         try:
             check()
             print(f"{name}: passed", file=file)
-        except (ValueError, OSError) as error:
-            print(f"{name}: {type(error).__name__}: {error}", file=file)
+        except (ValueError, OSError, SystemExit) as error:
+            print(f"{name}: {type(error).__name__}: {getattr(error, 'strerror', error)}", file=file)
 dist.destroy_process_group()
 """
 
@@ -63,22 +70,55 @@ def test_ranks_check_that_they_share_folder_and_data(tmp_path: Path) -> None:
     result = subprocess.run([*command, str(tmp_path / "worker.py"), str(tmp_path)], capture_output=True, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
     host = socket.gethostname()
-    for rank in range(2):
-        assert (tmp_path / f"rank{rank}").read_text().splitlines() == [
-            "shared: passed",
-            f"unshared: YiVLError: --output_dir {tmp_path}/out{rank}: not shared: {host} cannot see what rank 0 writes "
-            f"on {host}; give a folder on a shared file system, or --save_strategy no, with which rank 0 alone writes",
-            f"unwritable: FileExistsError: [Errno 17] File exists: '{tmp_path}/file'",
-            "same: passed",
-            f"fewer rows: YiVLError: --data_path rows.json: rows of /node0/rows.json is 7 on {host} (rank 0) and 8 on "
-            f"{host} (rank 1); give all nodes the same data",
-            f"no fingerprint: YiVLError: --data_path rows.json: fingerprint of /node0/rows.json is None on {host} "
-            f"(rank 0) and ab on {host} (rank 1); give all nodes the same data",
-            f"fewer sources: YiVLError: --data_path rows.json: 1 sources on {host} and 2 on {host} (rank 1); give all "
-            "nodes the same data",
-        ]
+    assert (tmp_path / "rank0").read_text().splitlines() == [
+        "shared: passed",
+        f"unshared: YiVLError: --output_dir {tmp_path}/out0: not shared: {host} cannot see what rank 0 writes on "
+        f"{host}; give a folder on a shared file system, or --save_strategy no, with which rank 0 alone writes",
+        "unwritable: NotADirectoryError: Not a directory",
+        "same: passed",
+        f"fewer rows: YiVLError: --data_path rows.json: rows of /node0/rows.json is 7 on {host} (rank 0) and 8 on "
+        f"{host} (rank 1); give all nodes the same data",
+        f"no fingerprint: YiVLError: --data_path rows.json: fingerprint of /node0/rows.json is None on {host} "
+        f"(rank 0) and ab on {host} (rank 1); give all nodes the same data",
+        f"fewer sources: YiVLError: --data_path rows.json: 1 sources on {host} and 2 on {host} (rank 1); give all "
+        "nodes the same data",
+    ]
+    # The other ranks of a node end without a line of their own.
+    assert (tmp_path / "rank1").read_text().splitlines() == [
+        "shared: passed",
+        "unshared: SystemExit: 2",
+        "unwritable: SystemExit: 1",
+        "same: passed",
+        *(f"{name}: SystemExit: 2" for name in ("fewer rows", "no fingerprint", "fewer sources")),
+    ]
     assert list((tmp_path / "out").iterdir()) == []
     assert list((tmp_path / "out0").iterdir()) == []
+
+
+# Rank 0 ends at once. At a barrier, the other rank would lose its connection.
+REFUSAL = """
+import torch.distributed as dist
+from yivl import command_line
+from yivl.errors import YiVLError
+from yivl.train import __main__ as program, ranks
+
+def refuse():
+    raise YiVLError("out: another run writes to it")
+
+def main():
+    dist.init_process_group("gloo")
+    ranks.on_rank_0(refuse)
+
+program.main = main
+command_line.run(program._run)
+"""
+
+
+def test_a_refusal_of_rank_0_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(REFUSAL)
+    command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "error: out: another run writes to it\n")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +175,16 @@ def rank() -> Iterator["subprocess.Popen[bytes]"]:
     process.wait()
 
 
+class _Pids(Dataset[int]):
+    """The process that reads a sample."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, _: int) -> int:
+        return os.getpid()
+
+
 class Peer:
     """The launcher of another node, as its heartbeats look."""
 
@@ -185,6 +235,32 @@ def test_ranks_that_were_restarted_without_a_silent_node_go_on(server: dist.TCPS
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug"), reporting_lost_connections():
         raise RuntimeError("a bug")
+
+
+def test_sigterm_before_the_ranks_start_ends_the_launcher() -> None:
+    code = (
+        "import signal\nfrom yivl.train import launch\nlaunch._forward_sigterm()\nsignal.raise_signal(signal.SIGTERM)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 128 + signal.SIGTERM
+
+
+def test_of_several_ranks_sigterm_ends_each() -> None:
+    # The launcher of DeepSpeed sets RANK, WORLD_SIZE and LOCAL_SIZE alone.
+    stop, before = StopOnSignal(), signal.getsignal(signal.SIGTERM)
+    for size, is_handled in ((2, False), (1, True)):
+        args: Any = SimpleNamespace(save_strategy="steps", world_size=size)
+        stop.on_train_begin(args, TrainerState())
+        assert (signal.getsignal(signal.SIGTERM) != before) == is_handled
+        assert signal.getsignal(signal.SIGUSR1) == stop._receive
+        stop.on_train_end()
+
+
+def test_a_signal_to_all_processes_does_not_end_workers() -> None:
+    loader: Any = DataLoader(_Pids(), num_workers=1, worker_init_fn=set_up_worker)  # before the rank handles it
+    workers = iter(loader)
+    pid = int(next(workers))
+    os.kill(pid, signal.SIGUSR1)
+    assert [int(other) for other in workers] == [pid] * 7
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

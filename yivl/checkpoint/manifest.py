@@ -1,8 +1,8 @@
 """The manifest of a training checkpoint: sizes and hashes of its files, by which a damaged checkpoint is recognized."""
 
 import hashlib
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -18,34 +18,44 @@ MANIFEST: Final = "checkpoint_manifest.json"
 # Of the hashes of the standard library, SHA-256 is the fastest that is also proof against intent: 1.06 GiB/s per core
 # of an EPYC (Zen 4), blake2b 0.57, crc32 1.36. Source: ours.
 _HASH: Final = "sha256"
-# A disk rarely delivers more than eight cores hash. Source: ours.
-_MAX_THREADS: Final = 8
+# The rank in the name of a file. Source: DeepSpeed, runtime/engine.py, _get_zero_ckpt_name.
+_WRITER: Final = re.compile(r"zero_pp_rank_(\d+)_")
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the manifest of a complete folder; call it after all other files are written."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    hashes = _hash_files(folder, names)
-    files = {name: {"size": (folder / name).stat().st_size, _HASH: hashes[name]} for name in names}
-    write_json(folder / MANIFEST, {"files": files})
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file, by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def find_damage(folder: Path) -> list[str]:
-    """Return what is wrong with the files of a manifest, such as ``optimizer.pt is missing``; other files are ignored.
+def write_manifest(folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, str]) -> None:
+    """Write the manifest of the files whose sizes and hashes are given."""
+    write_json(folder / MANIFEST, {"files": {name: {"size": sizes[name], _HASH: hashes[name]} for name in sizes}})
+
+
+def share_files(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
+    """Return for each rank the files that it hashes: those of DeepSpeed that it has written, others by their size.
+
+    What a rank has written is in the memory of its node.
+    """
+    shares: list[list[str]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    writers = {name: int(match[1]) for name in sizes if (match := _WRITER.search(name))}
+    # Then the largest file first, each to the rank that has the least to do.
+    for name in sorted(sizes, key=lambda name: (name not in writers, -sizes[name], name)):
+        writer = writers.get(name, num_ranks)
+        number = writer if writer < num_ranks else loads.index(min(loads))
+        shares[number].append(name)
+        loads[number] += sizes[name]
+    return shares
+
+
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and hash of every file.
 
     Raises:
-        CheckpointError: If the manifest itself is damaged.
+        CheckpointError: If the manifest is damaged.
     """
-    files = _read_files(folder / MANIFEST)
-    damage = {name: reason for name, (size, _) in files.items() if (reason := _check_size(folder / name, size))}
-    if not damage:  # a hash takes longer
-        hashes = _hash_files(folder, files)
-        damage = {name: "is damaged" for name, (_, expected) in files.items() if hashes[name] != expected}
-    return [f"{name} {reason}" for name, reason in sorted(damage.items())]
-
-
-def _read_files(manifest: Path) -> dict[str, tuple[int, str]]:
-    """Return size and hash of every file."""
+    manifest = folder / MANIFEST
     files: dict[str, tuple[int, str]] = {}
     entries: Any = read_json(manifest).get("files")
     for name, entry in entries.items() if isinstance(entries, dict) else ():
@@ -59,15 +69,20 @@ def _read_files(manifest: Path) -> dict[str, tuple[int, str]]:
     return files
 
 
-def _check_size(path: Path, size: int) -> str | None:
+def check_size(path: Path, size: int) -> str | None:
+    """Return what is wrong with the size of a file, such as ``is missing``, or ``None``."""
     if not is_file(path):  # a damaged manifest may have names that no file can have
         return "is missing"
     found = path.stat().st_size
     return None if found == size else f"has {found:,} bytes instead of {size:,}"
 
 
-def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the hash of every file, computed by threads: hashlib releases the interpreter lock."""
+def hash_files(folder: Path, names: Sequence[str], num_threads: int) -> dict[str, str]:
+    """Return the hash of every file, computed by threads: hashlib releases the interpreter lock.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+    """
 
     def hash_file(name: str) -> str:
         try:
@@ -76,7 +91,5 @@ def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
         except OSError as error:
             raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from error
 
-    # The largest file first: it takes longest.
-    ordered = sorted(names, key=lambda name: -(folder / name).stat().st_size)
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
-        return dict(zip(ordered, threads.map(hash_file, ordered), strict=True))
+    with ThreadPoolExecutor(num_threads) as threads:
+        return dict(zip(names, threads.map(hash_file, names), strict=True))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from yivl import command_line
+from yivl.errors import Stopped
 from yivl.train.arguments import parse_arguments
 from yivl.train.cpu_threads import let_idle_threads_sleep
 from yivl.train.plan import RunPlan, prepare_environment
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run() -> None:
     try:
         main()
-    except SystemExit:  # a signal may have stopped all ranks
+    except Stopped:  # other errors may end one rank alone, and the others would wait for it
         _shut_down()
         raise
     _shut_down()

@@ -6,6 +6,7 @@ import re
 import shlex
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TrainerState
@@ -20,15 +21,17 @@ from yivl.checkpoint.format import (
     read_json,
     weight_files,
 )
-from yivl.checkpoint.manifest import MANIFEST, find_damage
+from yivl.checkpoint.manifest import MANIFEST, check_size, read_manifest
 from yivl.errors import CheckpointError
+from yivl.train.hashing import hash_on_all_ranks
+from yivl.train.ranks import on_rank_0
 from yivl.train.resume import STATE, finished_checkpoints
 
 logger = logging.getLogger(__name__)
 
 
 def check_files(checkpoint: Path) -> None:
-    """Check that the files of a checkpoint are those that were written.
+    """Check that the files of a checkpoint are those that were written; all ranks call it, and each reads a part.
 
     Sizes and hashes are compared with the manifest. Earlier versions wrote none: then the files that a resumed run
     needs have to be there, and not truncated.
@@ -36,13 +39,28 @@ def check_files(checkpoint: Path) -> None:
     Raises:
         CheckpointError: If files are missing or damaged; names the checkpoint before.
     """
+    expected = on_rank_0(lambda: _check_sizes(checkpoint))
+    hashes = hash_on_all_ranks(checkpoint, {name: size for name, (size, _) in expected.items()})
+    damage = [f"{name} is damaged" for name, (_, digest) in expected.items() if hashes[name] != digest]
+    on_rank_0(lambda: _refuse(checkpoint, damage))
+
+
+def _check_sizes(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """Check what is read at once, and return the sizes and hashes to compare; none without a manifest."""
     if (checkpoint / MANIFEST).is_file():
-        damage = find_damage(checkpoint)
+        expected = read_manifest(checkpoint)
+        found = {name: check_size(checkpoint / name, size) for name, (size, _) in expected.items()}
+        damage = [f"{name} {reason}" for name, reason in found.items() if reason]
     else:
         logger.warning("%s: an earlier version wrote no %s; hashes are not checked", checkpoint, MANIFEST)
-        damage = _find_damage_without_manifest(checkpoint)
+        expected, damage = {}, _find_damage_without_manifest(checkpoint)
+    _refuse(checkpoint, damage)
+    return expected
+
+
+def _refuse(checkpoint: Path, damage: Sequence[str]) -> None:
     if damage:
-        raise CheckpointError(f"{checkpoint} is damaged: {', '.join(damage[:3])}; {_advise(checkpoint)}")
+        raise CheckpointError(f"{checkpoint} is damaged: {', '.join(sorted(damage)[:3])}; {_advise(checkpoint)}")
 
 
 def _find_damage_without_manifest(checkpoint: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Data loaders of a run: the flags of the data to the batches of this rank."""
 
 import logging
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,8 +308,17 @@ def _check_image_folder(source: DataSource, rows: RowTable) -> None:
         )
 
 
-def keep_image_memory(_: int = 0) -> None:
-    """Let Pillow reuse the memory of images in this data-loading worker, four blocks of at most 16 MB.
+def set_up_worker(_: int = 0) -> None:
+    """Prepare a data-loading worker: it leaves SIGUSR1 to its rank and keeps the memory of images.
+
+    Slurm sends the signal to all processes. PyTorch handles SIGTERM, with which a rank ends its workers.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    keep_image_memory()
+
+
+def keep_image_memory() -> None:
+    """Let Pillow reuse the memory of images in this process, four blocks of at most 16 MB.
 
     Pillow returns it to the system after every image, whose pages are zeroed again for the next one: 1.7 times the time
     of decoding and resizing without its reuse, 1.4 times with it. Source: ours.
@@ -330,7 +340,7 @@ def _loader(
         batch_sampler=sampler,
         collate_fn=wrap(Collator(encoder.tokenizer.pad_token_id, packing=data.packing)),
         num_workers=training.dataloader_num_workers,
-        worker_init_fn=keep_image_memory,
+        worker_init_fn=set_up_worker,
         pin_memory=training.dataloader_pin_memory and torch.cuda.is_available(),
         persistent_workers=training.dataloader_persistent_workers and has_workers,
         prefetch_factor=training.dataloader_prefetch_factor if has_workers else None,

@@ -33,7 +33,7 @@ class _Node:
     name: str
     beats: int
     heard: float
-    """Time of the last heartbeat, as ``time.time`` returns it."""
+    """Time of the last heartbeat, as ``time.monotonic`` returns it."""
 
 
 class Heartbeat:
@@ -69,13 +69,13 @@ class Heartbeat:
         store = TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=_CONNECT)
         number = store.add("yivl/nodes", 1)
         store.set(f"yivl/name/{number}", socket.gethostname())
-        self._answered = time.time()
+        self._answered = time.monotonic()
         try:
             while not self._stopped.wait(min(self._timeout / 6, 5)):
                 store.add(f"yivl/beats/{number}", 1)
                 for other in set(range(1, store.add("yivl/nodes", 0) + 1)) - {number}:
                     self._hear(store, other)
-                self._answered = time.time()
+                self._answered = time.monotonic()
             store.add(f"yivl/ended/{number}", 1)
         except (DistError, RuntimeError):
             # At the end of a run, the node of the store may exit first.
@@ -90,11 +90,11 @@ class Heartbeat:
         if number not in self._nodes and beats:
             self._nodes[number] = _Node(store.get(f"yivl/name/{number}").decode(), 0, 0)
         if beats and beats != self._nodes[number].beats:
-            self._nodes[number].beats, self._nodes[number].heard = beats, time.time()
+            self._nodes[number].beats, self._nodes[number].heard = beats, time.monotonic()
 
     def _watch(self) -> None:
         while not self._stopped.wait(1):
-            if self._answered and time.time() - self._answered > self._timeout:
+            if self._answered and time.monotonic() - self._answered > self._timeout:
                 self._exit(f"has not answered for {self._timeout:.0f} s")
             for node in list(self._nodes.values()):
                 if self._answered - node.heard > self._timeout:
@@ -102,7 +102,8 @@ class Heartbeat:
 
     def _end_ranks(self, node: _Node) -> None:
         """End the ranks that were started before a node was lost; those restarted since do not wait for it."""
-        waiting = [child for child in psutil.Process().children() if child.create_time() < node.heard]
+        silence = time.monotonic() - node.heard
+        waiting = [child for child in psutil.Process().children() if time.time() - child.create_time() > silence]
         if waiting:
             self.lost = _line(node.name, f"has not answered for {self._timeout:.0f} s")
             _report(self.lost)

@@ -69,6 +69,8 @@ def _forward_sigterm() -> list[int]:
 
     def forward(number: int, _: Any) -> None:
         received.append(number)
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:  # torchrun has not started ranks yet
+            sys.exit(128 + number)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", _SIGNALS)

@@ -17,41 +17,36 @@ from typing import Any, Final
 import torch.distributed as dist
 
 from yivl.errors import YiVLError
+from yivl.train.ranks import end_all_ranks, of_all_ranks, on_rank_0, rank, world_size
 
+PROBE: Final = ".probe-"
+"""Prefix of a file that is in the output folder only while ``check_output_dir`` runs."""
 _VISIBLE_SECONDS: Final = 10.0
 """Time for a new file to become visible on other nodes. Source: ours; NFS caches the absence of a file only after a
 process looked for its name (nfs(5)), and this name is new."""
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Check that all ranks see what rank 0 writes to the output folder.
+    """Check that all ranks see what rank 0 writes to the output folder, which must exist.
 
     Raises:
         YiVLError: If some do not.
-        OSError: If rank 0 cannot write.
+        OSError: On rank 0, if it cannot write.
+        SystemExit: On ranks that do not report the error, as ``on_rank_0`` raises it.
     """
-    if not _has_other_ranks():
+    if world_size() == 1:
         return
-    name = f".probe-{uuid.uuid4().hex}"
-    written: list[str | OSError] = [name]
-    if dist.get_rank() == 0:
-        try:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            Path(output_dir, name).touch()
-        except OSError as error:
-            written = [error]
-    dist.broadcast_object_list(written)
-    if isinstance(written[0], OSError):
-        raise written[0]
-    seen = _all_ranks((socket.gethostname(), _becomes_visible(Path(output_dir, written[0]))))
-    if dist.get_rank() == 0:
-        Path(output_dir, name).unlink(missing_ok=True)
+    probe = Path(output_dir, on_rank_0(lambda: _write_probe(output_dir)))
+    seen = of_all_ranks((socket.gethostname(), _becomes_visible(probe)))
+    if rank() == 0:
+        probe.unlink(missing_ok=True)
     blind = list(dict.fromkeys(host for host, visible in seen if not visible))
     if blind:
-        raise YiVLError(
+        error = (
             f"--output_dir {output_dir}: not shared: {', '.join(blind)} cannot see what rank 0 writes on {seen[0][0]}; "
             "give a folder on a shared file system, or --save_strategy no, with which rank 0 alone writes"
         )
+        end_all_ranks(YiVLError(error))
 
 
 def check_data(data_path: str, sources: Sequence[Mapping[str, Any]]) -> None:
@@ -59,22 +54,27 @@ def check_data(data_path: str, sources: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         YiVLError: If some do not.
+        SystemExit: On ranks that do not report the error.
     """
-    if not _has_other_ranks():
-        return
-    ranks = _all_ranks((socket.gethostname(), [dict(source) for source in sources]))
+    ranks = of_all_ranks((socket.gethostname(), [dict(source) for source in sources]))
+    if difference := _find_difference(ranks):
+        end_all_ranks(YiVLError(f"--data_path {data_path}: {difference}; give all nodes the same data"))
+
+
+def _find_difference(ranks: Sequence[tuple[str, list[dict[str, Any]]]]) -> str | None:
+    """Return the first difference between the sources of rank 0 and those of another rank, given with their hosts."""
     host, expected = ranks[0]
-    for rank, (other, found) in enumerate(ranks):
+    for number, (other, found) in enumerate(ranks):
         if len(found) != len(expected):
-            difference = f"{len(expected)} sources on {host} and {len(found)} on {other}"
-            raise YiVLError(f"--data_path {data_path}: {difference} (rank {rank}); give all nodes the same data")
+            return f"{len(expected)} sources on {host} and {len(found)} on {other} (rank {number})"
         for ours, theirs in zip(expected, found, strict=True):
             for name in ours | theirs:
                 if name != "source" and ours.get(name) != theirs.get(name):
-                    raise YiVLError(
-                        f"--data_path {data_path}: {name} of {ours['source']} is {ours.get(name)} on {host} (rank 0) "
-                        f"and {theirs.get(name)} on {other} (rank {rank}); give all nodes the same data"
+                    return (
+                        f"{name} of {ours['source']} is {ours.get(name)} on {host} (rank 0) and {theirs.get(name)} on "
+                        f"{other} (rank {number})"
                     )
+    return None
 
 
 @contextmanager
@@ -100,15 +100,11 @@ def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
-def _has_other_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _all_ranks(value: Any) -> list[Any]:
-    """Return the values of all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _write_probe(output_dir: str) -> str:
+    """Write an empty file and return its name, which is new: a node may remember that an old one was absent."""
+    name = f"{PROBE}{uuid.uuid4().hex}"
+    Path(output_dir, name).touch()
+    return name
 
 
 def _becomes_visible(path: Path) -> bool:

@@ -1,18 +1,28 @@
-"""Work that one rank does for all of them."""
+"""Work that one rank does for all of them, and what all of them know."""
 
+import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
-import torch
-from transformers import TrainingArguments
+import torch.distributed as dist
 
 from yivl.errors import YiVLError
 
 T = TypeVar("T")
 
 
-def on_rank_0(args: TrainingArguments, work: Callable[[], T]) -> T:
+def world_size() -> int:
+    """Return the number of ranks; 1 before the process group exists."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this rank."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
     """Return what ``work`` returns on rank 0, on all ranks; if it fails, all of them end.
 
     Raises:
@@ -21,20 +31,41 @@ def on_rank_0(args: TrainingArguments, work: Callable[[], T]) -> T:
     """
     outcome: list[tuple[T | None, str | None, int]] = [(None, None, 0)]
     failure: BaseException | None = None
-    if args.process_index == 0:
+    if rank() == 0:
         try:
             outcome = [(work(), None, 0)]
         except BaseException as error:  # also an interrupt: the other ranks wait
             failure = error
             is_wrong_input = isinstance(error, YiVLError)
             outcome = [(None, str(error) if is_wrong_input else None, 2 if is_wrong_input else 1)]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(outcome)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
     if failure is not None:
         raise failure
     result, message, exit_code = outcome[0]
-    if message is not None and args.local_process_index == 0:
-        raise YiVLError(message)
+    if message is not None:
+        end_all_ranks(YiVLError(message))
     if exit_code:
         sys.exit(exit_code)
     return result  # type: ignore[return-value]
+
+
+def end_all_ranks(error: YiVLError) -> NoReturn:
+    """Raise an error that all ranks have found; call it on all of them.
+
+    Raises:
+        YiVLError: ``error``, on one rank of every node, so that the message is shown once.
+        SystemExit: On the other ranks, with its exit code.
+    """
+    if world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+        raise error
+    sys.exit(2)
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """Return the values of all ranks, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -40,6 +40,7 @@ _TRANSFORMERS: Final[Mapping[str, str]] = {
     "load_best_model_at_end": "checkpoints stay in --output_dir",
     "metric_for_best_model": "compare the evaluation losses in log.jsonl",
     "save_only_model": "a checkpoint without its optimizer cannot be resumed",
+    "save_on_each_node": "all nodes share --output_dir",
     "ignore_data_skip": "a resumed run continues with the next batch",
     "label_smoothing_factor": "it needs the logits of the whole sequence",
     "remove_unused_columns": "rows are encoded whole",

@@ -28,9 +28,12 @@ from yivl.checkpoint.format import (
     read_json,
     read_main_weights,
 )
-from yivl.checkpoint.manifest import MANIFEST, write_manifest
+from yivl.checkpoint.manifest import MANIFEST
 from yivl.errors import CheckpointError
 from yivl.train.arguments import ModelArguments
+from yivl.train.hashing import record_files
+from yivl.train.nodes import PROBE
+from yivl.train.ranks import rank
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,8 @@ def remove_leftovers(output_dir: Path) -> None:
         move_entries(output_dir / READY, output_dir, last=_CONFIGURATIONS)
     for folder in (output_dir / UNFINISHED, *output_dir.glob(f".checkpoint-*{REMOVED}")):
         shutil.rmtree(folder, ignore_errors=True)
-    (output_dir / f".{LOG}.partial").unlink(missing_ok=True)
+    for file in (output_dir / f".{LOG}.partial", *output_dir.glob(f"{PROBE}*")):
+        file.unlink(missing_ok=True)
 
 
 def describe_origin(model_name_or_path: str, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -198,8 +202,13 @@ def _global_step(checkpoint: Path) -> int:
 
 
 def publish_checkpoint(folder: Path, output_dir: Path, save_total_limit: int | None) -> None:
-    """Write the manifest of a complete checkpoint, move it into ``output_dir``, and remove those beyond the limit."""
-    write_manifest(folder)
+    """Write the manifest of a complete checkpoint, move it into ``output_dir``, and remove those beyond the limit.
+
+    All ranks call it after all of them have written; rank 0 moves and removes.
+    """
+    record_files(folder)
+    if rank():
+        return
     replace_dir(folder, output_dir / folder.name)
     if save_total_limit is not None:
         for old in finished_checkpoints(output_dir)[: -max(save_total_limit, 1)]:

@@ -17,10 +17,10 @@ from yivl.checkpoint.atomic import write_json
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
-from yivl.errors import YiVLError
+from yivl.errors import Stopped, YiVLError
 from yivl.model.cpu import has_native_bfloat16
 from yivl.train import parameters
-from yivl.train.arguments import Arguments
+from yivl.train.arguments import Arguments, YiVLTrainingArguments
 from yivl.train.compilation import describe_compilation
 from yivl.train.cpu_threads import describe_threads
 from yivl.train.damage import check_files
@@ -93,12 +93,7 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
         # Before the model is built: ZeRO-3 partitions its weights as they are created.
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=args.ddp_timeout_delta)
-    if not training.dry_run and (training.save_strategy != "no" or training.resume):
-        check_output_dir(args.output_dir)
-
-    checkpoint = None
-    if not training.dry_run:
-        checkpoint = on_rank_0(args, lambda: _open_output(Path(args.output_dir), training.resume, resources))
+    checkpoint = None if training.dry_run else _open_output(args, training, resources)
     with args.main_process_first(desc="reading the checkpoint folder"):
         start = read_start(model, weights=not training.dry_run)
     num_patches = start.config.num_patches_at(start.image_size)
@@ -106,7 +101,7 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
     # A dry run writes nothing to the output folder, and a new run does not count the bad rows of an earlier one.
     folder = Path(tempfile.gettempdir(), f"yivl-dry-run-{os.getpid()}") if training.dry_run else Path(args.output_dir)
     bad_rows = BadRows(data.on_bad_row, folder / "bad_rows.jsonl")
-    if checkpoint is None and args.should_log:
+    if checkpoint is None and args.process_index == 0:
         bad_rows.path.unlink(missing_ok=True)
     batches = make_batches(data, args, encoder, bad_rows)
     eval_loader = make_eval_loader(data, args, encoder, bad_rows)
@@ -122,15 +117,19 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
     return run
 
 
-def _open_output(output_dir: Path, resume: str | None, resources: ExitStack) -> Path | None:
+def _open_output(args: TrainingArguments, training: YiVLTrainingArguments, resources: ExitStack) -> Path | None:
     """Lock the output folder, remove what interrupted runs left, and return the checkpoint to resume from, checked.
 
     Raises:
-        YiVLError: If another run writes to the folder, or there is no such checkpoint, or it is damaged.
+        YiVLError: If another run writes to the folder, or it is not shared, or there is no such checkpoint, or that is
+            damaged.
     """
-    resources.enter_context(run_lock(output_dir))
-    remove_leftovers(output_dir)
-    checkpoint = find_checkpoint(output_dir, resume)
+    output_dir = Path(args.output_dir)
+    on_rank_0(lambda: resources.enter_context(run_lock(output_dir)))
+    on_rank_0(lambda: remove_leftovers(output_dir))
+    if training.save_strategy != "no" or training.resume:
+        check_output_dir(args.output_dir)
+    checkpoint = on_rank_0(lambda: find_checkpoint(output_dir, training.resume))
     if checkpoint is not None:
         check_files(checkpoint)
     return checkpoint
@@ -168,7 +167,7 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
     """Train the model, and return the trainer and its metrics.
 
     Raises:
-        SystemExit: If a signal stopped the run before its last step, with the exit code that a shell gives the signal.
+        Stopped: If a signal stopped the run before its last step, with the exit code that a shell gives the signal.
     """
     training = run.arguments.training
     if run.plan.zero.is_fsdp and run.checkpoint is not None:
@@ -193,7 +192,7 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
         raise unwrap_worker_error(error) from error
     if (number := trainer.stop.received) and trainer.state.global_step < trainer.state.max_steps:
         _report_stop(trainer, f"stopped by {signal.Signals(number).name}")
-        raise SystemExit(128 + number)
+        raise Stopped(128 + number)
     return trainer, result.metrics
 
 

@@ -1,6 +1,5 @@
 """A checkpoint before a job ends: the signal that announces the end, on whichever rank it arrives."""
 
-import os
 import signal
 import threading
 from typing import Any
@@ -11,10 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StopOnSignal(TrainerCallback):
-    """At SIGUSR1, saves a checkpoint after the current step and stops; without a launcher also at SIGTERM.
+    """At SIGUSR1, saves a checkpoint after the current step and stops; a single rank does so also at SIGTERM.
 
-    The launchers turn SIGTERM into SIGUSR1 (``yivl.train.launch``). They send SIGTERM themselves when a rank failed,
-    and then no other rank can finish its step.
+    Launchers, also that of DeepSpeed, send SIGTERM when a rank failed, and then no other rank can finish its step.
+    ``yivl.train.launch`` turns the SIGTERM that it receives into SIGUSR1; that of DeepSpeed does not.
     """
 
     def __init__(self) -> None:
@@ -27,8 +26,7 @@ class StopOnSignal(TrainerCallback):
         """Handle the signals from now on; before the first step, there is nothing to save."""
         if args.save_strategy == "no" or threading.current_thread() is not threading.main_thread():
             return
-        has_launcher = "LOCAL_WORLD_SIZE" in os.environ  # torchrun sets it
-        for number in (signal.SIGUSR1,) if has_launcher else (signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGUSR1,) if args.world_size > 1 else (signal.SIGUSR1, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._receive)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

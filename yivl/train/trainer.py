@@ -228,8 +228,8 @@ class YiVLTrainer(Trainer):
                     self.stream.write(folder / name)
             finally:
                 self._run_dir = Path(self.args.output_dir)
+        publish_checkpoint(folder / name, self._run_dir, self.args.save_total_limit)
         if self.args.should_save:
-            publish_checkpoint(folder / name, self._run_dir, self.args.save_total_limit)
             self.run_log.draw()
         self.accelerator.wait_for_everyone()
         self._since += time.perf_counter() - started  # saving does not count as training
