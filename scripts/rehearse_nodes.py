@@ -7,8 +7,8 @@ model of the tests; gloo and torchrun talk over the network between them. Needs 
 DeepSpeed. Scenarios:
 
   same        DDP, ZeRO-2 and ZeRO-3: the losses of all nodes are those of as many processes on one node
-  killed      all processes of a node are killed in a step; the run is started again with --resume auto
-  unplugged   the network of a node is disconnected in a step; the run is started again with --resume auto
+  killed      ZeRO-2: all processes of a node are killed in a step; the run is started again with --resume auto
+  unplugged   ZeRO-3: the network of a node is disconnected in a step; the run is started again with --resume auto
   elastic     a node is killed; the others restart without it (NNODES=3:4, MAX_RESTARTS=3)
   preempted   the launchers receive SIGTERM: a checkpoint, and a run that resumes from it
   unshared    a node has an output folder of its own: refused before the first step
@@ -36,6 +36,9 @@ GOLDEN = ROOT / "tests" / "golden"
 IMAGES = ("photo_rgb.jpg", "square_rgb.png", "tall_rgb.png", "wide_rgb.png")
 NODE_TIMEOUT = 15
 """Seconds without an answer after which a node is lost here; the default of the launcher is longer."""
+ROUNDING = 1e-5
+"""Relative difference of losses whose gradients were added up in another order: on fewer ranks, or on more than two by
+DDP, which orders its buckets anew after the first step of a process."""
 LONGEST = 400
 """Seconds until a run is given up; the first one with DeepSpeed compiles."""
 
@@ -259,7 +262,7 @@ def rehearse_elastic(rehearsal: Rehearsal, table: Table) -> None:
         MAX_RESTARTS="3",
     )
     worst = difference(read_losses(output), expected)
-    holds = result.codes[:-1] == [0] * (total - 1) and worst < 1e-5
+    holds = result.codes[:-1] == [0] * (total - 1) and worst < ROUNDING
     measured = f"largest relative difference of a loss {worst:.1e}; {result.seconds:.1f} s to the end of the run"
     table.add("elastic", f"continues on {total - 1} nodes", holds, measured)
 
@@ -274,7 +277,7 @@ def rehearse_preempted(rehearsal: Rehearsal, table: Table) -> None:
     table.add("preempted", "a checkpoint of the current step", holds, f"{saved[-1:]}, {result.seconds:.1f} s")
     again = rehearsal.run(output, resume=True)
     worst = difference(read_losses(output), expected)
-    holds = again.codes == [0] * len(again.codes) and worst == 0
+    holds = again.codes == [0] * len(again.codes) and worst < ROUNDING
     table.add("preempted", "started again", holds, f"largest relative difference of a loss {worst:.1e}")
 
 
@@ -308,7 +311,7 @@ def main() -> None:
     scenarios: dict[str, Callable[[Rehearsal, Table], None]] = {
         "same": rehearse_same,
         "killed": lambda rehearsal, table: rehearse_failure(rehearsal, table, "killed", "scripts/zero2.json"),
-        "unplugged": lambda rehearsal, table: rehearse_failure(rehearsal, table, "unplugged"),
+        "unplugged": lambda rehearsal, table: rehearse_failure(rehearsal, table, "unplugged", "scripts/zero3.json"),
         "elastic": rehearse_elastic,
         "preempted": rehearse_preempted,
         "unshared": rehearse_unshared,
