@@ -102,7 +102,7 @@ class Rehearsal:
     def losses_of_one_node(self, deepspeed: str = "") -> list[float]:
         """Return the losses of as many processes on the first node, without a failure, which run only once."""
         if deepspeed not in self._expected:
-            output = self.folder / f"one-node-{Path(deepspeed).stem}"
+            output = self.folder / f"one-node-{Path(deepspeed).stem or 'ddp'}"
             log = output.with_suffix(".log")
             variables = self._environment(deepspeed) | {"PROCESSES": str(len(self.network.nodes))}
             with log.open("w", encoding="utf-8") as file:
