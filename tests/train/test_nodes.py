@@ -153,6 +153,25 @@ def test_the_script_starts_an_elastic_rendezvous() -> None:
     assert "--rdzv-conf is_host=1" in run_script("finetune.sh", **variables, NODE_RANK=0)
 
 
+# Fails in the first attempt; exit code 3 if its store outlives it.
+RESTARTED = """
+import os, sys
+from torch.distributed import rendezvous
+
+store, _, _ = next(rendezvous("env://"))
+if store.add("attempts", 1) != 1:
+    sys.exit(3)
+sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+"""
+
+
+def test_restarted_ranks_do_not_read_the_addresses_of_ended_ones(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(RESTARTED)
+    command = [sys.executable, "-m", "yivl.train.launch", "--standalone", "--max-restarts", "1"]
+    result = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("text", ["0", "soon"])
 def test_a_wrong_node_timeout_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_TIMEOUT", text)

@@ -32,6 +32,8 @@ def main() -> None:
     flags = torchrun_parser("python -m yivl.train.launch").parse_args(sys.argv[1:])
     _check_flags(flags)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of lost connections hold stack traces
+    # A store that lives through restarts keeps the addresses of ended ranks, which restarted ones try to reach.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
