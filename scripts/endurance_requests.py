@@ -47,7 +47,7 @@ PAGE_SHARE: Final = 0.15
 ALLOWED_GROWTH: Final = 32
 """MiB between the medians of the second and of the last quarter: less than one large image. Source: ours."""
 MIN_POINTS: Final = 8
-"""Measurements of the memory below which there is no plateau to speak of. Source: ours."""
+"""Fewest measurements of the memory that can show a plateau. Source: ours."""
 PLATEAU: Final = "the memory of the server reaches a plateau"
 CLEAN_LOG: Final = "the logs of the API and of the page have no traceback"
 

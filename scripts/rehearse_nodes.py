@@ -38,7 +38,7 @@ NODE_TIMEOUT = 15
 """Seconds without an answer after which a node is lost here; the default of the launcher is longer."""
 ROUNDING = 1e-5
 """Relative difference of losses whose gradients were added up in another order: on fewer ranks, or on more than two by
-DDP, which orders its buckets anew after the first step of a process."""
+DDP, which orders its buckets again after the first step of a process."""
 LONGEST = 400
 """Seconds until a run is given up; the first one with DeepSpeed compiles."""
 

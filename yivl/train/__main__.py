@@ -61,20 +61,13 @@ def _run() -> None:
 
 
 def _shut_down() -> None:
-    """Destroy the process group, after the last rank is done.
-
-    Threads of gloo that outlive it can abort a finished process ("terminate called without an active exception").
-    """
     if "torch" not in sys.modules:  # --help
         return
-    import torch
+    from yivl.train.nodes import reporting_lost_connections
+    from yivl.train.ranks import leave_group
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from yivl.train.nodes import reporting_lost_connections
-
-        with reporting_lost_connections():
-            torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    with reporting_lost_connections():
+        leave_group()
 
 
 if __name__ == "__main__":

@@ -40,11 +40,13 @@ def on_rank_0(work: Callable[[], T]) -> T:
             outcome = [(None, str(error) if is_wrong_input else None, 2 if is_wrong_input else 1)]
     if world_size() > 1:
         dist.broadcast_object_list(outcome)
+    result, message, exit_code = outcome[0]
+    if failure is None and message is not None:
+        end_all_ranks(YiVLError(message))
+    if exit_code:
+        leave_group()
     if failure is not None:
         raise failure
-    result, message, exit_code = outcome[0]
-    if message is not None:
-        end_all_ranks(YiVLError(message))
     if exit_code:
         sys.exit(exit_code)
     return result  # type: ignore[return-value]
@@ -57,9 +59,21 @@ def end_all_ranks(error: YiVLError) -> NoReturn:
         YiVLError: ``error``, on one rank of every node, so that the message is shown once.
         SystemExit: On the other ranks, with its exit code.
     """
-    if world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    is_alone = world_size() == 1
+    leave_group()
+    if is_alone or os.environ.get("LOCAL_RANK", "0") == "0":
         raise error
     sys.exit(2)
+
+
+def leave_group() -> None:
+    """Destroy the process group, after the last rank is done; call it on all ranks.
+
+    Threads of gloo that outlive it can abort a finished process ("terminate called without an active exception").
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def of_all_ranks(value: Any) -> list[Any]:
