@@ -292,5 +292,14 @@ FORMATS: Final = (
             ("rng_state.pth", mutations.mutate_bytes),
         )
     ),
+    # Without a manifest, a changed weight is not noticed.
+    Format(
+        "checkpoint of a run, adapter_model.safetensors",
+        "run",
+        (f"{_CHECKPOINT}/adapter_model.safetensors",),
+        mutations.mutate_safetensors,
+        resume,
+        2,
+    ),
     Format("checkpoint of a run, manifest", "run", (f"{_CHECKPOINT}/{_MANIFEST}",), mutations.mutate_json, resume, 4),
 )
