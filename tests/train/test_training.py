@@ -76,6 +76,16 @@ def test_a_resumed_run_is_bit_exact(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(*(optimizer["state"] for optimizer in optimizers), atol=0, rtol=0)
 
 
+def test_a_run_that_lacks_only_its_final_model_takes_no_step_more(tmp_path: Path) -> None:
+    """The last step is in the middle of an epoch, where batches are left."""
+    data = write_rows(tmp_path / "rows.json")
+    train(tmp_path / "whole", data, max_steps=3, save_steps=3)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    assert losses(train(tmp_path / "resumed", data, max_steps=3, save_steps=3, resume="auto")) == []
+    assert_same_folder(tmp_path / "resumed", tmp_path / "whole")
+
+
 def test_a_run_over_tar_shards_resumes_with_another_number_of_workers_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

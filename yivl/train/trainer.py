@@ -141,6 +141,11 @@ class YiVLTrainer(Trainer):
         Raises:
             YiVLError: If too many consecutive steps have no such token.
         """
+        if self.state.global_step >= self.state.max_steps:
+            # The run was interrupted after its last checkpoint, before its final model: transformers would train a step
+            # more before it compares the numbers.
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.stream is not None:
             self.stream.receive(batches)
