@@ -31,16 +31,17 @@ from yivl.train.resume import check_same_run
 from yivl.train.run_log import RunLog
 from yivl.train.stopping import StopOnSignal
 
-# The ranks of one node take the folders and the data of two nodes. What each check raises, or "passed", is written.
+# The ranks of one node take the folders and the data of two nodes. What each check raises, or "passed", is written. A
+# check that fails leaves the process group, so that each one has its own.
 WORKER = """
 import os, sys
 import torch.distributed as dist
 from yivl.train import nodes
+from yivl.train.ranks import leave_group
 
-dist.init_process_group("gloo")
 for name in ("out", "out0", "out1"):
     os.makedirs(f"{sys.argv[1]}/{name}", exist_ok=True)
-rank, base = dist.get_rank(), sys.argv[1]
+rank, base = int(os.environ["RANK"]), sys.argv[1]
 nodes._VISIBLE_SECONDS = 0.5
 facts = [{"source": f"/node{rank}/rows.json", "rows": 7}]
 checks = {
@@ -54,12 +55,13 @@ checks = {
 }
 with open(f"{base}/rank{rank}", "w") as file:
     for name, check in checks.items():
+        dist.init_process_group("gloo", init_method=f"file://{base}/{name}.store", rank=rank, world_size=2)
         try:
             check()
             print(f"{name}: passed", file=file)
         except (ValueError, OSError, SystemExit) as error:
             print(f"{name}: {type(error).__name__}: {getattr(error, 'strerror', error)}", file=file)
-dist.destroy_process_group()
+        leave_group()
 """
 
 
