@@ -55,7 +55,7 @@ class DataSource:
             first, *others = self.paths or ("",)
             object.__setattr__(self, "name", f"{first} and {len(others)} more" if others else first)
         if not 0 < self.weight < math.inf:
-            raise RowError(f"{self.name}: weight {self.weight} is not positive" + " and finite" * (self.weight > 0))
+            raise RowError(f"{self.name}: weight {self.weight} is not a positive finite number")
         if self.max_rows is not None and type(self.max_rows) is not int:  # YAML reads 5e4 as text and yes as true
             raise RowError(f"{self.name}: max_rows {self.max_rows!r} is not an integer")
         if self.max_rows is not None and self.max_rows < 1:

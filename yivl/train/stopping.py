@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from yivl.train.ranks import world_size
+
 
 class StopOnSignal(TrainerCallback):
     """At SIGUSR1, saves a checkpoint after the current step and stops; a single rank does so also at SIGTERM.
@@ -39,7 +41,7 @@ class StopOnSignal(TrainerCallback):
     ) -> TrainerControl:
         """Save and stop if any rank has received a signal; all ranks have to do so after the same step."""
         received = self._pending
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             largest = torch.tensor(received, device=args.device)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             received = int(largest)
