@@ -219,7 +219,7 @@ def test_a_slurm_job_of_two_nodes_saves_is_requeued_and_finishes(tmp_path: Path)
     assert job.returncode == 128 + signal.SIGUSR1, printed
     (checkpoint,) = finished_checkpoints(out)
     step = int(checkpoint.name.partition("-")[2])
-    assert f"stopped by SIGUSR1 at step {step}; --resume auto continues from checkpoint-{step}" in printed
+    assert f"stopped by SIGUSR1 at step {step}; add --resume auto, which continues from checkpoint-{step}" in printed
     assert requeues(tmp_path / "bin") == 1
 
     flags = script_flags(CHECKPOINT, rows, out, **few, max_steps=step + 2)

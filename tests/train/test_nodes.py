@@ -303,7 +303,7 @@ def test_a_signal_saves_the_current_step_and_stops(
         train(tmp_path / "out", rows)
     monkeypatch.undo()
     assert stopped.value.code == 128 + number
-    assert f"stopped by {number.name} at step 2; --resume auto continues from checkpoint-2" in caplog.text
+    assert f"stopped by {number.name} at step 2; add --resume auto, which continues from checkpoint-2" in caplog.text
     assert signal.getsignal(number) == before
     assert not (tmp_path / "out/config.json").exists()  # the final model
     assert losses(train(tmp_path / "out", rows, resume="auto")) == whole

@@ -31,8 +31,8 @@ from yivl.train.plan import RunPlan, as_dict, trainer_arguments
 from yivl.train.ranks import on_rank_0
 from yivl.train.resume import (
     check_same_run,
+    describe_resume,
     find_checkpoint,
-    finished_checkpoints,
     is_finished,
     load_trained,
     remove_leftovers,
@@ -197,9 +197,7 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
 
 
 def _report_stop(trainer: YiVLTrainer, what: str) -> None:
-    newest = finished_checkpoints(trainer.args.output_dir)[-1:]
-    where = f"--resume auto continues from {newest[0].name}" if newest else "there is no checkpoint to resume from"
-    logger.info("%s at step %d; %s", what, trainer.state.global_step, where)
+    logger.info("%s at step %d; %s", what, trainer.state.global_step, describe_resume(trainer.args.output_dir))
 
 
 def save(run: Run, trainer: YiVLTrainer, metrics: dict[str, float]) -> None:
