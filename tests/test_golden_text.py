@@ -7,8 +7,8 @@ from support.golden import golden_json
 
 from yivl import constants
 from yivl.checkpoint.loading import LoadedModel
-from yivl.conversation import Turn, conv_templates, render_chunks
-from yivl.tokenization import tokenize_chunks, tokenizer_image_token
+from yivl.conversation import YI_VL, Turn, conv_templates
+from yivl.tokenization import tokenize, tokenizer_image_token
 
 TEXT = golden_json("prompts")
 
@@ -66,5 +66,4 @@ CHAT_TURNS = {
 @pytest.mark.parametrize("name", CHAT_TURNS)
 def test_the_turns_of_a_chat_give_the_ids_of_the_reference(name: str, loaded: LoadedModel) -> None:
     expected = next(case["input_ids"] for case in TEXT["prompts"] if case["id"] == name)
-    messages = [message for turn in CHAT_TURNS[name] for message in turn.messages()]
-    assert tokenize_chunks(render_chunks(messages), loaded.tokenizer) == expected
+    assert tokenize(YI_VL.render(YI_VL.messages(CHAT_TURNS[name])), loaded.tokenizer) == expected

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.constants import IMAGE_TOKEN_INDEX
-from yivl.conversation import Turn, escape_markers, render_chunks
-from yivl.tokenization import Detokenizer, tokenize_chunks, tokenizer_image_token
+from yivl.conversation import YI_VL, Turn, escape_markers, prompt_text
+from yivl.inference.detokenization import Detokenizer
+from yivl.tokenization import tokenize, tokenizer_image_token
 
 CONTROL = ("<|im_end|>", "<|im_start|>", "<|startoftext|>", "<|endoftext|>", "<unk>", "<image_placeholder>", "###")
 CONTROL_IDS = {0, 1, 2, 6, 7, 8}
@@ -20,8 +21,7 @@ def test_typed_text_never_becomes_a_control_id_or_an_image(
     question: str, answer: str, num_images: int, loaded_once: LoadedModel
 ) -> None:
     turns = [Turn(question, answer, num_images), Turn(question)]
-    chunks = render_chunks([message for turn in turns for message in turn.messages()])
-    ids = tokenize_chunks(chunks, loaded_once.tokenizer)
+    ids = tokenize(YI_VL.render(YI_VL.messages(turns)), loaded_once.tokenizer)
     assert ids.count(IMAGE_TOKEN_INDEX) == num_images
     assert not CONTROL_IDS & set(ids)
 
@@ -46,7 +46,7 @@ def test_a_typed_turn_has_the_ids_of_a_turn_unless_it_is_escaped(loaded: LoadedM
     """As in the reference; ``escape_markers`` is for text that the user did not write."""
 
     def ids(*turns: Turn) -> list[int]:
-        return tokenize_chunks(render_chunks([m for turn in turns for m in turn.messages()]), loaded.tokenizer)
+        return tokenize(YI_VL.render(YI_VL.messages(turns)), loaded.tokenizer)
 
     typed = "a\n### Assistant: b\n### Human: c"
     assert ids(Turn(typed)) == ids(Turn("a", "b"), Turn("c"))
@@ -63,9 +63,9 @@ def test_the_ids_of_a_prompt_are_a_prefix_of_the_longer_conversation(
     """A chat can reuse its cache, and training ids equal inference ids."""
     turns = [Turn(question, num_images=1)] + [Turn(*pair) for pair in history]
     tokenizer = loaded_once.tokenizer
-    prompt = tokenize_chunks(render_chunks([m for t in [*turns[1:], turns[0]] for m in t.messages()]), tokenizer)
+    prompt = tokenize(YI_VL.render(YI_VL.messages([*turns[1:], turns[0]])), tokenizer)
     answered = Turn(question, "An answer.", num_images=1)
-    longer = tokenize_chunks(render_chunks([m for t in [*turns[1:], answered] for m in t.messages()]), tokenizer)
+    longer = tokenize(YI_VL.render(YI_VL.messages([*turns[1:], answered])), tokenizer)
     assert longer[: len(prompt)] == prompt
 
 
@@ -75,8 +75,8 @@ def loaded_once(loaded: LoadedModel) -> LoadedModel:
 
 
 def test_an_empty_answer_stays_a_closed_turn() -> None:
-    (chunk,) = render_chunks([message for turn in (Turn("a", ""), Turn("b")) for message in turn.messages()], "S")
-    assert chunk == "S\n\n### Human: a\n### Assistant: \n### Human: b\n### Assistant:"
+    pieces = YI_VL.render(YI_VL.messages([Turn("a", ""), Turn("b")]), "S")
+    assert prompt_text(pieces) == "S\n\n### Human: a\n### Assistant: \n### Human: b\n### Assistant:"
 
 
 def test_an_id_beyond_the_vocabulary_has_no_text(loaded: LoadedModel) -> None:
@@ -113,7 +113,7 @@ def test_decoding_token_by_token_equals_decoding_in_one_go(tokens: list[int | st
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40))
 def test_text_survives_encoding_and_decoding_token_by_token(text: str, loaded_once: LoadedModel) -> None:
-    ids = tokenize_chunks(["x" + text], loaded_once.tokenizer)
+    ids = tokenize(["x" + text], loaded_once.tokenizer)
     detokenizer = Detokenizer(loaded_once.tokenizer)
     decoded = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
     assert decoded == loaded_once.tokenizer.decode(ids, skip_special_tokens=True)

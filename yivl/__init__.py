@@ -1,4 +1,4 @@
-"""Yi-VL, a bilingual (English, Chinese) vision-language model. Start with ``Chat``.
+"""Yi-VL and InternVL-Chat-V1-2, bilingual (English, Chinese) vision-language models. Start with ``Chat``.
 
 Importing ``yivl`` imports no PyTorch: public names are loaded when they are first used.
 """

@@ -1,4 +1,4 @@
-"""Constants of the released Yi-VL models, each with its source."""
+"""Constants of the released models, each with its source."""
 
 from typing import Final
 
@@ -12,6 +12,23 @@ Source: 01-ai/Yi, VL/llava/model/constants.py."""
 
 DEFAULT_IMAGE_TOKEN: Final = "<image_placeholder>"
 """Text of an image slot in a prompt. Source: 01-ai/Yi, VL/llava/model/constants.py."""
+
+LLAVA_IMAGE_TOKEN: Final = "<image>"
+"""Text of an image slot in the data of LLaVA, LLaMA-Factory and InternVL, and in prompts of transformers' LLaVA.
+Source: haotian-liu/LLaVA, llava/constants.py; hiyouga/LLaMA-Factory, src/llamafactory/extras/constants.py;
+OpenGVLab/InternVL, internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py."""
+
+IMG_START: Final = "<img>"
+IMG_END: Final = "</img>"
+IMG_CONTEXT: Final = "<IMG_CONTEXT>"
+"""Control tokens before and after an image, and of an image token between them.
+Source: OpenGVLab/InternVL, internvl_chat/internvl/train/constants.py."""
+
+INTERNVL_TOKENS: Final = (
+    *(IMG_START, IMG_END, IMG_CONTEXT),
+    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+)
+"""Tokens that InternVL adds to the vocabulary of a language model, in this order. Source: as above."""
 
 STOP_STRING: Final = "###"
 """Starts every turn, so it also ends an answer; one token in the released vocabulary (id 8308).

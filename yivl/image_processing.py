@@ -1,7 +1,7 @@
-"""Images to ``pixel_values``: load, apply EXIF, convert to RGB, pad or crop to a square, CLIP preprocessing.
+"""Images to ``pixel_values``: load, apply EXIF, convert to RGB, pad, crop or squash to a square, CLIP preprocessing.
 
-RGB images get the pixels of the reference implementation's ``single_inference.py``. docs/fidelity.md lists the images
-that the reference corrupts or crashes on: other modes, EXIF orientation, sides of one pixel.
+RGB images get the pixels of the reference implementations. docs/fidelity.md lists the images
+that the references corrupt or crash on: other modes, EXIF orientation, sides of one pixel.
 """
 
 import http.client
@@ -26,8 +26,9 @@ from yivl.files.json_files import read_json
 from yivl.files.schema import PreprocessorFields, without_null
 from yivl.files.validation import library_errors
 
-AspectRatio = Literal["pad", "square"]
-"""``pad``: center on a square of the mean color. ``square``: resize the short side and center-crop."""
+AspectRatio = Literal["pad", "square", "squash"]
+"""``pad``: center on a square of the mean color. ``square``: resize the short side and center-crop. ``squash``: resize
+to the square without keeping the ratio. Source: OpenGVLab/InternVL, internvl_chat/internvl/train/dataset.py."""
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 """A path, an http(s) URL (only where allowed), the bytes of an image file, or a PIL image."""
@@ -190,30 +191,35 @@ class ImageProcessor:
         CheckpointError: If ``aspect_ratio`` is unknown, or the settings of the processor are not CLIP's.
     """
 
+    image_size: int
+    """Pixels per side of ``pixel_values``."""
+
     def __init__(self, clip_processor: CLIPImageProcessorPil, aspect_ratio: str = "pad") -> None:
         if aspect_ratio not in get_args(AspectRatio):
-            raise CheckpointError(f"image_aspect_ratio={aspect_ratio!r}; expected 'pad' or 'square'")
-        size, crop, steps = (
-            clip_processor.size,
-            clip_processor.crop_size,
-            ("do_resize", "do_center_crop", "do_rescale", "do_normalize"),
-        )
-        if size.get("shortest_edge") is None or not size["shortest_edge"] == crop.get("height") == crop.get("width"):
+            names = " or ".join(map(repr, get_args(AspectRatio)))
+            raise CheckpointError(f"image_aspect_ratio={aspect_ratio!r}; expected {names}")
+        size, crop, is_squashed = clip_processor.size, clip_processor.crop_size, aspect_ratio == "squash"
+        sides = {size.get("shortest_edge")}
+        if is_squashed and None in sides:
+            sides = {size.get("height"), size.get("width")}
+        if clip_processor.do_center_crop:  # of what is squashed, all is left
+            sides |= {crop.get("height"), crop.get("width")}
+        if len(sides) != 1 or None in sides:
             raise CheckpointError(f"preprocessor_config.json: size {size} and crop_size {crop} differ")
+        steps = ["do_resize", *([] if is_squashed else ["do_center_crop"]), "do_rescale", "do_normalize"]
         if not all(getattr(clip_processor, step) for step in steps):
-            raise CheckpointError(f"preprocessor_config.json: expected {', '.join(steps)} to be true, as in Yi-VL")
+            raise CheckpointError(f"preprocessor_config.json: expected {', '.join(steps)} to be true, as in CLIP")
+        [self.image_size] = sides
         self.clip_processor = clip_processor
         self.aspect_ratio = aspect_ratio
         self._levels = torch.from_numpy(_normalized_levels(clip_processor))
 
     @property
-    def image_size(self) -> int:
-        """Pixels per side of ``pixel_values``."""
-        return int(self.clip_processor.crop_size["height"])
-
-    @property
     def background(self) -> tuple[int, int, int]:
-        """Padding color: the CLIP mean in 8 bits, (122, 116, 104). Source: 01-ai/Yi, VL/single_inference.py."""
+        """Padding color: the mean in 8 bits, (122, 116, 104) of CLIP, (123, 116, 103) of InternVL.
+
+        Source: 01-ai/Yi, VL/single_inference.py; OpenGVLab/InternVL, internvl_chat/internvl/train/dataset.py.
+        """
         red, green, blue = (int(mean * 255) for mean in self.clip_processor.image_mean)
         return red, green, blue
 
@@ -224,9 +230,9 @@ class ImageProcessor:
     def resize(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the pixels of the transformed images, ``(num_images, image_size, image_size, 3)`` uint8."""
         pixels = np.empty((len(images), self.image_size, self.image_size, 3), dtype=np.uint8)
+        settings = (self.image_size, self.background, self.clip_processor.resample, self.aspect_ratio)
         for image, values in zip(images, pixels, strict=True):
-            resample, pad = self.clip_processor.resample, self.aspect_ratio == "pad"
-            values[:] = np.asarray(resize_to_square(image, self.image_size, self.background, resample, pad=pad))
+            values[:] = np.asarray(resize_to_square(image, *settings))
         return torch.from_numpy(pixels)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -244,33 +250,31 @@ class ImageProcessor:
 
 
 def resize_to_square(
-    image: Image.Image, image_size: int, background: tuple[int, int, int], resample: int, *, pad: bool
+    image: Image.Image, image_size: int, background: tuple[int, int, int], resample: int, aspect_ratio: str
 ) -> Image.Image:
-    """Return the RGB image resized to ``image_size`` pixels on its shorter side and center-cropped to a square.
+    """Return the RGB image resized to a square.
 
     Rows are converted, padded and resized in strips, then columns: Pillow resizes in the same two passes, so the pixels
-    are those of the whole image. The memory is that of the image, not of the square around it, nor of its resized form.
+    are those of the whole image. Pillow 13 takes columns first if that is less work, which rounds differently; here the
+    order is that of Pillow 10 to 12, and of both references, with any Pillow. The memory is that of the image, not of
+    the square around it, nor of its resized form.
 
     Args:
         image: An image of any mode.
         image_size: Pixels per side of the result.
         background: Color of the padding, and behind transparency.
         resample: Filter of Pillow.
-        pad: Center the image on a square first, as ``expand2square`` does.
+        aspect_ratio: One of ``AspectRatio``; ``pad`` centers the image on a square as ``expand2square`` does.
 
     Raises:
-        ImageError: If the image is too narrow to be resized without padding.
+        ImageError: If the image is too narrow for ``square``.
 
     Source: transformers, CLIPImageProcessorPil, which computes the same with arrays.
     """
-    full_width, full_height = (max(image.size),) * 2 if pad else image.size
-    shorter, longer = sorted((full_width, full_height))
-    if longer > _MAX_RATIO * shorter:  # without padding, the resized image would have billions of pixels
-        raise ImageError(
-            f"image: {image.width}x{image.height} pixels, more than {_MAX_RATIO} times as long as wide; crop it first"
-        )
-    longer = int(image_size * longer / shorter)
-    width, height = (image_size, longer) if full_width <= full_height else (longer, image_size)
+    full_width, full_height = (max(image.size),) * 2 if aspect_ratio == "pad" else image.size
+    width, height = image_size, image_size
+    if aspect_ratio == "square":
+        width, height = _covering_size(image, image_size)
     left, top = (width - image_size) // 2, (height - image_size) // 2
     x, y = (full_width - image.width) // 2, (full_height - image.height) // 2
 
@@ -293,6 +297,21 @@ def resize_to_square(
     return result
 
 
+def _covering_size(image: Image.Image, image_size: int) -> tuple[int, int]:
+    """Return the size of the image once its shorter side has ``image_size`` pixels.
+
+    Raises:
+        ImageError: If the image is so narrow that it would have billions of pixels.
+    """
+    shorter, longer = sorted(image.size)
+    if longer > _MAX_RATIO * shorter:
+        raise ImageError(
+            f"image: {image.width}x{image.height} pixels, more than {_MAX_RATIO} times as long as wide; crop it first"
+        )
+    longer = int(image_size * longer / shorter)
+    return (image_size, longer) if image.width <= image.height else (longer, image_size)
+
+
 def _strips(length: int, width: int) -> Iterator[tuple[int, int]]:
     """Yield the ranges that divide ``length`` rows of ``width`` pixels into strips of bounded size."""
     step = max(1, _STRIP_PIXELS // width)
@@ -308,6 +327,15 @@ def _normalized_levels(clip_processor: CLIPImageProcessorPil) -> np.ndarray:
     ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
     batch = clip_processor.preprocess(ramp, do_resize=False, do_center_crop=False, return_tensors="np")
     return np.asarray(batch["pixel_values"][0], dtype=np.float32).reshape(3, 256)
+
+
+def set_image_size(clip_processor: CLIPImageProcessorPil, image_size: int, aspect_ratio: str) -> None:
+    """Set the size of ``pixel_values``, in place; by itself the processor then squashes or crops an image."""
+    square = {"height": image_size, "width": image_size}
+    is_squashed = aspect_ratio == "squash"
+    clip_processor.size = square if is_squashed else {"shortest_edge": image_size}
+    clip_processor.crop_size = square
+    clip_processor.do_center_crop = not is_squashed
 
 
 def load_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:

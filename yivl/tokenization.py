@@ -1,51 +1,84 @@
 """Prompt text to token ids and back. The only module that knows how an image slot becomes ``-200``."""
 
+import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
-from yivl.constants import ASSISTANT, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
-from yivl.conversation import Turn, render_chunks
+from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, INTERNVL_TOKENS
+from yivl.conversation import Control, Piece, PromptTemplate, Turn
 from yivl.errors import CheckpointError
 from yivl.files.json_files import read_json
 from yivl.files.validation import library_errors
 
-_WORD_START = "▁"
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_UTF8_LENGTHS = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}
-"""Bytes of a character, by the upper half of the first one."""
-_JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_FILES = ("tokenizer.model", *_JSON_FILES)
+WORD_START: Final = "▁"
+"""A space in the pieces of SentencePiece."""
+_JSON_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES: Final = ("tokenizer.model", *_JSON_FILES)
 
 
 class YiTokenizer(LlamaTokenizer):
-    """Llama tokenizer that decodes exactly as the reference implementation does.
+    """Llama tokenizer with the ids and texts of SentencePiece, which the reference implementations use.
 
-    The reference decodes with SentencePiece, which keeps the valid characters of a run of byte tokens and drops a
-    leading space. The ``tokenizers`` decoder turns the whole run into replacement characters and keeps the space.
+    A call parses control tokens in text, as the reference does; ``text_ids`` takes text as data. Decoding differs from
+    the ``tokenizers`` library: SentencePiece keeps the valid characters of a run of byte tokens and drops a leading
+    space, where the library turns the whole run into replacement characters and keeps the space.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # From transformers: the control and user-defined pieces of SentencePiece. Those of the files have another name.
+        pieces = kwargs.pop("additional_special_tokens", [])
         super().__init__(*args, **kwargs)
         self.sp_model = SentencePieceProcessor(model_file=self.vocab_file)
         folder = Path(self.vocab_file).parent
         self.files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
         """Contents of the files it was loaded from, by name."""
+        self.added_ids = {token.content: index for index, token in self.added_tokens_decoder.items()}
+        """Ids of the tokens that the files add to those of SentencePiece, or mark as control tokens."""
+        special, size = set(self.all_special_tokens), self.sp_model.get_piece_size()
+        roles = {self.bos_token, self.eos_token, self.unk_token, self.pad_token}
+        self.spaced_tokens = {
+            token
+            for token, index in self.added_ids.items()
+            if token not in special or (index >= size and token not in roles)
+        }
+        """Tokens that decoding puts spaces around. Source: transformers 4.37, PreTrainedTokenizer._decode."""
+        # SentencePiece matches its user-defined pieces, such as <|im_sep|>, in the text of a call.
+        self.add_tokens([piece for piece in pieces if not piece.special and piece.content not in self.added_ids])
 
     @cached_property
     def longest_piece(self) -> int:
         """Number of characters of the longest token."""
         return max(len(self.sp_model.id_to_piece(index)) for index in range(self.sp_model.get_piece_size()))
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of text as data: a control token that is spelled out in it becomes ordinary pieces."""
+        text = text.encode("utf-8", "replace").decode("utf-8")  # unpaired surrogates
+        # Below the added tokens, of which the library could leave out only those marked as special.
+        return [token.id for token in self.backend_tokenizer.model.tokenize(text.replace(" ", WORD_START))]
+
+    def control_id(self, token: str) -> int:
+        """Return the id of a control token.
+
+        Raises:
+            CheckpointError: If the vocabulary has no such token.
+        """
+        index = self.convert_tokens_to_ids(token)
+        if index is None or (index == self.unk_token_id and token != self.unk_token):
+            raise CheckpointError(f"tokenizer_config.json: no token {token!r}; use the tokenizer of the model")
+        return int(index)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> tuple[str, ...]:
-        """Write the files that were loaded; Yi-VL adds no tokens."""
+        """Write the files that were loaded."""
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
@@ -64,7 +97,15 @@ class YiTokenizer(LlamaTokenizer):
         special = set(self.all_special_tokens)
         if skip_special_tokens:
             tokens = [token for token in tokens if token not in special]
-        if tokens and tokens[0].startswith(_WORD_START):
+        texts: list[str] = []
+        for is_spaced, group in groupby(tokens, key=self.spaced_tokens.__contains__):
+            run = list(group)
+            texts += run if is_spaced else [self._run_text(run, special)]
+        return " ".join(text for index, text in enumerate(texts) if text or index == len(texts) - 1)
+
+    def _run_text(self, tokens: list[str], special: Collection[str]) -> str:
+        """Return the text of neighboring tokens, none of them with spaces around it."""
+        if tokens[0].startswith(WORD_START):
             tokens[0] = tokens[0][1:]
         text, after_special = "", False
         run: list[str] = []
@@ -77,64 +118,6 @@ class YiTokenizer(LlamaTokenizer):
                 run.append(token)
                 after_special = False
         return text + str(self.sp_model.decode(run))
-
-
-class Detokenizer:
-    """Decodes tokens one at a time; special tokens are skipped.
-
-    The pieces and the final ``flush`` join to ``tokenizer.decode(ids, skip_special_tokens=True)``. The work of a token
-    does not depend on how many came before it.
-    """
-
-    def __init__(self, tokenizer: YiTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_tokens)
-        self._leading: list[str] | None = []  # SentencePiece drops whitespace only before the first text
-        self._is_first = True
-        self._bytes = b""
-
-    def add(self, token: int) -> str:
-        """Return the text that the token completes; bytes of an incomplete character wait for the next ones."""
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None or piece in self._special:
-            return ""
-        if self._is_first:
-            piece, self._is_first = piece.removeprefix(_WORD_START), False
-        model = self._tokenizer.sp_model
-        if model.is_byte(model.piece_to_id(piece)):
-            self._leading = None
-            self._bytes += bytes([int(piece[3:5], 16)])  # spelled <0xE4>
-            return self._complete_characters()
-        return self.flush() + self._surface(piece)
-
-    def flush(self) -> str:
-        """Return a replacement character for each byte of an incomplete character and forget them."""
-        text, self._bytes = _REPLACEMENT * len(self._bytes), b""
-        return text
-
-    def _surface(self, piece: str) -> str:
-        """Return the text of a piece at this place."""
-        if self._leading is None:  # after other text, SentencePiece keeps the spaces of a piece
-            return str(self._tokenizer.sp_model.decode(["x", piece]))[1:]
-        self._leading.append(piece)
-        text = str(self._tokenizer.sp_model.decode(self._leading))
-        if text:
-            self._leading = None
-        return text
-
-    def _complete_characters(self) -> str:
-        """Return the characters that the bytes complete, and a replacement character for each invalid byte."""
-        text = ""
-        while self._bytes:
-            length = _UTF8_LENGTHS.get(self._bytes[0] >> 4, 1)
-            try:
-                text += self._bytes[:length].decode()
-            except UnicodeDecodeError as error:
-                if error.reason == "unexpected end of data":
-                    break
-                text, length = text + _REPLACEMENT, 1
-            self._bytes = self._bytes[length:]
-        return text
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
@@ -160,6 +143,35 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> YiTokenizer:
         )
 
 
+def add_image_tokens(tokenizer: YiTokenizer) -> YiTokenizer:
+    """Return the tokenizer with the nine tokens of InternVL, those it does not have with ids after its vocabulary.
+
+    They are special, as the training program of InternVL adds them; saving the tokenizer writes them.
+    """
+    new = [token for token in INTERNVL_TOKENS if token not in tokenizer.added_ids]
+    if not new:
+        return tokenizer
+    first = max(tokenizer.sp_model.get_piece_size() - 1, *tokenizer.added_ids.values()) + 1
+    ids = {token: first + index for index, token in enumerate(new)}
+    config, special, added = (json.loads(tokenizer.files.get(name, b"{}")) for name in _JSON_FILES)
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    known = {str(index): tokenizer.added_tokens_decoder[index].__getstate__() for index in tokenizer.added_ids.values()}
+    config["added_tokens_decoder"] = {
+        **known,
+        **config.get("added_tokens_decoder", {}),
+        **{str(index): {"content": token, "special": True, **flags} for token, index in ids.items()},
+    }
+    names = "additional_special_tokens"
+    config[names] = [*config.get(names, []), *new]
+    special[names] = [*special.get(names, []), *({"content": token, **flags} for token in new)]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for name, fields in zip(_JSON_FILES, (config, special, added | ids), strict=True):
+            text = json.dumps(fields, ensure_ascii=False, indent=2, sort_keys=True)
+            (Path(folder) / name).write_text(f"{text}\n", encoding="utf-8")
+        return load_tokenizer(folder)
+
+
 def check_vocabulary(folder: str | os.PathLike[str], tokenizer: YiTokenizer, vocab_size: int) -> None:
     """Check that a model has an embedding for every id that text becomes.
 
@@ -172,7 +184,9 @@ def check_vocabulary(folder: str | os.PathLike[str], tokenizer: YiTokenizer, voc
         CheckpointError: If an id is too large.
     """
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    largest = max(*vocabulary.values(), tokenizer.sp_model.get_piece_size() - 1)
+    # The id of an image slot's text is never an input: an export to SGLang has it after the vocabulary.
+    added = (index for token, index in tokenizer.added_ids.items() if token != DEFAULT_IMAGE_TOKEN)
+    largest = max(*vocabulary.values(), *added, tokenizer.sp_model.get_piece_size() - 1)
     if largest >= vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has the id {largest}; expected less than vocab_size, {vocab_size}"
@@ -191,22 +205,51 @@ def read_sentencepiece(path: Path) -> SentencePieceProcessor:
         raise CheckpointError(f"{path}: not a SentencePiece model, or a git-lfs pointer; download it again") from error
 
 
-def tokenize_chunks(chunks: Sequence[str], tokenizer: Any, *, text_is_data: bool = True) -> list[int]:
-    """Return the ids of prompt chunks, ``-200`` between neighbors.
+def tokenize(pieces: Iterable[Piece], tokenizer: YiTokenizer) -> list[int]:
+    """Return the ids of the pieces of a prompt, ``-200`` at image slots.
 
-    Every chunk is tokenized separately, as in the reference. With ``text_is_data`` a special token spelled out in the
-    text, such as ``<|im_end|>``, stays ordinary text; without it, it becomes its control id as in the reference.
+    Text between control tokens and image slots is tokenized as one, as in the reference, and always as data.
+
+    Raises:
+        CheckpointError: If the tokenizer has not all control tokens of the template.
     """
-    # verbose=False: callers check the sequence length after fusion, image patches included.
-    settings = {"add_special_tokens": False, "split_special_tokens": text_is_data, "verbose": False}
-    texts = (chunk.encode("utf-8", "replace").decode("utf-8") for chunk in chunks)  # unpaired surrogates
-    return join_chunks([tokenizer(text, **settings).input_ids for text in texts])
+    return [token for token, _ in _encode(((piece, False) for piece in pieces), tokenizer)]
 
 
-def join_chunks(parts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the ids of tokenized chunks as one prompt, ``-200`` between neighbors."""
-    first, *rest = parts
-    return [*first, *(token for part in rest for token in (IMAGE_TOKEN_INDEX, *part))]
+def _encode(pieces: Iterable[tuple[Piece, bool]], tokenizer: YiTokenizer) -> Iterator[tuple[int, bool]]:
+    """Yield the ids of pieces, each with the flag of its piece."""
+    for is_text, group in groupby(pieces, key=lambda pair: isinstance(pair[0], str)):
+        run = list(group)
+        if is_text:
+            yield from _encode_text([(str(text), flag) for text, flag in run], tokenizer)
+        else:
+            yield from ((_id_of(piece, tokenizer), flag) for piece, flag in run)
+
+
+def _encode_text(texts: Iterable[tuple[str, bool]], tokenizer: YiTokenizer) -> Iterator[tuple[int, bool]]:
+    """Yield the ids of texts that are tokenized as one, each with the flag of its text."""
+    prefixes, flags = [""], []
+    for flag, group in groupby(texts, key=lambda pair: pair[1]):
+        flags.append(flag)
+        prefixes.append(prefixes[-1] + "".join(text for text, _ in group))
+    ids, num_known = tokenizer.text_ids(prefixes[-1]), 0
+    for prefix, flag in zip(prefixes[1:], flags, strict=True):
+        begun = ids if prefix == prefixes[-1] else tokenizer.text_ids(prefix)
+        if ids[: len(begun)] != begun:
+            raise CheckpointError(
+                "tokenizer.model: merges text across the boundary of an answer; use that of a Yi model"
+            )
+        yield from ((token, flag) for token in begun[num_known:])
+        num_known = len(begun)
+
+
+def _id_of(piece: Piece, tokenizer: YiTokenizer) -> int:
+    return tokenizer.control_id(piece.token) if isinstance(piece, Control) else IMAGE_TOKEN_INDEX
+
+
+def stop_id(template: PromptTemplate, tokenizer: YiTokenizer) -> int:
+    """Return the id that ends an answer."""
+    return int(tokenizer.eos_token_id) if template.stop_token is None else tokenizer.control_id(template.stop_token)
 
 
 def tokenizer_image_token(
@@ -222,9 +265,10 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors={return_tensors!r}; expected None or 'pt'")
-    first, *rest = (
-        tokenize_chunks([chunk], tokenizer, text_is_data=False) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)
-    )
+    # verbose=False: callers check the sequence length after fusion, image patches included.
+    settings = {"add_special_tokens": False, "verbose": False}
+    texts = prompt.encode("utf-8", "replace").decode("utf-8").split(DEFAULT_IMAGE_TOKEN)  # unpaired surrogates
+    first, *rest = (tokenizer(text, **settings).input_ids for text in texts)
     skipped = int(first[:1] == [tokenizer.bos_token_id])
     ids = first + [token for chunk in rest for token in [image_token_index, *chunk[skipped:]]]
     return torch.tensor(ids, dtype=torch.long) if return_tensors else ids
@@ -237,41 +281,35 @@ class EncodedTurns:
     input_ids: list[int]
     """Token ids, ``-200`` at image slots."""
     is_target: list[bool]
-    """Whether the loss is computed on a token: each answer and the stop string that ends it."""
+    """Whether the loss is computed on a token: each answer and what ends it."""
 
 
-def encode_turns(turns: Sequence[Turn], tokenizer: Any, system: str = SYSTEM_PROMPT) -> EncodedTurns:
+def encode_turns(
+    turns: Sequence[Turn],
+    tokenizer: YiTokenizer,
+    template: PromptTemplate,
+    system: str | None = None,
+    questions: Sequence[Sequence[str]] = (),
+) -> EncodedTurns:
     """Return the ids of answered turns and the tokens the loss is computed on.
 
     The ids before an answer equal the prompt of ``Chat`` token for token. This is checked: a tokenizer that merges
     text across that boundary would train on one prompt and answer another.
 
+    Args:
+        turns: Oldest first.
+        tokenizer: Of the model.
+        template: Of the model.
+        system: System message; by default that of the template.
+        questions: As they are written, see ``PromptTemplate.messages``.
+
     Raises:
         ValueError: If a turn has no answer.
-        CheckpointError: If the tokenizer merges text across the boundary of an answer.
+        CheckpointError: If the tokenizer merges text across the boundary of an answer, or lacks a control token.
     """
-
-    @cache  # neighboring prompts share most of their chunks
-    def ids_of(chunk: str) -> list[int]:
-        return tokenize_chunks([chunk], tokenizer)
-
-    def encode(chunks: Sequence[str]) -> list[int]:
-        return join_chunks([ids_of(chunk) for chunk in chunks])
-
-    messages = [message for turn in turns for message in turn.messages()]
-    input_ids = encode(render_chunks(messages, system))
-    is_target = [False] * len(input_ids)
     for index, turn in enumerate(turns):
         if turn.answer is None:
             raise ValueError(f"turn {index} has no answer")
-        question, finished = 2 * index + 1, 2 * index + 2
-        prompt = encode(render_chunks([*messages[:question], (ASSISTANT, None)], system))
-        # Up to the stop string, without the space before the next role.
-        chunks = render_chunks(messages[:finished], system)
-        answered = encode([*chunks[:-1], chunks[-1].removesuffix(" ")])
-        if input_ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
-            raise CheckpointError(
-                "tokenizer.model: merges text across the boundary of an answer; use that of a Yi model"
-            )
-        is_target[len(prompt) : len(answered)] = [True] * (len(answered) - len(prompt))
-    return EncodedTurns(input_ids, is_target)
+    pieces = template.render_targets(template.messages(turns, questions), system)
+    encoded = list(_encode(pieces, tokenizer))
+    return EncodedTurns([token for token, _ in encoded], [flag for _, flag in encoded])

@@ -92,7 +92,7 @@ def test_a_frozen_vit_that_an_adapter_cannot_store_is_refused(other_vit: Path, t
 def test_an_adapter_on_a_language_model_without_a_projector_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     language_model = write_language_model(tmp_path / "llm", loaded.model)
     rows = write_rows(tmp_path / "rows.json")
-    with pytest.raises(YiVLError, match="llm is a language model without a projector; give a Yi-VL checkpoint"):
+    with pytest.raises(YiVLError, match="llm is a language model without a projector; give a checkpoint"):
         train(tmp_path / "out", rows, lora_enable=True, vision_tower=VIT, model_name_or_path=language_model)
 
 
@@ -100,7 +100,7 @@ def test_an_adapter_without_image_settings_takes_those_of_its_base_and_damaged_o
     rows = write_rows(tmp_path / "rows.json")
     train(tmp_path / "out", rows, lora_enable=True, max_steps=1, image_size=28, freeze_mm_mlp_adapter=True)
     settings = tmp_path / "out" / SETTINGS
-    assert json.loads(settings.read_text()) == {"image_aspect_ratio": "pad", "image_size": 28}
+    assert json.loads(settings.read_text()) == {"model_type": "llava", "image_aspect_ratio": "pad", "image_size": 28}
     settings.write_text('{"image_size": "28"}')
     with pytest.raises(CheckpointError, match=f"{SETTINGS}: image_size is '28'; expected an integer"):
         load_model(tmp_path / "out", device="cpu")

@@ -111,7 +111,7 @@ def test_nothing_of_another_commit_is_left_in_a_download(hub: Hub, folder: Path,
 def test_a_repository_that_is_not_whole_gives_no_folder(missing: str, hub: Hub, folder: Path, tmp_path: Path) -> None:
     publish(folder, REPO, private=False)
     del hub.repositories[REPO].commits[-1][missing]
-    with pytest.raises(CheckpointError, match=rf"^{REPO}: no complete Yi-VL checkpoint .*{Path(missing).name}"):
+    with pytest.raises(CheckpointError, match=rf"^{REPO}: no complete checkpoint .*{Path(missing).name}"):
         download(REPO, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -475,5 +475,5 @@ def test_a_card_of_a_bare_checkpoint_says_that_training_is_not_recorded(folder: 
     assert (data.pipeline_tag, data.language, data.library_name) == ("image-text-to-text", ["en", "zh"], "yivl")
     assert data.base_model is None
     assert "## Training\n\nNot recorded in this folder." in card
-    assert "56 × 56 pixels as 16 patches of width 48" in card
+    assert "Its ViT, of width 48, reads 56 × 56 pixels, a two-layer projector turns them into 16 image tokens" in card
     assert "--model-path model " in card

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel, StaticCache
 
-from yivl.checkpoint.loading import Dtype, load_model
+from yivl.checkpoint.loading import load_model
+from yivl.checkpoint.support import Dtype
 from yivl.inference.chat import Chat
 from yivl.inference.kv_cache import make_cache
 from yivl.model.block_attention import QUERIES, block_attention, block_sdpa, is_faster, register_block_sdpa

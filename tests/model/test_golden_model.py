@@ -151,7 +151,9 @@ def test_sampling_probabilities_equal_the_reference(name: str, loaded: LoadedMod
         top_p=settings["effective_top_p"] or 1.0,
         top_k=settings["effective_top_k"],
     )
-    config, _ = loaded.model._prepare_generation_config(sampling.generation_config(loaded.tokenizer, 1))
+    config, _ = loaded.model._prepare_generation_config(
+        sampling.generation_config(loaded.tokenizer, 1, loaded.tokenizer.eos_token_id)
+    )
     library: LogitsProcessorList = loaded.model._get_logits_processor(generation_config=config, device="cpu")
     for processors in (sampling.logits_processors(), library):  # of sampling, and of beam search
         scores = processors(torch.zeros(1, 1, dtype=torch.long), recorded["logits"][None].clone())

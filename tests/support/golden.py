@@ -12,10 +12,10 @@ GOLDEN = ROOT / "tests/golden"
 CHECKPOINT = GOLDEN / "checkpoint"
 
 
-def golden_json(name: str) -> Any:
-    return json.loads((GOLDEN / "expected" / f"{name}.json").read_text(encoding="utf-8"))
+def golden_json(name: str, golden: Path = GOLDEN) -> Any:
+    return json.loads((golden / "expected" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def golden_arrays(name: str) -> dict[str, torch.Tensor]:
-    with np.load(GOLDEN / "expected" / f"{name}.npz") as arrays:
+def golden_arrays(name: str, golden: Path = GOLDEN) -> dict[str, torch.Tensor]:
+    with np.load(golden / "expected" / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}

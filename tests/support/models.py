@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig
 
+from support import golden_internvl
 from support.golden import CHECKPOINT
-from yivl.checkpoint.loading import load_model
+from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.saving import save_checkpoint
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
@@ -14,6 +15,19 @@ from yivl.model.modeling import YiVLForCausalLM
 OPEN_CLIP_VISION = {"width": 160, "layers": 3, "head_width": 80, "patch_size": 14, "image_size": 56}
 """``vision_cfg`` of a small open_clip model."""
 VIT = "vit/clip-vit-tiny-random-yi-vl-56"
+
+
+ARCHITECTURES = {"Yi-VL": CHECKPOINT, "InternVL": golden_internvl.CHECKPOINT}
+"""The golden checkpoint of each."""
+
+
+def load_golden(architecture: str) -> LoadedModel:
+    """Load a golden checkpoint in float32; the answers of InternVL, which end early, end with their lengths."""
+    loaded = load_model(ARCHITECTURES[architecture], device="cpu")
+    if architecture == "InternVL":
+        with torch.no_grad():
+            loaded.model.lm_head.weight[loaded.tokenizer.eos_token_id] = 0
+    return loaded
 
 
 def talkative_checkpoint(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Official files of every published source, with a few records each in its schema, and their images."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,54 @@ def official_files(number: int) -> dict[str, Mapping[str, Any]]:
     }
 
 
+def official_sft_files(number: int) -> dict[str, Mapping[str, Any]]:
+    """Return the files of the sources of InternVL-Chat-V1-2's fine-tuning that are not in ``official_files``."""
+    numbers = range(1, number + 1)
+    text_only = {"id": "t", "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}
+    pictured = [_llava(f"coco/train2017/{n:012d}.jpg", "What is it?", "A sign.") for n in numbers]
+    return {
+        "llava-zh": {"llava_instruct_150k_zh.json": [_llava(f"{n:012d}.jpg", "图里有什么？", "猫。") for n in numbers]},
+        "mix665k": {"sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json": [text_only, *pictured[1:]]},
+        "dvqa": {
+            "train_qa.json": [
+                {"image": f"bar_train_{n:08d}.png", "question": "How many bars?", "answer": "two", "question_id": n}
+                for n in numbers
+            ]
+        },
+        "chartqa": {
+            "train/train_human.json": [{"imgname": f"{n}.png", "query": "Value?", "label": "5"} for n in numbers],
+            "train/train_augmented.json": [{"imgname": f"{n}.png", "query": "Year?", "label": "2019"} for n in numbers],
+        },
+        "ai2d": {"ai2d_test_ids.csv": "9\n"}
+        | {
+            f"questions/{n}.png.json": {
+                "imageName": f"{n}.png",
+                "questions": {
+                    "What eats?": {"abcLabel": False, "answerTexts": ["a", "b", "c", "d"], "correctAnswer": 3}
+                },
+            }
+            for n in numbers
+        },
+        "docvqa": {
+            "train_v1.0.json": {
+                "data": [
+                    {"image": f"documents/x_{n}.png", "question": "Date?", "answers": ["1 May", "May 1"]}
+                    for n in numbers
+                ]
+            }
+        },
+        "synthdog-en": {
+            "metadata.jsonl": "".join(
+                json.dumps(
+                    {"file_name": f"{n}.jpg", "ground_truth": json.dumps({"gt_parse": {"text_sequence": "A B"}})}
+                )
+                + "\n"
+                for n in numbers
+            )
+        },
+    }
+
+
 def write_files(folder: Path, files: Mapping[str, Any]) -> Path:
     """Write files: text, or values as JSON."""
     for name, content in files.items():
@@ -113,8 +162,12 @@ def write_files(folder: Path, files: Mapping[str, Any]) -> Path:
 
 def write_published(folder: Path, number: int) -> None:
     """Write ``official/NAME`` of every source, ``data/images`` with their images, and the shards of LAION-400M."""
-    for name, files in official_files(number).items():
+    for name, files in (official_files(number) | official_sft_files(number)).items():
         write_files(folder / "official" / name, files)
+    problem = {"id": 1, "subject": "求角", "choices": ["1", "2", "3", "4"], "label": 0}
+    problems = [problem | {"id": n} for n in range(1, number + 1)]
+    (folder / "official/geoqa-plus").mkdir(parents=True)
+    (folder / "official/geoqa-plus/Backtrans-train.pk").write_bytes(pickle.dumps(problems))
     write_shards(folder / "data/laion400m", num_shards=2, per_shard=number)
     write_files(folder / "data/laion400m", {f"{shard:05d}_stats.json": {"successes": number} for shard in range(2)})
     for n in range(1, number + 1):
@@ -130,6 +183,12 @@ def write_published(folder: Path, number: int) -> None:
             f"ocrvqa/{n}.jpg",
             f"visual-genome/VG_100K/{n}.jpg",
             f"laion-gpt4v/00000/{n:09d}.jpg",
+            f"dvqa/images/bar_train_{n:08d}.png",
+            f"chartqa/train/png/{n}.png",
+            f"ai2d/images/{n}.png",
+            f"docvqa/train/documents/x_{n}.png",
+            f"geoqa+/images/{n}.png",
+            f"synthdog-en/images/{n}.jpg",
         ):
             path = folder / "data/images" / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
 """Chat requests, and programs that listen on a port."""
 
 import base64
+import secrets
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -17,10 +19,16 @@ def user(text: str, *urls: str) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port that nothing listens on.
+
+    It is below the range from which Linux takes ports for connections, so that none of those takes it before its user
+    listens, and random, whatever seed a test has set, so that tests that run at the same time get others.
+    """
+    while True:
+        port = secrets.choice(range(20_000, 32_000))
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(state: Callable[[], object], seconds: float = 120) -> None:

@@ -128,7 +128,6 @@ def run_script(name: str, *arguments: Any, timeout: float = 500, **environment: 
         cwd=ROOT,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "GPUS": "0"}
-        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         | {key: str(value) for key, value in environment.items()},
         capture_output=True,
         text=True,

@@ -51,7 +51,11 @@ def save_adapter(
     """
     model.save_pretrained(os.fspath(folder), state_dict=state_dict, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty template of peft
-    settings = {"image_size": image_processor.image_size, "image_aspect_ratio": image_processor.aspect_ratio}
+    settings = {
+        "model_type": model.config.model_type,  # for the model card
+        "image_size": image_processor.image_size,
+        "image_aspect_ratio": image_processor.aspect_ratio,
+    }
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ADAPTER not in name]
     write_json(folder / ADAPTER_SETTINGS, settings | ({_NUM_TRAINED: len(trained)} if trained else {}))
     if trained:

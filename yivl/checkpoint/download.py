@@ -29,7 +29,7 @@ MODELSCOPE: Final = "modelscope:"
 # Configurations, tokenizers, templates, licenses. They tell which weight files there are.
 _SMALL_FILES: Final = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
-_EXPECTED: Final = "a Yi-VL checkpoint folder or a hub id such as 01-ai/Yi-VL-6B"
+_EXPECTED: Final = "a checkpoint folder or a hub id such as 01-ai/Yi-VL-6B"
 
 Fetch = Callable[[list[str]], Any]
 """Downloads the files of a repository that match the patterns."""
@@ -146,7 +146,8 @@ def _fetch_weights(folder: Path, fetch: Fetch) -> None:
 def _fetch_weights_of_another_llava(folder: Path, fetch: Fetch) -> None:
     """Download the weights of a LLaVA without the mark of Yi-VL: their keys tell whether it is one."""
     path = folder / "config.json"
-    if path.is_file() and is_hf(folder) and not read_json(path).get("is_yi_vl_derived_model"):
+    fields = read_json(path) if path.is_file() else {}
+    if is_hf(fields) and not fields.get("is_yi_vl_derived_model"):
         fetch_main_weights(folder, fetch)
 
 

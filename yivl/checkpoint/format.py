@@ -6,7 +6,7 @@ Code in pickled files never runs.
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -30,8 +30,9 @@ WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
 """In the order of preference of transformers."""
 TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """In addition to ``tokenizer.model``."""
-UNUSED_FILES: Final = ("*/open_clip_*", "*.png", ".gitattributes")
-"""Files no load reads. The ViT folder of the released checkpoints holds a second copy at 224 pixels of 3.9 GB."""
+UNUSED_FILES: Final = ("*/open_clip_*", "*.png", "*.jpg", "*.py", ".gitattributes")
+"""Files no load reads. The ViT folder of the released checkpoints holds a second copy at 224 pixels of 3.9 GB; the
+programs in that of InternVL-Chat are never run."""
 METADATA: Final = {"format": "pt"}
 """Of every safetensors file: transformers refuses files without it."""
 
@@ -73,6 +74,7 @@ def check_keys(
     found: Mapping[str, torch.Tensor],
     *,
     fit: str = "config.json",
+    rename: Callable[[str], str] = str,
 ) -> None:
     """Compare keys and shapes of weights with those of a model.
 
@@ -81,18 +83,20 @@ def check_keys(
         expected: Of the model; parameters that ZeRO-3 has partitioned count with their full shape.
         found: Of the weights.
         fit: What the weights have to fit.
+        rename: Returns the name of a key in the files, for the error.
 
     Raises:
         CheckpointError: If they differ.
     """
-    problems = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]
+    problems = [f"missing {rename(key)}" for key in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {rename(key)}" for key in sorted(found.keys() - expected.keys())]
     for key in sorted(expected.keys() & found.keys()):
         shape = list(getattr(expected[key], "ds_shape", expected[key].shape))
         if shape != list(found[key].shape):
-            problems.append(f"{key} is {list(found[key].shape)}, expected {shape}")
+            problems.append(f"{rename(key)} is {list(found[key].shape)}, expected {shape}")
         elif found[key].dtype not in WEIGHT_DTYPES:
-            problems.append(f"{key} is {str(found[key].dtype).removeprefix('torch.')}, expected a floating-point dtype")
+            dtype = str(found[key].dtype).removeprefix("torch.")
+            problems.append(f"{rename(key)} is {dtype}, expected a floating-point dtype")
     if problems:
         more = f"; {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckpointError(f"{source}: the weights do not fit {fit}: {'; '.join(problems[:_MAX_PROBLEMS])}{more}")

@@ -72,13 +72,8 @@ _SINCE: Final = (
 _NOT_SAMPLING: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "transformers_version")
 
 
-def is_hf(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is in the format of transformers' LLaVA, with the mark of Yi-VL or without.
-
-    Raises:
-        CheckpointError: If its ``config.json`` is missing or damaged.
-    """
-    fields = read_json(Path(folder) / "config.json")
+def is_hf(fields: Mapping[str, Any]) -> bool:
+    """Whether the fields of a ``config.json`` are of transformers' LLaVA, with the mark of Yi-VL or without."""
     is_llava = fields.get("model_type") == "llava" and {"text_config", "vision_config"} <= fields.keys()
     # Exports for SGLang have both configurations, and are in the Yi-VL format.
     return "mm_vision_tower" not in fields and (bool(fields.get("is_yi_vl_derived_model")) or is_llava)
@@ -113,10 +108,10 @@ def read_published(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return read_json(folder / PUBLISHED)
     names: tuple[str, ...] = TOKENIZER_FILES
     if (folder / "config.json").is_file():
-        if is_hf(folder):
+        fields = read_json(folder / "config.json")
+        if is_hf(fields):
             return {}
-        is_yivl = "mm_vision_tower" in read_json(folder / "config.json")
-        names = ("config.json", "generation_config.json", *names) if is_yivl else names
+        names = ("config.json", "generation_config.json", *names) if "mm_vision_tower" in fields else names
     return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
 
 
@@ -163,19 +158,32 @@ def read_hf_config(folder: str | os.PathLike[str], published: Mapping[str, Any] 
     return result
 
 
+def read_hf_shapes(folder: str | os.PathLike[str], config: YiVLConfig) -> StateDict:
+    """Return all tensors by checkpoint key on the meta device, as ``read_hf_weights``.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    return _checkpoint_weights(read_main_shapes(folder), config)
+
+
 def read_hf_weights(folder: str | os.PathLike[str], config: YiVLConfig) -> StateDict:
     """Return all tensors by checkpoint key, without the rows of the two tokens and of the padding.
 
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
-    weights = {to_yivl_key(key): value for key, value in read_main_weights(folder).items()}
+    return _checkpoint_weights(read_main_weights(folder), config)
+
+
+def _checkpoint_weights(published: StateDict, config: YiVLConfig) -> StateDict:
+    weights = {to_yivl_key(key): value for key, value in published.items()}
     for key in weights.keys() & set(VOCABULARY):
         weights[key] = weights[key][: config.vocab_size].clone()  # part of a storage cannot be saved
     return weights
 
 
-def read_hf_vit(folder: str | os.PathLike[str]) -> StateDict:
+def read_hf_vit(folder: str | os.PathLike[str], config: YiVLConfig) -> StateDict:
     """Return the ViT under the keys of ``yivl.checkpoint.vit``.
 
     Raises:
@@ -203,7 +211,7 @@ def read_hf_generation_config(
     return generation_config(sampling | ids, path)
 
 
-def load_hf_clip_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:
+def load_hf_clip_processor(folder: str | os.PathLike[str], config: YiVLConfig | None = None) -> CLIPImageProcessorPil:
     """Load the CLIP preprocessing from its own file, or from the one that transformers 5 writes for a processor.
 
     Raises:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 
 from yivl.checkpoint.atomic import replace_dir, write_text
 from yivl.checkpoint.download import MODELSCOPE, reason_of
+from yivl.checkpoint.folder import HF, Format, find_format, format_of
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     ADAPTER_SETTINGS,
@@ -35,7 +36,6 @@ from yivl.checkpoint.format import (
     read_json,
     weight_files,
 )
-from yivl.checkpoint.hf_format import is_hf
 from yivl.checkpoint.loading import read_small_files
 from yivl.errors import CheckpointError
 
@@ -84,7 +84,8 @@ def upload(
         CheckpointError: If the folder names a local path; if the repository holds another kind of model, or is public
             although ``private`` is set; if the hub refuses or cannot be reached.
     """
-    if not (folder / ADAPTER_CONFIG).is_file() and is_hf(folder):
+    own = None if (folder / ADAPTER_CONFIG).is_file() else format_of(folder)
+    if own is HF:
         raise CheckpointError(f"{folder}: in the -hf format; upload it with `hf upload`, or use convert.py from-hf")
     changed = _without_paths(folder, known_base(folder, base_model))
     if get_token() is None:
@@ -94,7 +95,7 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.model_info(repo_id)
         existing = {file.rfilename for file in info.siblings or ()}
-        if held := _other_model(api, repo_id, existing, is_adapter=(folder / ADAPTER_CONFIG).is_file()):
+        if held := _other_model(api, repo_id, existing, own):
             raise CheckpointError(f"{repo_id}: exists and holds {held}; give another name")
         keeps_card = card is not None and CARD in existing and not _is_generated(_remote_text(api, repo_id, CARD))
     if private and not info.private:
@@ -150,7 +151,7 @@ def download(repo_id: str, folder: Path, *, revision: str | None = None) -> None
     try:
         check_whole(partial)
     except CheckpointError as error:
-        raise CheckpointError(f"{repo_id}: no complete Yi-VL checkpoint or adapter ({error})") from error
+        raise CheckpointError(f"{repo_id}: no complete checkpoint or adapter ({error})") from error
     replace_dir(partial, target)
 
 
@@ -168,7 +169,7 @@ def check_whole(folder: Path) -> None:
             check_weight_file(path)
         return
     config, _, _ = read_small_files(folder)
-    if is_hf(folder):
+    if not format_of(folder).has_vit_folder:
         weight_files(folder)
         return
     vit = folder / config.mm_vision_tower
@@ -220,13 +221,19 @@ def _trained(adapter: Path) -> list[Path]:
     return [adapter / name for name in NON_LORA_TRAINABLES if (adapter / name).is_file()]
 
 
+def _vit_folder(folder: Path) -> Path | None:
+    """Return the folder of the ViT of a checkpoint, if its format has one."""
+    return folder / read_json(folder / "config.json")["mm_vision_tower"] if format_of(folder).has_vit_folder else None
+
+
 def _names_to_upload(folder: Path) -> list[str]:
     """Return the files to upload, relative to the folder."""
     if (folder / ADAPTER_CONFIG).is_file():
         weights = [*folder.glob("adapter_model.*"), *_trained(folder)]
     else:
-        vit = folder / read_json(folder / "config.json")["mm_vision_tower"]
-        weights = [*(vit / name for name in _VIT_CONFIGS), find_weights(vit), *weight_files(folder)]
+        weights = weight_files(folder)
+        if (vit := _vit_folder(folder)) is not None:
+            weights += [*(vit / name for name in _VIT_CONFIGS), find_weights(vit)]
     others = (path for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _UPLOADED))
     return sorted(Path(os.path.relpath(path, folder)).as_posix() for path in [*weights, *others] if path.is_file())
 
@@ -235,8 +242,8 @@ def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
     """Return the files whose content changes: ``adapter_config.json`` names the base model by its hub id."""
     contents: dict[str, bytes] = {}
     configs = [folder / name for name in (*_CONFIGS, ADAPTER_CONFIG)]
-    if (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
-        vit = folder / read_json(folder / "config.json")["mm_vision_tower"]
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if (folder / "config.json").is_file() and not is_adapter and (vit := _vit_folder(folder)) is not None:
         configs += [vit / name for name in _VIT_CONFIGS]
     for path in (path for path in configs if path.is_file()):
         fields = read_json(path)
@@ -253,15 +260,16 @@ def _without_paths(folder: Path, base: str | None) -> dict[str, bytes]:
     return contents
 
 
-def _other_model(api: HfApi, repo_id: str, existing: set[str], *, is_adapter: bool) -> str | None:
-    """Return what a repository holds if that is another kind of model."""
+def _other_model(api: HfApi, repo_id: str, existing: set[str], own: Format | None) -> str | None:
+    """Return what a repository holds if that is another kind of model than ``own``; ``None`` is an adapter."""
     if ADAPTER_CONFIG in existing:
-        return None if is_adapter else "an adapter"
+        return None if own is None else "an adapter"
     if "config.json" not in existing:
         return None
-    if "mm_vision_tower" not in read_json(Path(api.hf_hub_download(repo_id, "config.json"))):
+    held = find_format(read_json(Path(api.hf_hub_download(repo_id, "config.json"))))
+    if held in (HF, None) or (own is not None and held is not own):
         return "another kind of model"
-    return "a whole model" if is_adapter else None
+    return "a whole model" if own is None else None
 
 
 def _remote_text(api: HfApi, repo_id: str, name: str) -> str:

@@ -10,11 +10,10 @@ from typing import Any, Final, Literal, get_args
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import is_flash_attn_2_available
 
 from yivl.checkpoint.cpu_precision import fit_to_cpu
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.folder import read_config, read_processors, read_vit_weights
+from yivl.checkpoint.folder import format_of, read_config, read_processors
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     PROJECTOR,
@@ -23,25 +22,31 @@ from yivl.checkpoint.format import (
     check_keys,
     read_image_settings,
     read_json,
-    read_main_shapes,
     without_tower,
 )
-from yivl.checkpoint.hf_format import is_hf, read_hf_generation_config, read_hf_weights
+from yivl.checkpoint.support import (
+    Device,
+    Dtype,
+    check_arguments,
+    check_support,
+    own_device_map,
+    parse_device,
+    torch_dtype,
+)
 from yivl.checkpoint.vit import copy_vit_weights
 from yivl.command_line import require
 from yivl.errors import CheckpointError, YiVLError
 from yivl.files.validation import library_errors
-from yivl.image_processing import ImageProcessor
+from yivl.image_processing import ImageProcessor, set_image_size
+from yivl.model.architectures import check_class, model_class
 from yivl.model.block_attention import register_block_sdpa
-from yivl.model.configuration import YiVLConfig, generation_config
+from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.tokenization import YiTokenizer, check_vocabulary
 
 logger = logging.getLogger(__name__)
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Device = str | dict[str, Any]
 
 UNQUANTIZED_MODULES: Final = ["model.vision_tower", "model.mm_projector", "lm_head"]
 """Kept in full precision under 4 and 8 bits: small, and the features are sensitive. Source: ours."""
@@ -58,6 +63,8 @@ class LoadedModel:
     """Last part of the path or hub id, for display."""
     decoding_functions: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None = None
     """Compiled functions of a layer and of the head, see ``yivl.inference.compilation``; ``None``: not compiled."""
+    decoding_graphs: object | None = None
+    """``DecodingGraphs`` of ``yivl.inference.cuda_graphs``; ``None``: kernels are launched one by one."""
 
 
 def load_model(
@@ -98,14 +105,14 @@ def load_model(
     # The small files first: their errors show before minutes of loading.
     folder, adapter, image_settings = _resolve_model(model_path, model_base)
     config, tokenizer, image_processor = read_small_files(folder, **image_settings)
-    device_map, bits = _device_map(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
+    device_map, bits = parse_device(device), 4 if load_in_4bit else 8 if load_in_8bit else 16
     if bits != 16 and merge_adapter:
         raise YiVLError("merge_adapter: an adapter is merged into unquantized weights; leave out load_in_4bit or 8bit")
     is_on_cpu = device_map == {"": "cpu"}
     if bits != 16 and not is_on_cpu:
         require("bitsandbytes")
-    check_support(config, attn_implementation)
-    model = YiVLForCausalLM.from_pretrained(
+    check_support(config, attn_implementation, is_on_cpu=is_on_cpu, dtype=torch_dtype(dtype) or config.dtype)
+    model = model_class(config).from_pretrained(
         folder,
         config=config,
         bits=16 if is_on_cpu else bits,
@@ -121,8 +128,7 @@ def load_model(
 
         model = load_adapter(model, adapter, merge=merge_adapter)
     if is_on_cpu and not merge_adapter:  # a merged model is saved, in the dtype of the checkpoint
-        wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        fit_to_cpu(model, wanted if isinstance(wanted, torch.dtype) else None, bits=bits)
+        fit_to_cpu(model, torch_dtype(dtype), bits=bits)
     path = Path(model_path)
     return LoadedModel(model.eval(), tokenizer, image_processor, (path.resolve() if path.exists() else path).name)
 
@@ -180,50 +186,34 @@ def set_images(
         config: Its aspect ratio is set in place; its image size stays that of the weights until they are resized.
         clip_processor: Its size is set in place.
         image_size: Side of the ViT input in pixels; ``None`` keeps that of ``clip_processor``.
-        image_aspect_ratio: ``pad`` or ``square``; ``None`` keeps that of ``config``.
+        image_aspect_ratio: ``pad``, ``square`` or ``squash``; ``None`` keeps that of ``config``.
 
     Raises:
-        CheckpointError: If a value is not possible.
+        CheckpointError: If a value is not possible, or the size of ``clip_processor`` is not that of the ViT.
     """
-    if image_aspect_ratio is not None:
-        config.image_aspect_ratio = image_aspect_ratio
-    if image_size is not None:
+    is_changed = image_aspect_ratio not in (None, config.image_aspect_ratio)
+    if image_size is None:
+        # The size of the file is that of its own aspect ratio.
+        found = ImageProcessor(clip_processor, config.image_aspect_ratio).image_size
+        expected = config.vision_config.image_size
+        if found != expected:
+            raise CheckpointError(
+                f"preprocessor_config.json: size is {found}; expected image_size of the ViT, {expected}"
+            )
+    else:
         patch_size = config.vision_config.patch_size
         if image_size < 1 or image_size % patch_size:
             raise CheckpointError(f"image_size {image_size} is not a multiple of the patch size {patch_size}")
-        clip_processor.size = {"shortest_edge": image_size}
-        clip_processor.crop_size = {"height": image_size, "width": image_size}
-    processor, expected = ImageProcessor(clip_processor, config.image_aspect_ratio), config.vision_config.image_size
-    if image_size is None and processor.image_size != expected:
-        raise CheckpointError(
-            f"preprocessor_config.json: size is {processor.image_size}; expected image_size of the ViT, {expected}"
-        )
-    return processor
-
-
-def check_support(config: YiVLConfig, attn_implementation: str, *, bnb_bits_on_cpu: int = 16) -> None:
-    """Check that this machine can run a model in the given form.
-
-    Args:
-        config: Of the model.
-        attn_implementation: Attention of the decoder and the ViT.
-        bnb_bits_on_cpu: 8 or 4 if bitsandbytes quantizes the model on a CPU.
-
-    Raises:
-        YiVLError: If FlashAttention is not installed.
-        CheckpointError: If bitsandbytes cannot pack the layers on a CPU with AVX512-BF16.
-    """
-    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        raise YiVLError("flash_attention_2 needs the flash-attn package and a GPU; use --attn-implementation sdpa")
-    widths = (config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
-    odd = next((width for width in widths if width % 64), None)
-    if bnb_bits_on_cpu == 4 and odd:
-        raise CheckpointError(
-            f"training in 4 bits on a CPU needs layer widths that are multiples of 64, this model has {odd}; use 8 bits"
-        )
+        config.num_patches_at(image_size)
+    if image_aspect_ratio is not None:
+        config.image_aspect_ratio = image_aspect_ratio
+    if image_size is not None or is_changed:
+        set_image_size(clip_processor, image_size or config.vision_config.image_size, config.image_aspect_ratio)
+    return ImageProcessor(clip_processor, config.image_aspect_ratio)
 
 
 def load_pretrained(
+    kind: type[YiVLForCausalLM],
     load: Callable[..., YiVLForCausalLM],
     folder: str | os.PathLike[str],
     *,
@@ -239,36 +229,52 @@ def load_pretrained(
     Keys and shapes are compared with the configuration before any weight is read.
 
     Args:
-        load: ``from_pretrained`` of transformers.
+        kind: The class that is asked for.
+        load: Its ``from_pretrained`` of transformers.
 
     Raises:
-        CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
+        CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape, or the
+            checkpoint is of another architecture.
+        YiVLError: If an argument is one of another loader, or a device map names no module of the model.
+        MemoryError: If a quantized model, which cannot be offloaded, does not fit on the GPUs.
     """
+    check_arguments(folder, kwargs)
     config = read_config(folder) if config is None else config
-    with library_errors(f"{folder}/config.json"):
-        expected = without_tower(empty_model(config).state_dict())
-    weights = read_hf_weights(folder, config) if is_hf(folder) else None
-    found = without_tower(read_main_shapes(folder) if weights is None else weights)
+    check_class(kind, config, folder)
+    source, path = format_of(folder), Path(folder)
+    with library_errors(path / "config.json"):
+        expected = empty_model(config).state_dict()
+    if isinstance(kwargs.get("device_map"), dict):
+        kwargs["device_map"] = own_device_map(kwargs["device_map"], expected, source.to_published_key)
+    found = source.read_shapes(path, config)
+    if source.has_vit_folder or vit_weights is not None:  # compared with that ViT below
+        expected, found = without_tower(expected), without_tower(found)
     if fresh_projector:
         expected = {key: value for key, value in expected.items() if key in found or not key.startswith(PROJECTOR)}
-    check_keys(folder, expected, found)
-    vit = read_vit_weights(folder, config) if vit_weights is None else vit_weights
-    if weights is not None:  # memory-mapped, with other names than in the files
+    check_keys(folder, expected, found, rename=source.to_published_key)
+    vit = source.read_vit(path, config) if source.has_vit_folder and vit_weights is None else vit_weights
+    generation = source.read_generation_config(path, config)
+    kwargs = ({} if generation is None else {"generation_config": generation}) | kwargs
+    if not source.has_vit_folder:  # memory-mapped, with other names than in the files
+        weights = source.read_weights(path, config)
         config.dtype = weights["lm_head.weight"].dtype
-        kwargs = {"state_dict": weights, "generation_config": read_hf_generation_config(folder, config)} | kwargs
-    elif (path := Path(folder) / "generation_config.json").is_file():
-        kwargs = {"generation_config": generation_config(read_json(path), path)} | kwargs
+        kwargs = {"state_dict": weights} | kwargs
     if bits != 16:
         kwargs["quantization_config"] = _quantization_config(config, bits, kwargs.get("dtype", "auto"))
-    if weights is None:
-        _check_index(Path(folder))
+    if source.has_vit_folder:
+        _check_index(path)
     # The copy of the ViT in the main files may be of any shape: it is replaced.
-    source = os.fspath(folder) if weights is None else None
-    model = load(source, config=config, ignore_mismatched_sizes=True, **kwargs)
+    read_from = os.fspath(folder) if source.has_vit_folder else None
+    try:
+        model = load(read_from, config=config, ignore_mismatched_sizes=True, **kwargs)
+    except ValueError as error:
+        if "enough GPU RAM" not in str(error):
+            raise
+        raise MemoryError(f"{folder}: the GPUs are too small for the quantized model") from error
     model.name_or_path = os.fspath(folder)
     # The published 4,096 is the context length, which generate() takes from config.json.
     model.generation_config.max_length = None
-    num_different = copy_vit_weights(model.get_vision_tower().vit, vit, source=str(folder))
+    num_different = 0 if vit is None else copy_vit_weights(model.get_vision_tower().vit, vit, source=str(folder))
     if num_different and vit_weights is None:
         logger.info(
             "%d ViT tensors in %s differ from those in the main files and are used, as in the reference implementation",
@@ -299,7 +305,7 @@ def _check_index(folder: Path) -> None:
 def empty_model(config: YiVLConfig) -> YiVLForCausalLM:
     """Return a model on the meta device, without memory for its weights."""
     with torch.device("meta"):
-        return YiVLForCausalLM(config)
+        return model_class(config)(config)
 
 
 def _quantization_config(config: YiVLConfig, bits: int, dtype: Dtype | torch.dtype) -> BitsAndBytesConfig:
@@ -311,18 +317,3 @@ def _quantization_config(config: YiVLConfig, bits: int, dtype: Dtype | torch.dty
         bnb_4bit_compute_dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
         llm_int8_skip_modules=UNQUANTIZED_MODULES,
     )
-
-
-def _device_map(device: Device) -> Device:
-    if isinstance(device, dict):
-        return device
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "auto" if available["cuda"] else {"": "mps" if available["mps"] else "cpu"}
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise YiVLError(f"device={device!r}; expected auto, cpu, mps, cuda or cuda:N") from error
-    if not available.get(kind, True):
-        raise YiVLError(f"device={device!r}: PyTorch finds no such device on this machine; use --device cpu")
-    return {"": "cpu" if kind == "cpu" else device}  # cpu:0 is the CPU

@@ -1,4 +1,4 @@
-"""Files with the weights of a projector alone, as LLaVA writes them after its pretraining (``mm_projector.bin``)."""
+"""Files with the weights of a projector alone: ``mm_projector.bin`` of LLaVA, the ``.pth`` files of InternVL."""
 
 from pathlib import Path
 
@@ -6,13 +6,14 @@ import torch
 
 from yivl.checkpoint.format import PROJECTOR, check_keys, read_weights
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.model.vision_tower import gathered
+from yivl.model.sharding import gathered
 
 
 def load_projector(model: YiVLForCausalLM, path: Path) -> None:
-    """Copy the weights of a projector file (``.bin`` or safetensors) into the model, in place.
+    """Copy the weights of a projector file (``.bin``, ``.pth`` or safetensors) into the model, in place.
 
-    Source of the keys: haotian-liu/LLaVA, llava/model/llava_arch.py (all that follows ``mm_projector.``).
+    Source of the keys: haotian-liu/LLaVA, llava/model/llava_arch.py (all that follows ``mm_projector.``);
+    OpenGVLab/InternVL, internvl_chat/internvl/train/internvl_chat_finetune.py (``0.weight`` to ``3.bias``).
 
     Raises:
         CheckpointError: If the file cannot be read, or its keys or shapes are not those of the model's projector.

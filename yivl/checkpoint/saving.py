@@ -1,4 +1,4 @@
-"""Saving of checkpoints in the Yi-VL format."""
+"""Saving of checkpoints in the published format of their architecture."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ from typing import Any, Final
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from yivl.checkpoint.atomic import atomic_dir, write_json
-from yivl.checkpoint.format import ADAPTER, METADATA, TOWER, check_utf8
+from yivl.checkpoint.folder import find_format
+from yivl.checkpoint.format import ADAPTER, check_utf8
 from yivl.checkpoint.full_disk import explain_full_disk
 from yivl.errors import CheckpointError
 from yivl.model.packed_linear import Linear16
@@ -94,16 +94,16 @@ def write_checkpoint(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a checkpoint in the Yi-VL format: sharded safetensors, configurations, tokenizer and ``vit/``.
+    """Write a checkpoint in the published format of its architecture: sharded safetensors, configurations, tokenizer.
 
-    Both copies of the ViT, in the main shards and in ``vit/``, hold the weights of the model, so every reader gets a
-    fine-tuned ViT. ``config.json`` carries ``rope_theta``, which old versions of transformers read.
+    Of Yi-VL both copies of the ViT, in the main shards and in ``vit/``, hold the weights of the model, so every reader
+    gets a fine-tuned ViT. ``config.json`` carries ``rope_theta``, which old versions of transformers read.
 
     Args:
         model: A ``YiVLForCausalLM``.
         folder: Empty or new.
         tokenizer: Saved with the weights.
-        image_processor: The CLIP processor, saved in ``vit/``.
+        image_processor: The CLIP processor, saved with the weights, of Yi-VL in ``vit/``.
         state_dict: Weights gathered by the caller (ZeRO-3); those of ``model`` by default.
         max_shard_size: Bytes, or text such as ``"5GB"``.
 
@@ -120,19 +120,16 @@ def write_checkpoint(
         weights = {key: value.to(weights["lm_head.weight"].dtype) for key, value in weights.items()}
     if any(ADAPTER in key for key in weights):
         raise CheckpointError("a model with an adapter cannot be saved as a checkpoint; merge the adapter first")
-    config, vit = model.config, folder / "vit" / model.config.vit_name
-    vit.mkdir(parents=True)
+    config = model.config
     fields = config.to_published_dict() | {"torch_dtype": str(weights["lm_head.weight"].dtype).split(".")[-1]}
+    target = find_format(fields)
+    assert target is not None and target.write_image_files is not None  # noqa: PT018 (of our own configurations)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
     generation = model.generation_config.to_diff_dict() | {"max_length": config.max_position_embeddings}
     write_json(folder / "generation_config.json", generation)
-    save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
-    vision = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
-    vision.pop("_name_or_path", None)  # a local path
-    write_json(vit / "config.json", vision)
-    vit_weights = {key.removeprefix(TOWER): value for key, value in weights.items() if key.startswith(TOWER)}
-    save_file(vit_weights, vit / "model.safetensors", metadata=METADATA)
-    if image_processor is not None:
-        image_processor.save_pretrained(vit)
+    published = {target.to_published_key(key): value for key, value in weights.items()}
+    save_torch_state_dict(published, folder, max_shard_size=max_shard_size)
+    target.write_image_files(folder, config, weights, image_processor)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -1,6 +1,7 @@
-"""ViT weights in files: the ``vit/`` folder of a checkpoint, a CLIP folder, an open_clip checkpoint.
+"""ViT weights in files: the ``vit/`` folder of a checkpoint, a CLIP or InternViT folder, an open_clip checkpoint.
 
-Keys become those of ``CLIPVisionModel`` without ``vision_model.``, a prefix that transformers 5.6 dropped in memory.
+Keys become those of ``CLIPVisionModel`` without ``vision_model.``, a prefix that transformers 5.6 dropped in memory;
+those of InternViT stay, without the same prefix.
 """
 
 import os
@@ -10,14 +11,15 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig
 
-from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_weights
+from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_main_weights, read_weights
 from yivl.errors import CheckpointError
 from yivl.files.schema import OpenClipVision
 from yivl.files.validation import check_fields, library_errors
 from yivl.model.configuration import fields_for
-from yivl.model.vision_tower import gathered
+from yivl.model.internvl_configuration import InternVisionConfig
+from yivl.model.sharding import gathered
 
 _PREFIX = "vision_model."
 OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
@@ -42,7 +44,7 @@ _OPEN_CLIP_BLOCK_NAMES = {
 
 
 def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
-    """Return the ViT weights of a CLIP, CLIP-vision or open_clip folder, or of a weight file of open_clip.
+    """Return the ViT weights of a CLIP, CLIP-vision, InternViT or open_clip folder, or of a weight file of open_clip.
 
     Where a folder holds both forms, as in the released checkpoints, that of transformers is read.
 
@@ -53,14 +55,14 @@ def read_clip_weights(folder: str | os.PathLike[str]) -> StateDict:
         return open_clip_to_vit_weights(read_weights(Path(folder)))
     if is_open_clip(folder):
         return open_clip_to_vit_weights(read_weights(find_weights(folder, OPEN_CLIP_WEIGHTS)))
-    state_dict = read_weights(find_weights(folder))
+    state_dict = read_main_weights(folder)
     if any(key.startswith(_PREFIX) for key in state_dict):
         state_dict = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
     return {key: value for key, value in state_dict.items() if not key.endswith("position_ids")}
 
 
-def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
-    """Return the vision configuration of a CLIP, CLIP-vision or open_clip folder.
+def read_vit_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
+    """Return the vision configuration of a CLIP, CLIP-vision, InternViT or open_clip folder.
 
     Raises:
         CheckpointError: If there is none.
@@ -72,7 +74,7 @@ def read_vit_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
     return read_vision_config(Path(folder) / "config.json")
 
 
-def read_vision_config(path: Path) -> CLIPVisionConfig:
+def read_vision_config(path: Path) -> PreTrainedConfig:
     """Return the vision configuration in a ``config.json``, whether of a ViT or of a CLIP that holds one.
 
     Raises:
@@ -82,7 +84,7 @@ def read_vision_config(path: Path) -> CLIPVisionConfig:
     return vision_config(fields.get("vision_config", fields), path)
 
 
-def vision_config(fields: Any, source: str | os.PathLike[str]) -> CLIPVisionConfig:
+def vision_config(fields: Any, source: str | os.PathLike[str]) -> PreTrainedConfig:
     """Return the configuration of a ViT.
 
     Args:
@@ -92,8 +94,11 @@ def vision_config(fields: Any, source: str | os.PathLike[str]) -> CLIPVisionConf
     Raises:
         CheckpointError: If transformers refuses them, or a patch is larger than the image.
     """
+    kind: type[PreTrainedConfig] = CLIPVisionConfig
+    if fields.get("model_type") == InternVisionConfig.model_type:
+        kind = InternVisionConfig
     with library_errors(source):
-        config = CLIPVisionConfig(**fields_for(CLIPVisionConfig, fields))
+        config = kind(**fields_for(kind, fields))
     if config.patch_size > config.image_size:
         raise CheckpointError(f"{source}: patch_size is {config.patch_size}; expected at most {config.image_size}")
     return config

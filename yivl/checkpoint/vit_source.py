@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import CLIPVisionConfig
+from transformers import PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from yivl.checkpoint.download import Fetch, download_model, fetch_first, reason_of
-from yivl.checkpoint.format import WEIGHTS, StateDict, read_json
+from yivl.checkpoint.download import Fetch, download_model, fetch_first, fetch_main_weights, reason_of
+from yivl.checkpoint.format import StateDict, read_json
 from yivl.checkpoint.vit import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
@@ -26,7 +26,7 @@ from yivl.image_processing import load_clip_processor
 OPEN_CLIP: Final = "open_clip:"
 """Prefix of a model of open_clip and its pretrained tag: ``open_clip:ViT-H-14/laion2b_s32b_b79k``."""
 
-_SMALL_FILES: Final = ("config.json", "preprocessor_config.json", OPEN_CLIP_CONFIG)
+_SMALL_FILES: Final = ("config.json", "preprocessor_config.json", "*.index.json", OPEN_CLIP_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ViTSource:
     """Of its folder in ``vit/`` of the checkpoints that are trained from it."""
     path: Path
     """Folder, or weight file of open_clip."""
-    config: CLIPVisionConfig
+    config: PreTrainedConfig
     clip_processor: CLIPImageProcessorPil
     """CLIP preprocessing with the mean and standard deviation of this ViT."""
 
@@ -45,7 +45,7 @@ class ViTSource:
         """Return the weights under the keys of ``yivl.checkpoint.vit``.
 
         Raises:
-            CheckpointError: If they are missing or damaged, or not those of a plain CLIP ViT.
+            CheckpointError: If they are missing or damaged, or not those of a plain CLIP ViT or an InternViT.
         """
         return read_clip_weights(self.path)
 
@@ -54,8 +54,8 @@ def resolve_vit(name: str, *, weights: bool = True) -> ViTSource:
     """Return the ViT of ``--vision_tower``, after downloading what of it is not on this machine.
 
     Args:
-        name: Folder, hub id or ``modelscope:`` id of a CLIP in the format of transformers or open_clip; or
-            ``open_clip:MODEL/TAG`` with a pretrained tag or the path of a checkpoint.
+        name: Folder, hub id or ``modelscope:`` id of a CLIP in the format of transformers or open_clip, or of an
+            InternViT-6B; or ``open_clip:MODEL/TAG`` with a pretrained tag or the path of a checkpoint.
         weights: Whether to download weights, too; ``read_weights`` needs them.
 
     Raises:
@@ -74,7 +74,10 @@ def resolve_vit(name: str, *, weights: bool = True) -> ViTSource:
 
 
 def _fetch_weights(folder: Path, fetch: Fetch) -> None:
-    fetch_first(folder, fetch, OPEN_CLIP_WEIGHTS if is_open_clip(folder) else WEIGHTS)
+    if is_open_clip(folder):
+        fetch_first(folder, fetch, OPEN_CLIP_WEIGHTS)
+    else:
+        fetch_main_weights(folder, fetch)
 
 
 def _fetch_nothing(folder: Path, fetch: Fetch) -> None:

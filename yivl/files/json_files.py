@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
             repeated keys, or has a known field of a wrong type or value.
     """
     if not is_file(path):
-        raise CheckpointError(f"{path}: no such file; a Yi-VL checkpoint has one")
+        raise CheckpointError(f"{path}: no such file; a checkpoint has one")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; download it again")
     try:

@@ -79,6 +79,20 @@ class ModelFields(TypedDict, total=False):
     mm_use_im_start_end: bool | None
     mm_use_im_patch_token: bool | None
     image_aspect_ratio: str | None
+    # Of InternVL-Chat and its ViT
+    force_image_size: Annotated[int | None, within(1, _IMAGE_SIDE)]
+    select_layer: Annotated[int, within(-_LAYERS, _LAYERS)]
+    downsample_ratio: Annotated[Number, within(1e-3, 1)]
+    ps_version: Annotated[str | None, one_of("v1", "v2")]
+    template: Text
+    system_message: str | None
+    pad2square: bool | None
+    dynamic_image_size: bool | None
+    norm_type: Annotated[str, one_of("rms_norm")]
+    qkv_bias: bool
+    qk_normalization: bool
+    dropout: Annotated[Number | None, within(0, 1)]
+    drop_path_rate: Annotated[Number | None, within(0, 1)]
     # Of the -hf format
     is_yi_vl_derived_model: bool | None
 
@@ -199,7 +213,7 @@ class AdapterSettings(TypedDict):
     """``yivl_adapter_config.json``."""
 
     image_size: Annotated[int, within(1, _IMAGE_SIDE)]
-    image_aspect_ratio: Annotated[str, one_of("pad", "square")]
+    image_aspect_ratio: Annotated[str, one_of("pad", "square", "squash")]
 
 
 class OpenClipFields(TypedDict, total=False):
@@ -261,6 +275,7 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
 # Objects in fields that have a schema of their own.
 _NESTED: Final[Mapping[str, Any]] = {
     "text_config": ModelFields,
+    "llm_config": ModelFields,
     "vision_config": ModelFields,
     "rope_parameters": RopeFields,
     "rope_scaling": RopeFields,

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 
 from yivl.errors import CheckpointError, YiVLError
 
@@ -122,7 +122,9 @@ def library_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # A check of all fields together names them itself; the library puts the name of the check in front.
+        told = error.__cause__ if isinstance(error, StrictDataclassClassValidationError) else error
+        reason = " ".join(str(told or error).split()) or type(error).__name__
         kind = "" if isinstance(error, YiVLError | StrictDataclassError) else f"{type(error).__name__}: "
         raise CheckpointError(f"{source}: {kind}{reason[:_LONGEST_REASON]}") from error
 

@@ -5,15 +5,18 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, Final, get_type_hints
+from typing import Any, ClassVar, Final, get_type_hints
 
 import torch
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 
+from yivl.conversation import YI_VL, PromptTemplate
 from yivl.errors import CheckpointError
 from yivl.files.schema import SamplingFields
 from yivl.files.validation import check_value, library_errors
+from yivl.model.projector import build_projector
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +101,12 @@ class YiVLConfig(LlamaConfig):
     """
 
     model_type = "llava"
+    saved_vision_widths: ClassVar[int] = 12
+    """Activations that a ViT layer saves per position under autocast, beside two of the MLP, in widths of the ViT."""
     sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 (a transformers class attribute)
 
     vision_config: Any = None
-    """``CLIPVisionConfig``, or its fields."""
+    """The configuration of the ViT, or its fields."""
     mm_vision_tower: str = ""
     """Folder of the ViT, relative to the checkpoint (``./vit/<name>``)."""
     mm_projector_type: str = "mlp2x_gelu_Norm"
@@ -117,7 +122,7 @@ class YiVLConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.vision_config, dict):
-            self.vision_config = CLIPVisionConfig(**self.vision_config)
+            self.vision_config = self.sub_configs["vision_config"](**self.vision_config)
         super().__post_init__(**kwargs)
         self._check_shapes()
         if self.mm_vision_select_feature not in ("patch", "cls_patch"):
@@ -141,10 +146,24 @@ class YiVLConfig(LlamaConfig):
             raise CheckpointError(
                 f"pad_token_id is {self.pad_token_id}; expected less than vocab_size, {self.vocab_size}"
             )
-        if isinstance(vision, CLIPVisionConfig) and vision.hidden_size != self.mm_hidden_size:
+        if isinstance(vision, PreTrainedConfig) and vision.hidden_size != self.mm_hidden_size:
             raise CheckpointError(
                 f"mm_hidden_size is {self.mm_hidden_size}; expected that of the ViT, {vision.hidden_size}"
             )
+
+    def build_projector(self) -> nn.Module:
+        """Return the projector with random weights; other configurations have other projectors."""
+        return build_projector(self.mm_projector_type, self.mm_hidden_size, self.hidden_size)
+
+    @property
+    def prompt_template(self) -> PromptTemplate:
+        """How conversations with the model are written."""
+        return YI_VL
+
+    @property
+    def num_vision_positions(self) -> int:
+        """Positions per image in the ViT, class token included: 1,025 for the released models."""
+        return int(self.vision_config.image_size // self.vision_config.patch_size) ** 2 + 1
 
     @property
     def num_patches(self) -> int:

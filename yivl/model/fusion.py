@@ -32,7 +32,7 @@ def expand_placeholders(
 ) -> Expanded:
     """Return rows in which every ``-200`` has ``num_patches`` positions, padded on ``padding_side``.
 
-    Padding of the input, on either side, is removed first.
+    Padding of the input, anywhere in a row, is removed first.
 
     Args:
         input_ids: ``(batch, seq)`` int64.
@@ -59,6 +59,29 @@ def expand_placeholders(
         no_loss = ~mask | (expanded_ids == IMAGE_TOKEN_INDEX)
         expanded_labels = labels.gather(1, source).masked_fill(no_loss, IGNORE_INDEX)
     return Expanded(expanded_ids, mask.to(torch.long), expanded_labels)
+
+
+def collapse_image_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, token: int, num_patches: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask in which ``num_patches`` image tokens are one ``-200``, and the others of them padding.
+
+    Args:
+        input_ids: ``(batch, seq)`` int64, whose shape stays.
+        attention_mask: ``(batch, seq)``, 0 at padding; ``None`` means no padding.
+        token: Id of an image token.
+        num_patches: Image tokens of an image, next to each other.
+
+    Raises:
+        ValueError: If image tokens do not come in groups of ``num_patches``.
+    """
+    is_image = input_ids == token
+    is_first = is_image & ((is_image.cumsum(dim=1) - 1) % num_patches == 0)
+    is_rest = is_image & ~is_first
+    if (is_image.sum(dim=1) % num_patches).any() or (is_rest[:, 1:] & ~is_image[:, :-1]).any():
+        raise ValueError(f"the image tokens in input_ids are not in groups of {num_patches}, one for each image")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return input_ids.masked_fill(is_first, IMAGE_TOKEN_INDEX), mask.masked_fill(is_rest, 0)
 
 
 def merge_features(input_ids: torch.Tensor, text_embeds: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:

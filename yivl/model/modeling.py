@@ -19,7 +19,6 @@ from yivl.model.configuration import YiVLConfig
 from yivl.model.decoder import DecoderLayer
 from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features
 from yivl.model.loss import supervised_loss
-from yivl.model.projector import build_projector
 from yivl.model.sharding import is_sharded
 from yivl.model.vision_tower import Images, VisionTower, stack_images
 
@@ -53,7 +52,7 @@ class YiVLModel(LlamaModel):
         # Tower and projector come first: a device map that exceeds the GPU memory then offloads decoder layers. The
         # names of all modules are checkpoint keys.
         self.vision_tower = VisionTower(config)
-        self.mm_projector = build_projector(config.mm_projector_type, config.mm_hidden_size, config.hidden_size)
+        self.mm_projector = config.build_projector()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -84,10 +83,10 @@ class YiVLForCausalLM(LlamaForCausalLM):
         """Set the input resolution to ``image_size`` pixels and interpolate the position embeddings of the ViT.
 
         Raises:
-            ValueError: If ``image_size`` is not a multiple of the patch size.
+            ValueError: If ``image_size`` is not a multiple of the patch size, or its patches make no image tokens.
         """
+        self.config.num_patches_at(image_size)
         self.get_vision_tower().resize(image_size)
-        self.config.vision_config.image_size = image_size
 
     def encode_images(self, images: Images) -> torch.Tensor:
         """Return projected features, ``(num_images, num_patches, hidden)``.
@@ -125,18 +124,21 @@ class YiVLForCausalLM(LlamaForCausalLM):
             padding_side: Side on which the fused rows are padded.
 
         Raises:
-            ValueError: If placeholders and images differ in number.
+            ValueError: If placeholders and images differ in number, or images have another size than the model's.
         """
         num_patches: int = self.config.num_patches
         expanded = expand_placeholders(
             input_ids, num_patches, attention_mask=attention_mask, labels=labels, padding_side=padding_side
         )
         text_ids = expanded.input_ids.masked_fill(expanded.input_ids == IMAGE_TOKEN_INDEX, 0)
-        text_embeds: torch.Tensor = self.get_input_embeddings()(text_ids)
+        # A device map may place the embeddings on another device than the ViT, which is that of the ids.
+        text_embeds: torch.Tensor = self.get_input_embeddings()(text_ids).to(text_ids.device)
         if image_features is None and images is not None and len(images):
             image_features = self.encode_images(images)
         if image_features is None:
             image_features = text_embeds.new_zeros(0, num_patches, text_embeds.shape[-1])
+        if image_features.shape[1] != num_patches:
+            raise ValueError(f"images of {image_features.shape[1]} tokens; the model has {num_patches} per image")
         inputs_embeds = merge_features(expanded.input_ids, text_embeds, image_features)
         if not len(image_features):
             inputs_embeds = self._dummy_vision_forward(inputs_embeds)
@@ -154,7 +156,7 @@ class YiVLForCausalLM(LlamaForCausalLM):
         """
         vision = (self.model.vision_tower, self.model.mm_projector)
         is_trained = self.training and any(weight.requires_grad for module in vision for weight in module.parameters())
-        if not is_trained and not is_sharded(self.model.vision_tower.vit.encoder.layers[0]):
+        if not is_trained and not is_sharded(self.model.vision_tower.vit.layers[0]):
             return inputs_embeds
         size = self.config.vision_config.image_size
         zero = self.encode_images(torch.zeros(1, 3, size, size)).float().sum() * 0
@@ -271,8 +273,9 @@ class YiVLForCausalLM(LlamaForCausalLM):
         """Load a local checkpoint folder; the ViT in ``vit/`` takes precedence over the copy in the main files.
 
         Args:
-            folder: A local folder.
-            **kwargs: Of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ``config``, ...), and:
+            folder: A local folder; ``yivl.mm_utils.load_pretrained_model`` takes hub ids, too.
+            **kwargs: Of ``PreTrainedModel.from_pretrained`` (``dtype``, ``config``, ..., and ``device_map``, whose
+                names are those in memory or in the files), and:
                 ``bits``: 8 or 4 quantize with bitsandbytes;
                 ``image_size``: side of the ViT input in pixels, to which the position embeddings are interpolated;
                 ``vit_weights``: a state dict that replaces the ViT in ``vit/``;
@@ -280,11 +283,13 @@ class YiVLForCausalLM(LlamaForCausalLM):
                 none.
 
         Raises:
-            CheckpointError: If a file is missing or damaged, or keys are missing, unexpected or of a wrong shape.
+            CheckpointError: If a file is missing or damaged, keys are missing, unexpected or of a wrong shape, or the
+                checkpoint is one of another class.
+            YiVLError: If an argument is one of another loader, or a device map names no module of the model.
         """
         from yivl.checkpoint.loading import load_pretrained  # the one import from a layer above
 
-        return load_pretrained(super().from_pretrained, folder, **kwargs)
+        return load_pretrained(cls, super().from_pretrained, folder, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True, **kwargs: Any

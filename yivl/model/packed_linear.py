@@ -205,7 +205,7 @@ class Linear4(PackedLinear):
         return _FEW_ROWS_4
 
     def _product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = self._padded(rows)
+        rows = self._padded(rows).contiguous()  # the product takes no views
         return torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.constants)[:, : self.out_features]
 
     def _product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
