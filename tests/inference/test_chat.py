@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.golden import CHECKPOINT, GOLDEN
+from support.models import ARCHITECTURES, load_golden
 
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.constants import STOP_STRING
@@ -20,6 +21,12 @@ PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
 QUESTIONS = ["What is this?", "你好，图片里有什么", "Tell me a story", "And now?"]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    """Tests must not modify it."""
+    return load_golden(request.param)
 
 
 def test_streamed_pieces_join_to_the_answer(loaded: LoadedModel) -> None:
@@ -111,7 +118,9 @@ def test_several_images_in_one_question(loaded: LoadedModel) -> None:
     alone = Chat(loaded)
     alone.ask("Compare them.", PHOTO, **GREEDY)
     assert alone.last_answer is not None
-    assert chat.last_answer.prompt_tokens == alone.last_answer.prompt_tokens + 16
+    # 16 patches; 9 image tokens, a line break, <img> and </img>.
+    added = {16: 16, 9: 12}[loaded.model.config.num_patches]
+    assert chat.last_answer.prompt_tokens == alone.last_answer.prompt_tokens + added
 
 
 def test_a_seed_makes_sampling_repeatable_and_leaves_the_generator_alone(loaded: LoadedModel) -> None:
@@ -174,13 +183,14 @@ def test_every_sampling_field_reaches_the_library(temperature: float, loaded: Lo
     sampling = Sampling(
         temperature=temperature, top_p=0.3, top_k=7, num_beams=2, repetition_penalty=1.5, max_new_tokens=9
     )
-    config = sampling.generation_config(loaded.tokenizer, sampling.max_new_tokens)
+    config = sampling.generation_config(loaded.tokenizer, sampling.max_new_tokens, loaded.tokenizer.eos_token_id)
     assert config.do_sample == bool(temperature)
     assert (config.num_beams, config.repetition_penalty, config.max_new_tokens) == (2, 1.5, 9)
     if temperature:
         assert (config.temperature, config.top_p, config.top_k) == (0.5, 0.3, 7)
 
 
+@pytest.mark.parametrize("loaded", ["Yi-VL"], indirect=True)
 def test_the_stop_string_ends_an_answer_and_is_never_shown(loaded: LoadedModel) -> None:
     """Pair p7 of the golden vectors begins with it, where the reference shows it: a row of docs/fidelity.md."""
     chat = Chat(loaded)

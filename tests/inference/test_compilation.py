@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.golden import CHECKPOINT, GOLDEN
+from support.models import ARCHITECTURES, load_golden
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.utils import fresh_cache
@@ -23,10 +24,10 @@ WIDE = GOLDEN / "images/wide_rgb.png"
 REQUESTS = [("What is this?", WIDE), ("hello", None), ("Tell me a long story about all of this.", WIDE), ("你好", None)]
 
 
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    """The golden checkpoint whose compiled code no other test runs."""
-    return load_model(CHECKPOINT, device="cpu")
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    """A model whose compiled code no other test runs."""
+    return load_golden(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,10 @@ def test_a_compiled_step_gives_the_answers_of_the_model_for_any_number_of_rows(
 
 def test_a_compiled_step_serves_all_lengths(compiled: LoadedModel, loaded: LoadedModel) -> None:
     greedy: dict[str, Any] = {"temperature": 0, "max_new_tokens": ROOM + 50}  # another buffer in the middle
-    assert Chat(compiled).ask("hello", **greedy) == Chat(loaded).ask("hello", **greedy)
+    chat = Chat(compiled)
+    assert chat.ask("hello", **greedy) == Chat(loaded).ask("hello", **greedy)
+    assert chat.last_answer is not None
+    assert chat.last_answer.finish_reason == "stop" or chat.last_answer.new_tokens > ROOM
 
 
 def test_another_model_would_be_noticed(compiled: LoadedModel) -> None:

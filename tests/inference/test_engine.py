@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.golden import GOLDEN
+from support.models import ARCHITECTURES, load_golden
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from yivl.checkpoint.loading import LoadedModel
@@ -21,6 +22,12 @@ PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
 QUESTIONS = ["What is this?", "你好，图片里有什么", "Tell me a story", "And now?"]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    """Tests must not modify it."""
+    return load_golden(request.param)
 
 
 def test_a_batch_gives_the_answers_of_single_questions(loaded: LoadedModel) -> None:

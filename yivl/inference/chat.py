@@ -13,15 +13,16 @@ from typing import Any, Literal
 import torch
 
 from yivl.checkpoint.loading import LoadedModel, load_model
-from yivl.constants import IMAGE_TOKEN_INDEX, STOP_STRING, SYSTEM_PROMPT
-from yivl.conversation import Turn, render_chunks
+from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.conversation import Turn
 from yivl.errors import ContextLengthError, YiVLError
 from yivl.image_processing import load_image
+from yivl.inference.detokenization import Detokenizer
 from yivl.inference.engine import decode, finish_together
 from yivl.inference.kv_cache import PrefixStore, context_bytes
 from yivl.inference.request import Answer, EncodedImage, FinishReason, GenerationState, ImageInput
 from yivl.inference.sampling import AnswerText, Sampler, Sampling
-from yivl.tokenization import Detokenizer, tokenize_chunks
+from yivl.tokenization import stop_id, tokenize
 
 __all__ = [
     "Answer",
@@ -45,7 +46,7 @@ class Chat:
 
     Args:
         loaded: The model; other chats may share it.
-        system: The system message.
+        system: The system message; by default that of the model's prompt template.
         reuse_cache: Keep the keys and values of the answers of ``ask`` and ``stream`` for later turns. An ``Engine``
             that decodes requests of ``begin`` has its own.
         allow_remote: Accept http(s) URLs as images.
@@ -55,12 +56,12 @@ class Chat:
         self,
         loaded: LoadedModel,
         *,
-        system: str = SYSTEM_PROMPT,
+        system: str | None = None,
         reuse_cache: bool = True,
         allow_remote: bool = False,
     ) -> None:
         self.loaded = loaded
-        self.system = system
+        self.system = loaded.model.config.prompt_template.system if system is None else system
         self.allow_remote = allow_remote
         self.last_answer: Answer | None = None
         self._prefixes = PrefixStore(context_bytes(loaded.model.config) if reuse_cache else 0)
@@ -75,7 +76,7 @@ class Chat:
         device: str = "auto",
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
         *,
-        system: str = SYSTEM_PROMPT,
+        system: str | None = None,
         allow_remote: bool = False,
         **loading: Any,
     ) -> "Chat":
@@ -117,8 +118,8 @@ class Chat:
         """Return the answer and add the turn to the conversation.
 
         Args:
-            question: Plain text; placeholders and special tokens in it stay text. ``###`` starts a turn, as in the
-                reference: pass text that the user did not write through ``yivl.conversation.escape_markers``.
+            question: Plain text; placeholders and special tokens in it stay text. ``###`` starts a turn of Yi-VL, as in
+                the reference: pass text that the user did not write through ``yivl.conversation.escape_markers``.
             image: One image or several, shown before the question.
             stop_event: Set it from another thread to end the answer early.
             **sampling: Fields of ``Sampling``.
@@ -151,7 +152,8 @@ class Chat:
     ) -> GenerationState:
         """Return the request for an answer, for ``yivl.inference.engine``; call ``finish`` after it was decoded.
 
-        Arguments and errors are those of ``ask``; ``stops`` are strings that end the answer, beside ``###``.
+        Arguments and errors are those of ``ask``; ``stops`` are strings that end the answer, beside those of
+        the prompt template.
         """
         start, settings = time.perf_counter(), Sampling(**sampling)
         self._close_stream()
@@ -242,10 +244,11 @@ class Chat:
         """Return the request for a question that follows the first ``index`` turns."""
         turns = [*self._turns[:index], Turn(question, num_images=len(images))]
         encoded = [image for group in (*self._images[:index], images) for image in group]
-        tokenizer, context = self.loaded.tokenizer, self.loaded.model.config.max_position_embeddings
-        chunks = render_chunks([message for turn in turns for message in turn.messages()], self.system)
-        check_length(sum(map(len, chunks)), self.loaded)
-        input_ids = tokenize_chunks(chunks, tokenizer)
+        tokenizer, config = self.loaded.tokenizer, self.loaded.model.config
+        template, context = config.prompt_template, config.max_position_embeddings
+        pieces = template.render(template.messages(turns), self.system)
+        check_length(sum(len(piece) for piece in pieces if isinstance(piece, str)), self.loaded)
+        input_ids = tokenize(pieces, tokenizer)
         image_keys = iter([-image.serial] * len(image.features) for image in encoded)
         slots = (next(image_keys) if token == IMAGE_TOKEN_INDEX else [token] for token in input_ids)
         keys = [key for slot in slots for key in slot]
@@ -263,9 +266,9 @@ class Chat:
             keys=keys,
             sampler=Sampler(settings, input_ids, self.loaded.model.device),
             max_new_tokens=min(settings.max_new_tokens, context - len(keys)),
-            eos_token_id=tokenizer.eos_token_id,
+            stop_id=stop_id(template, tokenizer),
             detokenizer=Detokenizer(tokenizer),
-            answer=AnswerText((STOP_STRING, *stops)),
+            answer=AnswerText((*template.stop_strings, *stops)),
             stop_event=stop_event or threading.Event(),
             start=start,
         )

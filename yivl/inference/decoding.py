@@ -5,7 +5,7 @@ Only for one new token per row; prompts go through the forward method of the mod
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Final, cast
 
@@ -18,9 +18,13 @@ from transformers.utils import output_capturing
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.inference.kv_cache import ROOM, GrowingLayer
+from yivl.model.architectures import model_class
 from yivl.model.block_attention import BLOCK_SDPA
 from yivl.model.decoder import MLP, DecoderLayer
 from yivl.model.modeling import YiVLForCausalLM, YiVLModel
+
+DecodingFunctions = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
+"""``decode_layer`` and ``decode_head``, as they are or compiled."""
 
 
 def supports(model: YiVLForCausalLM) -> bool:
@@ -30,7 +34,7 @@ def supports(model: YiVLForCausalLM) -> bool:
     those of ``YiVLModel``, with SDPA, and without hooks: accelerate moves activations between devices in hooks. All
     other modules are called, so that LoRA and quantized layers are supported.
     """
-    replaced: list[tuple[nn.Module, type[nn.Module]]] = [(model, YiVLForCausalLM), (model.model, YiVLModel)]
+    replaced: list[tuple[nn.Module, type[nn.Module]]] = [(model, model_class(model.config)), (model.model, YiVLModel)]
     for layer in cast(Iterable[DecoderLayer], model.model.layers):
         replaced += [(layer, DecoderLayer), (layer.self_attn, LlamaAttention), (layer.mlp, MLP)]
     return (
@@ -55,6 +59,7 @@ def decode_layer(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
+    slot: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the output of a decoder layer for one token per row, ``(rows, hidden)``.
 
@@ -63,9 +68,10 @@ def decode_layer(
         hidden: Its input, ``(rows, hidden)``.
         cos: Of the rotary position embeddings, ``(rows, 1, head_dim)``.
         sin: As ``cos``.
-        keys: ``(rows, kv_heads, positions, head_dim)``; the last position is written.
+        keys: ``(rows, kv_heads, positions, head_dim)``; one position is written.
         values: As ``keys``.
         mask: ``(rows, 1, 1, positions)``, false at padding; ``None`` if there is none.
+        slot: The position that is written, ``(1,)``; ``None``: the last one.
     """
     attention, mlp, (rows, kv_heads, _, head_dim) = layer.self_attn, layer.mlp, keys.shape
     states = layer.input_layernorm(hidden)
@@ -73,8 +79,13 @@ def decode_layer(
     heads = torch.cat([_project(attention.q_proj, states), _project(attention.k_proj, states)], dim=-1)
     heads = heads.view(rows, -1, head_dim)
     heads = heads * cos + rotate_half(heads) * sin
-    query, keys[:, :, -1] = heads[:, :-kv_heads], heads[:, -kv_heads:]
-    values[:, :, -1] = _project(attention.v_proj, states).view(rows, kv_heads, head_dim)
+    query, key = heads[:, :-kv_heads], heads[:, -kv_heads:]
+    value = _project(attention.v_proj, states).view(rows, kv_heads, head_dim)
+    if slot is None:
+        keys[:, :, -1], values[:, :, -1] = key, value
+    else:
+        keys.index_copy_(2, slot, key.unsqueeze(2))
+        values.index_copy_(2, slot, value.unsqueeze(2))
     # The query heads that share keys become rows of one matrix, so that each key is read once.
     states = _attend(query.reshape(rows, kv_heads, -1, head_dim), keys, values, mask, attention.scaling)
     hidden = hidden + _project(attention.o_proj, states.reshape(rows, -1))
@@ -108,9 +119,10 @@ def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Return the attention outputs of ``(rows, kv_heads, heads per key, head_dim)`` queries, in the same shape."""
-    if not torch.compiler.is_compiling() or query.device.type != "cpu":
+    if not torch.compiler.is_compiling() or (query.device.type != "cpu" and len(query) > 1):
         return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-    # The loops that are generated for it are faster than the kernel for a few queries.
+    # The loops that are generated for it are faster than the kernel for a few queries. On a GPU, the kernel has one
+    # thread block per row and key head.
     scores = (query.float().unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

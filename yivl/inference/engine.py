@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache
 
 from yivl.checkpoint.loading import LoadedModel
 from yivl.command_line import is_out_of_memory
-from yivl.constants import STOP_STRING
 from yivl.errors import NonFiniteError, YiVLError
+from yivl.inference.cuda_graphs import DecodingGraphs, GraphStep
 from yivl.inference.decoding import DecodingStep, supports
 from yivl.inference.kv_cache import Layers, PrefixStore
 from yivl.inference.request import GenerationState
@@ -54,7 +54,7 @@ class Engine:
         self._lengths: list[int] = []  # cached positions of each row, without padding
         self._cache: Cache | None = None
         self._is_supported = supports(loaded.model)
-        self._decode: DecodingStep | None = None  # of the present rows
+        self._decode: DecodingStep | GraphStep | None = None  # of the present rows
 
     def __len__(self) -> int:
         return len(self._states)
@@ -62,6 +62,15 @@ class Engine:
     def clear(self) -> None:
         """Drop all requests and their keys and values, after an error for example."""
         self._states, self._lengths, self._cache, self._decode = [], [], None, None
+
+    def free_memory(self) -> bool:
+        """Drop stored prefixes and, while no request runs, CUDA graphs; return whether there was anything to drop."""
+        graphs, num_bytes = self.loaded.decoding_graphs, self.prefixes.num_bytes
+        self.prefixes.clear()
+        if isinstance(graphs, DecodingGraphs) and not self._states:
+            num_bytes += graphs.num_bytes
+            graphs.clear()
+        return num_bytes > 0
 
     def add(self, state: GenerationState) -> str:
         """Compute the prompt of a request and return the text of its first token, which may be empty.
@@ -142,7 +151,9 @@ class Engine:
         assert self._cache is not None
         model, token_ids = self.loaded.model, [state.new_ids[-1] for state in self._states]
         if self._is_supported:
-            self._decode = self._decode or DecodingStep(self.loaded, self._lengths)
+            if self._decode is None:
+                kind = DecodingStep if self.loaded.decoding_graphs is None else GraphStep
+                self._decode = kind(self.loaded, self._lengths)
             logits = self._decode(token_ids, self._cache)
             self._lengths = [length + 1 for length in self._lengths]
             return logits
@@ -181,7 +192,7 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self.prefixes.clear()
+            self.free_memory()
 
     def _join(self, state: GenerationState, cache: Cache) -> None:
         """Add a row of keys and values to the batch; the first one is adopted without a copy."""
@@ -257,14 +268,14 @@ def finish_together(loaded: LoadedModel, states: Sequence[GenerationState]) -> l
 def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
     """Yield the answer of a beam search; its tokens are known only at the end."""
     tokenizer, model, length = loaded.tokenizer, loaded.model, len(state.input_ids)
-    settings = state.sampler.settings
+    settings, stops = state.sampler.settings, model.config.prompt_template.stop_strings
 
     class Stop(StoppingCriteria):
-        """Ends a beam that contains the stop string, and all of them once the event is set."""
+        """Ends a beam that contains a stop string of the template, and all of them once the event is set."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             texts = tokenizer.batch_decode(input_ids[:, length:].tolist(), skip_special_tokens=True)
-            is_stopped = [STOP_STRING in text or state.stop_event.is_set() for text in texts]
+            is_stopped = [state.stop_event.is_set() or any(stop in text for stop in stops) for text in texts]
             return torch.tensor(is_stopped, device=input_ids.device)
 
     class Check(LogitsProcessor):
@@ -281,7 +292,7 @@ def _beam_search(loaded: LoadedModel, state: GenerationState) -> Iterator[str]:
         output = model.generate(
             torch.tensor([state.input_ids], device=model.device),
             image_features=state.features,
-            generation_config=settings.generation_config(tokenizer, state.max_new_tokens),
+            generation_config=settings.generation_config(tokenizer, state.max_new_tokens, state.stop_id),
             logits_processor=LogitsProcessorList([Check()]),
             stopping_criteria=StoppingCriteriaList([Stop()]),
         )

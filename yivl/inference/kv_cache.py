@@ -55,7 +55,8 @@ def _extend(filled: torch.Tensor, like: torch.Tensor, shape: Sequence[int]) -> t
     total = past + added
     # The stride gives the room of a buffer only for views that start at its beginning.
     capacity = filled.stride(1) // head_dim if past and not filled.storage_offset() else 0
-    if total <= capacity:
+    # Not up to the last position: a full buffer is contiguous, for which compiled code does not hold.
+    if total < capacity:
         return filled.as_strided((batch, heads, total, head_dim), filled.stride())
     buffer = like.new_empty(batch, heads, total + max(ROOM, total // 4), head_dim)
     if past:

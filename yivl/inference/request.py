@@ -12,8 +12,8 @@ import torch
 from yivl.conversation import Turn
 from yivl.errors import YiVLError
 from yivl.image_processing import ImageSource
+from yivl.inference.detokenization import Detokenizer
 from yivl.inference.sampling import AnswerText, Sampler
-from yivl.tokenization import Detokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -72,7 +72,8 @@ class GenerationState:
     sampler: Sampler
     max_new_tokens: int
     """Limited by the rest of the context."""
-    eos_token_id: int
+    stop_id: int
+    """Token that ends the answer and has no text."""
     detokenizer: Detokenizer
     answer: AnswerText
     stop_event: threading.Event
@@ -96,8 +97,8 @@ class GenerationState:
         """Append a token and return the text that became final."""
         self.first_token_at = self.first_token_at or time.perf_counter()
         self.new_ids.append(token)
-        piece = self.answer.add(self.detokenizer.add(token))
-        if token == self.eos_token_id or self.answer.is_stopped:
+        piece = "" if token == self.stop_id else self.answer.add(self.detokenizer.add(token))
+        if token == self.stop_id or self.answer.is_stopped:
             return piece + self.finish("stop")
         if self.stop_event.is_set():
             return piece + self.finish("cancelled")

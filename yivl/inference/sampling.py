@@ -72,7 +72,7 @@ class Sampling:
             processors.append(TopPLogitsWarper(self.top_p))
         return processors
 
-    def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int) -> GenerationConfig:
+    def generation_config(self, tokenizer: YiTokenizer, max_new_tokens: int, stop_id: int) -> GenerationConfig:
         """Return the same for ``generate``; every field is set, so none comes from ``generation_config.json``."""
         do_sample = self.temperature > 0
         return GenerationConfig(
@@ -83,7 +83,7 @@ class Sampling:
             num_beams=self.num_beams,
             repetition_penalty=float(self.repetition_penalty),
             max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stop_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
         )
