@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 from support.golden import GOLDEN, golden_arrays, golden_json
 
 from yivl.checkpoint.loading import LoadedModel
-from yivl.constants import ASSISTANT, IGNORE_INDEX
-from yivl.conversation import Turn, render_chunks
+from yivl.constants import IGNORE_INDEX
+from yivl.conversation import YI_VL, Turn
 from yivl.data.collator import Collator, normalize_images
 from yivl.data.encoding import Encoder, Sample
 from yivl.data.rows import RowError, log_notices, parse_row, read_rows
 from yivl.errors import CheckpointError
-from yivl.tokenization import encode_turns, tokenize_chunks
+from yivl.tokenization import encode_turns, tokenize
 
 IMAGES = GOLDEN / "images"
 RECORDED = {case["id"]: case for case in golden_json("train_preprocess")["dataset"]["model_max_length_2048"]}
@@ -46,7 +47,7 @@ DIFFERENT = {
 
 
 def encoder(loaded: LoadedModel, max_length: int = 2048) -> Encoder:
-    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, max_length)
+    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, max_length, YI_VL)
 
 
 def sample_of(name: str, loaded: LoadedModel, max_length: int = 2048) -> Sample:
@@ -110,7 +111,7 @@ def test_a_system_message_replaces_that_of_yi_vl(loaded: LoadedModel) -> None:
         row = parse_row(fields, "row", IMAGES)
         assert (row.turns, row.system) == ((turn,), "Be brief.")
         sample = encoder(loaded)(row)
-        assert sample.input_ids.tolist() == encode_turns([turn], loaded.tokenizer, "Be brief.").input_ids
+        assert sample.input_ids.tolist() == encode_turns([turn], loaded.tokenizer, YI_VL, "Be brief.").input_ids
         assert sample.sequence_length == encoder(loaded).sequence_length(row)
     assert parse_row(forms[0] | {"system": ""}, "row").system == "Be brief."
     assert parse_row(RECORDS["image_gpt"] | {"system": " "}, "row").system is None
@@ -137,12 +138,12 @@ def test_training_ids_before_an_answer_equal_the_inference_prompt(
     pairs: list[tuple[str, str, int]], loaded: LoadedModel
 ) -> None:
     turns = [Turn(*pair) for pair in pairs]
-    encoded = encode_turns(turns, loaded.tokenizer)
+    encoded = encode_turns(turns, loaded.tokenizer, YI_VL)
     starts = [i for i, flag in enumerate(encoded.is_target) if flag and not encoded.is_target[i - 1]]
     assert len(starts) == len(turns)
     for index, start in enumerate(starts):
-        messages = [m for turn in turns[: index + 1] for m in turn.messages()]
-        prompt = tokenize_chunks(render_chunks([*messages[:-1], (ASSISTANT, None)]), loaded.tokenizer)
+        asked = [*turns[:index], replace(turns[index], answer=None)]
+        prompt = tokenize(YI_VL.render(YI_VL.messages(asked)), loaded.tokenizer)
         assert encoded.input_ids[:start] == prompt
 
 
@@ -150,12 +151,11 @@ def test_a_tokenizer_that_merges_tokens_across_the_answer_boundary_is_an_error(l
     class Joining:
         """Merges a colon and the next word into one token."""
 
-        def __call__(self, text: str, **_: Any) -> Any:
-            ids = [ord(character) for character in text.replace(": ", "\N{SNOWMAN}")]
-            return type("Encoding", (), {"input_ids": ids})
+        def text_ids(self, text: str) -> list[int]:
+            return [ord(character) for character in text.replace(": ", "\N{SNOWMAN}")]
 
     with pytest.raises(CheckpointError, match="merges text across the boundary of an answer"):
-        encode_turns([Turn("a", "b")], Joining())
+        encode_turns([Turn("a", "b")], Joining(), YI_VL)
 
 
 @pytest.mark.parametrize("max_length", [200, 112, 96, 90])

@@ -1,5 +1,6 @@
 """Official annotation files, a few records of each in its schema, to rows that training accepts."""
 
+import json
 import os
 import pickle
 import re
@@ -9,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
 from support.golden import ROOT
 from support.published import write_files
@@ -30,10 +34,10 @@ def prepared(name: str, folder: Path, files: Mapping[str, Any]) -> tuple[list[An
     found = []
     for row in rows:
         messages = [message["value"] for message in row.get("conversations", [])]
-        if messages:
+        if messages and "image" in row:
             assert messages[0].startswith("<image_placeholder>\n")
             messages[0] = messages[0].removeprefix("<image_placeholder>\n")
-        found.append((row["image"], *(messages or [row["text"]])))
+        found.append((row.get("image"), *(messages or [row["text"]])))
     return found, bad
 
 
@@ -286,6 +290,10 @@ def llava(image: str, question: str, *others: str) -> dict[str, Any]:
     return {"id": "GCC", "image": image, "conversations": turns}
 
 
+def without_image(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "image"}
+
+
 def test_cllava_keeps_chinese_questions_and_asks_in_chinese_where_one_is_missing(tmp_path: Path) -> None:
     files = {
         "LLaVA-CC3M-Pretrain-595K/chat-translated.json": [
@@ -321,6 +329,134 @@ def test_llavar_and_sharegpt4v_are_conversations_of_llava(tmp_path: Path) -> Non
     ]
     rows, _ = prepared("sharegpt4v", tmp_path, {})
     assert rows == [("coco/train2017/000000000009.jpg", "What do you see?", "A meal.")]
+
+
+def test_llava_zh_and_mix665k_are_conversations_and_rows_without_an_image_stay(tmp_path: Path) -> None:
+    text_only = without_image(llava("", "Write code.", "print()")) | {"model": ""}
+    files = {
+        "llava_instruct_150k_zh.json": [llava("000000033471.jpg", "<image>\n公交车是什么颜色？", "白色。")],
+        "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json": [
+            llava("ocr_vqa/images/1.jpg", "Who wrote this?\n<image>", "A."),
+            text_only,
+            llava("vg/VG_100K/1.jpg", "<image>\nWhere?"),
+            without_image(llava("", "<image>\nWhat?", "A cat.")),
+        ],
+    }
+    rows, _ = prepared("llava-zh", tmp_path, files)
+    assert rows == [("coco/train2017/000000033471.jpg", "公交车是什么颜色？", "白色。")]
+    rows, bad = prepared("mix665k", tmp_path, {})
+    assert rows == [("ocr_vqa/images/1.jpg", "Who wrote this?", "A."), (None, "Write code.", "print()")]
+    assert bad.reasons == [
+        "ShareGPT4V mix665k: vg/VG_100K/1.jpg: the last question has no answer",
+        "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json record 3: <image> in the text, and no image",
+    ]
+
+
+@pytest.mark.parametrize("source", ["cllava", "llavar", "sharegpt4v", "llava-zh"])
+def test_a_record_of_image_data_without_an_image_is_bad(source: str, tmp_path: Path) -> None:
+    records = [llava("1.jpg", "<image>\nWhat?", "A cat."), without_image(llava("", "Write code.", "print()"))]
+    names = [name for name in SOURCES[source].files.split(", ") if name.endswith(".json")]
+    rows, bad = prepared(source, tmp_path, dict.fromkeys(names, records))
+    assert [row[1:] for row in rows] == [("What?", "A cat.")] * len(names)
+    assert bad.reasons == [f"{name} record 1: no 'image'" for name in names]
+
+
+def test_dvqa_chartqa_and_docvqa_have_one_row_per_image_that_asks_for_short_answers_first(tmp_path: Path) -> None:
+    def bar(image: str, question: str, **changes: Any) -> dict[str, Any]:
+        fields = {"question": question, "answer": "two", "question_id": 1, "template_id": "structure", "image": image}
+        return {key: value for key, value in (fields | changes).items() if value is not None}
+
+    first, second = "bar_train_00000000.png", "bar_train_00000001.png"
+    bars = [bar(first, "How many bars?"), bar(second, "Colors?"), bar(first, "Is it red?", answer="no")]
+    rows, bad = prepared("dvqa", tmp_path, {"train_qa.json": [*bars, bar(first, "Q?", answer=None)]})
+    assert rows == [
+        (f"dvqa/images/{first}", f"How many bars?{SHORT}", "two", "Is it red?", "no"),
+        (f"dvqa/images/{second}", f"Colors?{SHORT}", "two"),
+    ]
+    assert bad.reasons == ["question 3: no 'answer'"]
+    files = {
+        "train/train_human.json": [{"imgname": "10.png", "query": "Largest?", "label": "57.2"}],
+        "train/train_augmented.json": [{"imgname": "10.png", "query": "Year?", "label": "2019"}, {"imgname": "1.png"}],
+    }
+    rows, bad = prepared("chartqa", tmp_path, files)
+    assert rows == [("chartqa/train/png/10.png", f"Largest?{SHORT}", "57.2", "Year?", "2019")]
+    assert bad.reasons == ["train/train_augmented.json question 1: no 'query'"]
+    pages = [
+        {
+            "image": "documents/xnbl0037_1.png",
+            "question": "Date?",
+            "answers": ["1/8/93", "1993"],
+            "data_split": "train",
+        },
+        {"image": "documents/xnbl0037_1.png", "question": "Who?", "answers": ["Lee"]},
+        {"image": "documents/x.png", "question": "Who?", "answers": []},
+    ]
+    rows, bad = prepared("docvqa", tmp_path, {"train_v1.0.json": {"dataset_name": "docvqa", "data": pages}})
+    assert rows == [("docvqa/train/documents/xnbl0037_1.png", f"Date?{SHORT}", "1/8/93", "Who?", "Lee")]
+    assert bad.count == 1
+    files = {"train_v1.0_withQT.json": {"data": pages[1:2]}}
+    assert len(prepared("docvqa", tmp_path, files)[0]) == 1
+
+
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+def test_ai2d_leaves_out_test_images_and_shows_letters_where_a_question_needs_them(tmp_path: Path) -> None:
+    def diagram(name: str, **questions: Any) -> dict[str, Any]:
+        return {"imageName": name, "questions": questions}
+
+    options = ["ears", "nose", "mouth", "face"]
+    asked = {"abcLabel": True, "answerTexts": options, "correctAnswer": 3, "questionId": "0.png-0"}
+    files = {
+        "ai2d_test_ids.csv": "2\n100\n",
+        "questions/0.png.json": diagram("0.png", **{"What is A?": asked, "Bad?": asked | {"correctAnswer": 4}}),
+        "questions/2.png.json": diagram("2.png", **{"For testing?": asked}),
+        "questions/10.png.json": diagram("10.png", **{"Which?": asked | {"abcLabel": False, "correctAnswer": 0}}),
+    }
+    rows, bad = prepared("ai2d", tmp_path, files)
+    listed = "\nA. ears\nB. nose\nC. mouth\nD. face"
+    assert rows == [
+        ("ai2d/abc_images/0.png", f"What is A?{listed}{LETTER}", "D"),
+        ("ai2d/images/10.png", f"Which?{listed}{LETTER}", "A"),
+    ]
+    assert bad.reasons == ["0.png.json: no option 4"]
+    (tmp_path / "ai2d_test_ids.csv").unlink()
+    with pytest.raises(YiVLError, match=r"ai2d_test_ids\.csv: no such file"):  # otherwise test images are trained on
+        prepared("ai2d", tmp_path, {})
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_geoqa_plus_reads_the_texts_of_a_pickle_without_its_arrays(protocol: int, tmp_path: Path) -> None:
+    image = numpy.full((40, 60), 255, dtype=numpy.uint8)
+    problem = {"id": 7, "image": image, "subject": "如图,求角度", "choices": ["20°", "25°", "30°", "35°"], "label": 2}
+    (tmp_path / "Backtrans-train.pk").write_bytes(pickle.dumps([problem, problem | {"label": 5}], protocol))
+    rows, bad = prepared("geoqa-plus", tmp_path, {})
+    question = "如图,求角度\nA. 20°\nB. 25°\nC. 30°\nD. 35°\n请直接回答选项字母。"
+    assert rows == [("geoqa+/images/7.png", question, "C")]
+    assert bad.reasons == ["problem 1: no option 5"]
+    (tmp_path / "Backtrans-train.pk").write_bytes(pickle.dumps([Attack(tmp_path / "executed")]))
+    with pytest.raises(YiVLError, match="not a pickle of plain values"):
+        prepared("geoqa-plus", tmp_path, {})
+    assert not (tmp_path / "executed").exists()
+
+
+def test_synthdog_reads_metadata_or_parquet_whose_images_it_writes(tmp_path: Path) -> None:
+    truth = json.dumps({"gt_parse": {"text_sequence": "Hello world"}})
+    metadata = json.dumps({"file_name": "image_0.jpg", "ground_truth": truth})
+    rows, bad = prepared(
+        "synthdog-en", tmp_path / "generated", {"metadata.jsonl": f'{metadata}\n{{"file_name": "x"}}\n'}
+    )
+    assert rows == [("synthdog-en/images/image_0.jpg", "Read all text in this image.", "Hello world")]
+    assert bad.reasons == ["metadata.jsonl line 2: no 'ground_truth'"]
+    table = [{"image": {"bytes": b"\xff\xd8jpeg", "path": None}, "ground_truth": truth}]
+    table += [{"image": {"bytes": b"\x89PNG", "path": "x.png"}, "ground_truth": "{}"}]
+    (tmp_path / "hub/data").mkdir(parents=True)
+    name = "train-00003-of-00084-45e260eca2cd125f.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "hub/data" / name)
+    rows, bad = prepared("synthdog-en", tmp_path / "hub", {})
+    assert rows == [("synthdog-en/images/00003_00000.jpg", "Read all text in this image.", "Hello world")]
+    assert bad.reasons == [f"{name} row 1: no 'gt_parse'"]
+    assert (tmp_path / "hub/images/00003_00000.jpg").read_bytes() == b"\xff\xd8jpeg"
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:

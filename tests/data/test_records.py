@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def load(path: str) -> tuple[list[Row], list[str]]:
     """Return rows and errors, without the name of the file."""
     errors: list[RowError] = []
     rows = load_all_rows(DataSource(path, str(IMAGES)), errors.append)
-    return [Row(row.turns, row.images, row.origin.split()[-1], row.notices, row.system) for row in rows], [
+    return [replace(row, origin=row.origin.split()[-1]) for row in rows], [
         str(error).removeprefix(path) for error in errors
     ]
 

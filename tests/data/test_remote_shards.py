@@ -16,6 +16,7 @@ from support.training import losses, train, write_shards
 from torch.utils.data import DataLoader
 
 from yivl.checkpoint.loading import LoadedModel
+from yivl.conversation import YI_VL
 from yivl.data import shard_file
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
@@ -104,7 +105,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def encoder(loaded: LoadedModel) -> Encoder:
-    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048)
+    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048, YI_VL)
 
 
 def stream_of(

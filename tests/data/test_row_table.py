@@ -25,6 +25,7 @@ from support.training import IMAGES, conversation, write_rows
 
 from yivl import command_line
 from yivl.checkpoint.loading import LoadedModel
+from yivl.conversation import YI_VL
 from yivl.data import json_texts, records, row_cache
 from yivl.data.encoding import Encoder
 from yivl.data.row_file import open_rows
@@ -328,7 +329,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 
 
 def encoder_of(loaded: LoadedModel, max_length: int = 2048) -> Encoder:
-    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, max_length)
+    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, max_length, YI_VL)
 
 
 def test_lengths_are_those_of_each_row_and_computed_once(

@@ -19,6 +19,7 @@ from support.golden import GOLDEN
 from support.training import conversation, write_rows, write_shards
 
 from yivl.checkpoint.loading import LoadedModel
+from yivl.conversation import YI_VL
 from yivl.data import shard_facts, shard_file, shards
 from yivl.data.bad_rows import BadRows
 from yivl.data.collator import Collator
@@ -34,7 +35,7 @@ from yivl.errors import CheckpointError
 
 @pytest.fixture
 def encoder(loaded: LoadedModel) -> Encoder:
-    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048)
+    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048, YI_VL)
 
 
 def streams_of(

@@ -35,7 +35,9 @@ def parse_args() -> argparse.Namespace:
     """Return the parsed flags."""
     parser = command_line.Parser(prog="python -m yivl.data.check", description=__doc__)
     command_line.add_checkpoint_flags(parser)
-    about = ".json, .jsonl, .parquet, hub:owner/name, .tar shards or a .yaml mixture (docs/data.md)"
+    about = (
+        ".json, .jsonl, .parquet, hub:owner/name, .tar shards, or a mixture: .yaml, .json of InternVL (docs/data.md)"
+    )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("data", nargs="?", default=argparse.SUPPRESS, help=about)
     data.add_argument("--data", "--data_path", dest="data", help="the same")

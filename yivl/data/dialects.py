@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from yivl.constants import DEFAULT_IMAGE_TOKEN
+from yivl.constants import DEFAULT_IMAGE_TOKEN, LLAVA_IMAGE_TOKEN
 from yivl.errors import YiVLError
 
 _ROLES: Final = {
@@ -17,8 +17,7 @@ _ROLES: Final = {
     "assistant": "assistant",
     "system": "system",
 }
-# Source of the second: haotian-liu/LLaVA, llava/constants.py, and hiyouga/LLaMA-Factory, data/README.md.
-_IMAGE_SLOT: Final = re.compile(f"{re.escape(DEFAULT_IMAGE_TOKEN)}|<image>")
+_IMAGE_SLOT: Final = re.compile("|".join(map(re.escape, (DEFAULT_IMAGE_TOKEN, LLAVA_IMAGE_TOKEN))))
 _IMAGE_KEYS: Final = ("image", "images")
 _LIKE_IMAGES: Final = re.compile(
     r"(?:.*[ _-])?(?:image|img|pic|picture|photo)s?"
@@ -56,7 +55,7 @@ class Dialogue:
     images: tuple[str | bytes, ...]
     """Paths as the row has them, or the contents of image files."""
     system: str | None
-    """System message; ``None`` is that of Yi-VL."""
+    """System message; ``None`` is that of the model."""
     drops_answer: bool = False
     """Whether there was an answer at the start."""
 
@@ -195,7 +194,16 @@ def _read_content(content: str | list[Any]) -> tuple[tuple[str, ...], list[str |
             images += [] if value is None else [_image(value, kind)]  # without a value it is one of `images`
         else:
             raise YiVLError(f"a part of type {kind!r}; expected text, image or image_url")
-    return ("",) * slots + tuple(_IMAGE_SLOT.split("\n".join(texts))), images
+    return images_first(slots, tuple(_IMAGE_SLOT.split("\n".join(texts)))), images
+
+
+def images_first(number: int, pieces: tuple[str, ...]) -> tuple[str, ...]:
+    r"""Return the pieces of a text after image slots, each of which is on a line of its own.
+
+    >>> images_first(2, ("Which one?",))
+    ('', '\n', '\nWhich one?')
+    """
+    return ("", *["\n"] * (number - 1), f"\n{pieces[0]}", *pieces[1:]) if number else pieces
 
 
 def _system(fields: Mapping[str, Any], told: str | None) -> str | None:

@@ -8,12 +8,12 @@ import torch
 import transformers
 
 from yivl.checkpoint.loading import load_processors
-from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SYSTEM_PROMPT
-from yivl.conversation import render_chunks
+from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from yivl.conversation import PromptTemplate
 from yivl.data.rows import Row, RowError
 from yivl.errors import ImageError
 from yivl.image_processing import ImageProcessor, load_image
-from yivl.tokenization import EncodedTurns, YiTokenizer, encode_turns, tokenize_chunks
+from yivl.tokenization import EncodedTurns, YiTokenizer, encode_turns, tokenize
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Encoder:
     """Sequence length of one image in the decoder."""
     max_length: int
     """Maximum sequence length, image patches included."""
+    template: PromptTemplate
 
     def __call__(self, row: Row) -> Sample:
         """Return the sample of a row, truncated to ``max_length``, never inside an image.
@@ -58,20 +59,21 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that sequence lengths depend on: the tokenizer, the size of images, and the maximum length."""
-        digest = hashlib.sha256(f"{self.num_patches} {self.max_length} {transformers.__version__}".encode())
+        """Hash of all that sequence lengths depend on: tokenizer, prompt template, size of images, maximum length."""
+        facts = f"{self.num_patches} {self.max_length} {transformers.__version__} {self.template}"
+        digest = hashlib.sha256(facts.encode())
         for name, content in sorted(self.tokenizer.files.items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
         return digest.hexdigest()
 
     def encode_text(self, row: Row) -> EncodedTurns:
         """Return the ids of a row, not truncated, and the tokens the loss is computed on."""
-        return encode_turns(row.turns, self.tokenizer, _system_of(row))
+        return encode_turns(row.turns, self.tokenizer, self.template, row.system, row.questions)
 
     def sequence_length(self, row: Row) -> int:
         """Return the sequence length of a row, truncated as in its sample, without reading an image."""
-        messages = [message for turn in row.turns for message in turn.messages()]
-        return self._truncate(tokenize_chunks(render_chunks(messages, _system_of(row)), self.tokenizer))[1]
+        pieces = self.template.render(self.template.messages(row.turns, row.questions), row.system)
+        return self._truncate(tokenize(pieces, self.tokenizer))[1]
 
     def _truncate(self, input_ids: Sequence[int]) -> tuple[int, int]:
         """Return how many ids fit in ``max_length``, never part of an image, and their sequence length."""
@@ -89,11 +91,7 @@ def load_encoder(model_path: str, model_base: str | None = None, *, max_length: 
     config, tokenizer, image_processor = load_processors(model_path, model_base)
     # From the image processor: an adapter may have been trained with another image size than its base.
     num_patches = config.num_patches_at(image_processor.image_size)
-    return Encoder(tokenizer, image_processor, num_patches, max_length)
-
-
-def _system_of(row: Row) -> str:
-    return SYSTEM_PROMPT if row.system is None else row.system
+    return Encoder(tokenizer, image_processor, num_patches, max_length, config.prompt_template)
 
 
 def encode_or_skip(row: Row | RowError, encoder: Encoder, on_bad_row: Callable[[RowError], None]) -> Sample | None:

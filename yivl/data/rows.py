@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from yivl.conversation import Turn
-from yivl.data.dialects import Dialogue, Message, read_dialogue
+from yivl.data.dialects import Dialogue, Message, images_first, read_dialogue
 from yivl.data.json_texts import parse_text, read_texts, row_unit
 from yivl.errors import RowError as RowError
 from yivl.errors import YiVLError
@@ -33,7 +33,9 @@ class Row:
     notices: tuple[str, ...] = ()
     """What is unusual about the row, as the predicate of a sentence about rows."""
     system: str | None = None
-    """System message; ``None`` is that of Yi-VL."""
+    """System message; ``None`` is that of the model."""
+    questions: tuple[tuple[str, ...], ...] = ()
+    """The question of every turn as it is written, with an image slot between neighbors."""
 
 
 def parse_row(
@@ -46,9 +48,9 @@ def parse_row(
 
     A conversation is ``conversations`` or ``messages``, a list of ``{"from": ..., "value": ...}`` or ``{"role": ...,
     "content": ...}``, with optional ``image`` or ``images`` (paths relative to ``image_folder``); a caption is
-    ``image`` and ``text``. ``<image_placeholder>``, ``<image>`` or a part of ``content`` marks the turn of an image; in
-    the prompt the image comes first in its turn. Images without any placeholder belong to the first turn. ``images``,
-    the contents of image files, replaces the images of the row. docs/data.md lists the dialects.
+    ``image`` and ``text``. ``<image_placeholder>``, ``<image>`` or a part of ``content`` marks the place of an image.
+    Images without any placeholder come first in the first turn. ``images``, the contents of image files, replaces the
+    images of the row. docs/data.md lists the dialects.
 
     Raises:
         RowError: If a role is unknown or out of order, a field is missing, or the numbers of placeholders and images
@@ -59,8 +61,10 @@ def parse_row(
             raise fields if isinstance(fields, RowError) else RowError("expected a JSON object")
         dialogue = read_dialogue(fields, images)
         turns = _turns(dialogue.messages)
+        questions = [message.pieces for message in dialogue.messages if message.role == "user"]
         if dialogue.images and not any(turn.num_images for turn in turns):
             turns[0] = replace(turns[0], num_images=len(dialogue.images))
+            questions[0] = images_first(len(dialogue.images), questions[0])
         placeholders = sum(turn.num_images for turn in turns)
         if placeholders != len(dialogue.images):
             fix = "name each image in 'image', or spell '<image>' otherwise if it is text"
@@ -73,7 +77,8 @@ def parse_row(
         raise RowError(f"{origin}: nested too deeply; remove the row") from error
     folder = Path(image_folder)
     paths = [image if isinstance(image, bytes) else folder / image for image in dialogue.images]
-    return Row(tuple(turns), tuple(paths), origin, tuple(_notices(dialogue, turns, folder)), dialogue.system)
+    notices = tuple(_notices(dialogue, turns, folder))
+    return Row(tuple(turns), tuple(paths), origin, notices, dialogue.system, tuple(questions))
 
 
 def _turns(messages: Sequence[Message]) -> list[Turn]:

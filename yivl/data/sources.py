@@ -1,16 +1,18 @@
 """Data sources: files or tar shards, or a YAML mixture of both with names, weights and limits."""
 
 import glob
+import logging
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 from yivl.data.json_texts import check_regular
+from yivl.data.meta_files import read_meta
 from yivl.data.orders import subsample
 from yivl.data.records import HUB, is_dataset
 from yivl.data.row_file import open_rows
@@ -19,6 +21,11 @@ from yivl.data.rows import RowError
 from yivl.data.shard_file import check_urls, is_remote
 from yivl.errors import YiVLError
 from yivl.files.yaml_files import read_yaml
+
+logger = logging.getLogger(__name__)
+
+_KEYS: Final = ("data_path", "image_folder", "weight", "max_rows", "name")
+"""Fields of ``DataSource`` that a YAML mixture may set."""
 
 MAX_PATHS: Final = 1_000_000
 """Largest number of paths of one pattern; LAION-5B has 232,320 shards. Source: ours."""
@@ -49,6 +56,10 @@ class DataSource:
     """For tables and messages; by default the paths."""
     allow_outside_images: bool = False
     """Whether images may be outside of the image folder; a flag, which a mixture cannot set."""
+    first_part: float = 1.0
+    """Fraction of the rows that is used, those at the beginning: a ``repeat_time`` below 1 of a meta file."""
+    stated_length: int | None = None
+    """Number of rows that a meta file states; a warning if the files have another."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -116,10 +127,17 @@ class DataSource:
         return [path for path, _ in self.files()]
 
     def subset(self, number: int, seed: int) -> Sequence[int]:
-        """Return the indices of ``number`` rows, or of the subset of ``max_rows`` that ``seed`` determines."""
-        if self.max_rows is None or number <= self.max_rows:
-            return range(number)
-        return subsample(number, self.max_rows, seed)
+        """Return the indices of the first part of ``number`` rows, or of the ``max_rows`` of them that ``seed`` draws.
+
+        Raises:
+            RowError: If the first part has no row.
+        """
+        first = int(number * self.first_part)  # Source: OpenGVLab/InternVL, LazySupervisedDataset
+        if number and not first:
+            raise RowError(f"{self.name}: a repeat_time of {self.first_part} keeps none of {number:,} rows; raise it")
+        return (
+            range(first) if self.max_rows is None or first <= self.max_rows else subsample(first, self.max_rows, seed)
+        )
 
     def samples_per_epoch(self, num_rows: int) -> int:
         """Return how many samples an epoch has of ``num_rows`` rows, which ``max_rows`` has already limited."""
@@ -135,10 +153,11 @@ def read_sources(
     allow_outside_images: bool = False,
     allow_remote_data: bool = False,
 ) -> list[DataSource]:
-    """Return the data sources of ``--data_path``: the files themselves, or the entries of a ``.yaml`` mixture.
+    """Return the data sources of ``--data_path``: the files themselves, or the entries of a mixture.
 
-    A mixture is a list of the fields of ``DataSource``; its relative paths start at the folder of the YAML file.
-    Entries of the same name are one source. ``image_folder`` and ``max_rows`` are the defaults of all entries.
+    A ``.yaml`` mixture is a list of the fields of ``DataSource``; its relative paths start at the folder of the file.
+    Entries of the same name are one source. ``image_folder`` and ``max_rows`` are the defaults of all entries. A
+    mixture is also a ``.json`` meta file of InternVL, see ``read_meta``.
 
     Raises:
         RowError: If the mixture cannot be read, an entry is invalid, or entries of the same name contradict each other.
@@ -158,8 +177,12 @@ def read_sources(
 def _read_mixture(
     data_path: str, image_folder: str, max_rows: int | None, allow_outside_images: bool
 ) -> list[DataSource]:
+    defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": max_rows}
+    defaults["allow_outside_images"] = allow_outside_images
+    if (sets := read_meta(data_path)) is not None:
+        return [DataSource(**defaults | fields) for fields in sets]
     if not data_path.endswith((".yaml", ".yml")) or is_remote(data_path):
-        return [DataSource(data_path, image_folder, max_rows=max_rows, allow_outside_images=allow_outside_images)]
+        return [DataSource(data_path, **defaults)]
     try:
         check_regular(data_path)
         entries = read_yaml(Path(data_path))
@@ -170,18 +193,15 @@ def _read_mixture(
     except YiVLError as error:
         hint = "; quote a path that begins with a brace" if error.__cause__ else ""  # not if it exceeds the limits
         raise RowError(f"{error}{hint}") from error
-    known = [field.name for field in fields(DataSource) if field.name != "allow_outside_images"]
     if not isinstance(entries, list) or not entries:
-        raise RowError(f"{data_path}: expected a list of sources with the keys {', '.join(known)}")
-    defaults: dict[str, Any] = {"image_folder": image_folder, "max_rows": max_rows}
-    defaults["allow_outside_images"] = allow_outside_images
+        raise RowError(f"{data_path}: expected a list of sources with the keys {', '.join(_KEYS)}")
     sources: dict[str | int, DataSource] = {}
     for index, entry in enumerate(entries):
         place = f"{data_path} entry {index}"
         if not isinstance(entry, dict) or not entry.get("data_path"):
             raise RowError(f"{place}: no data_path")
-        if unknown := entry.keys() - set(known):
-            raise RowError(f"{place}: unknown key {sorted(map(str, unknown))[0]!r}; expected one of {', '.join(known)}")
+        if unknown := entry.keys() - set(_KEYS):
+            raise RowError(f"{place}: unknown key {sorted(map(str, unknown))[0]!r}; expected one of {', '.join(_KEYS)}")
         if not isinstance(entry.get("weight", 1), int | float):
             raise RowError(f"{place}: weight {entry['weight']!r} is not a number")
         try:
@@ -267,4 +287,12 @@ def load_all_rows(source: DataSource, on_bad_row: Callable[[RowError], None]) ->
         for error in file.errors(allow_outside=source.allow_outside_images):
             on_bad_row(error)
         parts.append((file, None if source.allow_outside_images else file.inside()))
+    number = sum(len(file.records) for file, _ in parts)
+    if source.stated_length not in (None, number):
+        logger.warning(
+            "%s: its meta file states a length of %s, and it has %s rows",
+            source.name,
+            f"{source.stated_length:,}",
+            f"{number:,}",
+        )
     return RowTable(parts)

@@ -54,9 +54,10 @@ def valid_rows(
     try:
         for row in source.rows(OfficialFolder(folder, source.address), bad):
             try:
-                parse_row(row, row["image"])
-                if image_folder is not None and not (image_folder / row["image"]).is_file():
-                    raise RowError(f"{image_folder / row['image']}: no such image")
+                image = row.get("image")
+                parse_row(row, image or "row without an image")
+                if image and image_folder is not None and not (image_folder / image).is_file():
+                    raise RowError(f"{image_folder / image}: no such image")
             except RowError as error:
                 bad.add(source.title, str(error))
             else:

@@ -1,7 +1,8 @@
-"""The sources that the Yi-VL model card and the technical report name, in the order of the card.
+"""The sources of Yi-VL's stages, in the order of its model card, and of InternVL-Chat-V1-2's fine-tuning (``SFT``).
 
 Addresses are those of the card where it links the official place. Licenses are those stated there; read them, and those
-of the images, before use. Sizes are those of the training split, in rows.
+of the images, before use. Sizes are those of the training split, in rows. "In InternVL's list" counts a file that was
+made of the official ones: the converter may write another number, of DocVQA one row per page.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from yivl.data.prepare.captions import flickr30k, laion_gpt4v, textcaps
-from yivl.data.prepare.dialogues import cllava, llavar, sharegpt4v
+from yivl.data.prepare.dialogues import cllava, llava_zh, llavar, mix665k, sharegpt4v
+from yivl.data.prepare.documents import ai2d, chartqa, docvqa, dvqa, geoqa_plus, synthdog_en
 from yivl.data.prepare.questions import gqa, ocrvqa, visual7w, vizwiz, vqav2
 from yivl.data.prepare.records import BadRecords, OfficialFolder
 from yivl.data.prepare.regions import refcoco, visual_genome
@@ -168,12 +170,92 @@ SOURCES: Final = {
     ),
     "sharegpt4v": PublishedSource(
         "ShareGPT4V (technical report)",
-        "3",
+        "3, SFT",
         "https://huggingface.co/datasets/Lin-Chen/ShareGPT4V",
         "CC BY-NC 4.0",
         "102,025",
         "sharegpt4v_instruct_gpt4-vision_cap100k.json",
         "coco, sam, llava, web-celebrity, web-landmark, wikiart, share_textvqa, as the file names them",
         sharegpt4v,
+    ),
+    "llava-zh": PublishedSource(
+        "LLaVA-ZH",
+        "SFT",
+        "https://huggingface.co/datasets/openbmb/llava_zh",
+        "not stated",
+        "157,712",
+        "llava_instruct_150k_zh.json",
+        "coco/train2017/*.jpg",
+        llava_zh,
+    ),
+    "mix665k": PublishedSource(
+        "ShareGPT4V mix665k",
+        "SFT",
+        "https://huggingface.co/datasets/Lin-Chen/ShareGPT4V",
+        "CC BY-NC 4.0",
+        "665,058",
+        "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
+        "coco, gqa, ocr_vqa, textvqa, vg, llava, sam, share_textvqa, wikiart, web-*, as the file names them",
+        mix665k,
+    ),
+    "dvqa": PublishedSource(
+        "DVQA",
+        "SFT",
+        "https://github.com/kushalkafle/DVQA_dataset",
+        "not looked up",
+        "200,000",
+        "train_qa.json",
+        "dvqa/images/bar_train_*.png",
+        dvqa,
+    ),
+    "chartqa": PublishedSource(
+        "ChartQA",
+        "SFT",
+        "https://huggingface.co/datasets/ahmed-masry/ChartQA",
+        "not looked up",
+        "18,317",
+        "train/train_human.json, train/train_augmented.json",
+        "chartqa/train/png/*.png",
+        chartqa,
+    ),
+    "ai2d": PublishedSource(
+        "AI2D",
+        "SFT",
+        "https://allenai.org/data/diagrams",
+        "not looked up",
+        "12,413",
+        "questions/*.json, ai2d_test_ids.csv",
+        "ai2d/images/*.png, ai2d/abc_images/*.png",
+        ai2d,
+    ),
+    "docvqa": PublishedSource(
+        "DocVQA",
+        "SFT",
+        "https://www.docvqa.org/datasets",
+        "not looked up",
+        "10,211 in InternVL's list",
+        "train_v1.0.json or train_v1.0_withQT.json",
+        "docvqa/train/documents/*.png",
+        docvqa,
+    ),
+    "geoqa-plus": PublishedSource(
+        "GeoQA+",
+        "SFT",
+        "https://github.com/SCNU203/GeoQA-Plus",
+        "not stated",
+        "72,318 in InternVL's list",
+        "Backtrans-train.pk",
+        "geoqa+/images/ID.png",
+        geoqa_plus,
+    ),
+    "synthdog-en": PublishedSource(
+        "SynthDoG-EN",
+        "SFT",
+        "https://huggingface.co/datasets/naver-clova-ix/synthdog-en",
+        "MIT (generator)",
+        "29,765 in InternVL's list",
+        "data/train-0000[0-4]-of-00084-*.parquet, or metadata.jsonl of the generator",
+        "synthdog-en/images/*, written from Parquet",
+        synthdog_en,
     ),
 }

@@ -1,4 +1,4 @@
-"""Conversations that LLaVA's code reads: CLLaVA, LLaVAR, ShareGPT4V.
+"""Conversations that LLaVA's code reads: CLLaVA, LLaVAR, ShareGPT4V and its mix665k, LLaVA-ZH.
 
 The fields are ``image`` and ``conversations`` (``from``, ``value``), as in haotian-liu/LLaVA, ``llava/train/train.py``.
 The files name images of CC3M (``GCC_train_*.jpg``) and COCO (``000000*.jpg``) without a folder; the images that LLaVAR
@@ -33,10 +33,28 @@ def sharegpt4v(folder: OfficialFolder, bad: BadRecords) -> Iterator[dict[str, An
     yield from _dialogues(folder, "sharegpt4v_instruct_gpt4-vision_cap100k.json", "", bad, DESCRIBE)
 
 
+def mix665k(folder: OfficialFolder, bad: BadRecords) -> Iterator[dict[str, Any]]:
+    """Yield LLaVA-1.5's mixture with the captions of ShareGPT4V; its paths are kept, and rows without an image too."""
+    name = "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json"
+    yield from _dialogues(folder, name, "", bad, DESCRIBE, needs_image=False)
+
+
+def llava_zh(folder: OfficialFolder, bad: BadRecords) -> Iterator[dict[str, Any]]:
+    """Yield LLaVA-Instruct-150K in the Chinese translation of OpenBMB."""
+    yield from _dialogues(folder, "llava_instruct_150k_zh.json", "coco/train2017", bad, DESCRIBE_ZH)
+
+
 def _dialogues(
-    folder: OfficialFolder, name: str, image_folder: str, bad: BadRecords, empty_question: str
+    folder: OfficialFolder,
+    name: str,
+    image_folder: str,
+    bad: BadRecords,
+    empty_question: str,
+    *,
+    needs_image: bool = True,
 ) -> Iterator[dict[str, Any]]:
     for index, record in enumerate(folder.json(name)):
         with bad.skip(f"{name} record {index}"):
-            image = str(PurePosixPath(image_folder, record["image"]))
+            is_text = not needs_image and "image" not in record
+            image = None if is_text else str(PurePosixPath(image_folder, record["image"]))
             yield dialogue(image, record["conversations"], empty_question=empty_question)

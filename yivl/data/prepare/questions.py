@@ -18,6 +18,7 @@ from yivl.data.prepare.records import (
     OfficialFolder,
     ask,
     majority,
+    with_options,
 )
 
 
@@ -74,7 +75,5 @@ def visual7w(folder: OfficialFolder, bad: BadRecords) -> Iterator[dict[str, Any]
                 with bad.skip(f"image {index}"):
                     options = [pair["answer"], *pair["multiple_choices"]]
                     random.Random(pair["qa_id"]).shuffle(options)
-                    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
-                    letter = "ABCD"[options.index(pair["answer"])]
-                    question = "\n".join([pair["question"], *lines]) + OPTION_LETTER
-                    yield ask(f"visual7w/{record['filename']}", question, letter)
+                    question, letter = with_options(pair["question"], options, options.index(pair["answer"]))
+                    yield ask(f"visual7w/{record['filename']}", question + OPTION_LETTER, letter)

@@ -2,19 +2,21 @@
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from yivl.constants import DEFAULT_IMAGE_TOKEN
+from yivl.constants import DEFAULT_IMAGE_TOKEN, LLAVA_IMAGE_TOKEN
 from yivl.errors import YiVLError
 
 SHORT_ANSWER: Final = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER: Final = "\nAnswer with the option's letter from the given choices directly."
+OPTION_LETTER_ZH: Final = "\n请直接回答选项字母。"
 UNANSWERABLE: Final = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-"""Ends of questions. Source: LLaVA-1.5 (arXiv 2310.03744), response format prompts; Yi-VL's are not published."""
+"""Ends of questions. Source: LLaVA-1.5 (arXiv 2310.03744), response format prompts, and OpenGVLab/InternVL,
+internvl_chat/eval/mmbench, for the Chinese one; Yi-VL's are not published."""
 DESCRIBE: Final = "Describe this image in detail."
 DESCRIBE_ZH: Final = "请详细描述这张图片。"
 ONE_SENTENCE: Final = "Provide a one-sentence caption for the provided image."
@@ -71,6 +73,8 @@ class OfficialFolder:
     def pickle(self, name: str) -> Any:
         """Return the content of a pickle of plain lists, dicts, text and numbers; nothing in it is executed.
 
+        Arrays of numpy are skipped: a ``SkippedArray`` stands for each.
+
         Raises:
             YiVLError: If it is missing, damaged, or names a class or function.
         """
@@ -82,10 +86,22 @@ class OfficialFolder:
             raise YiVLError(f"{path}: not a pickle of plain values ({error}); get it from {self.address}") from error
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Refuses every class and function, so that loading a pickle cannot execute code."""
+class SkippedArray:
+    """Stands for an array of numpy in a pickle, and for what it is made of; its content is dropped."""
 
-    def find_class(self, module: str, name: str) -> NoReturn:
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses classes and functions, or replaces them, so that loading a pickle cannot execute code."""
+
+    def find_class(self, module: str, name: str) -> type[SkippedArray]:
+        if module.split(".")[0] == "numpy" or (module, name) == ("_codecs", "encode"):  # the bytes of an array
+            return SkippedArray
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
@@ -114,13 +130,28 @@ class BadRecords:
             self.add(str(place), str(error))
 
 
-def ask(image: str, question: str, answer: str) -> dict[str, Any]:
-    """Return the row of one question about an image.
+def ask(image: str, question: str, answer: str, *others: tuple[str, str]) -> dict[str, Any]:
+    """Return the row of a question about an image, and of other questions with their answers.
 
     Raises:
         ValueError: If a text is empty.
     """
-    return dialogue(image, [{"from": "human", "value": question}, {"from": "gpt", "value": answer}])
+    messages: list[Mapping[str, Any]] = []
+    for asked, answered in ((question, answer), *others):
+        messages += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+    return dialogue(image, messages)
+
+
+def with_options(question: str, options: Sequence[str], correct: int) -> tuple[str, str]:
+    """Return a question with its four options on lines of their own, and the letter of the correct one.
+
+    Raises:
+        ValueError: If there are not four options, or the correct one is not one of them.
+    """
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
+    if not 0 <= correct < len(lines):
+        raise ValueError(f"no option {correct}")
+    return "\n".join([question, *lines]), "ABCD"[correct]
 
 
 def caption(image: str, text: str) -> dict[str, Any]:
@@ -132,24 +163,26 @@ def caption(image: str, text: str) -> dict[str, Any]:
     return {"image": _text(image, "image"), "text": _text(text, "caption")}
 
 
-def dialogue(image: str, messages: list[Mapping[str, Any]], *, empty_question: str = "") -> dict[str, Any]:
-    """Return the row of a conversation about an image, from messages as LLaVA writes them.
+def dialogue(image: str | None, messages: list[Mapping[str, Any]], *, empty_question: str = "") -> dict[str, Any]:
+    """Return the row of a conversation, about an image if there is one, from messages as LLaVA writes them.
 
     ``<image>`` of LLaVA is removed; our placeholder begins the first question. ``empty_question`` replaces questions
     without text.
 
     Raises:
-        ValueError: If a text is empty.
+        ValueError: If a text is empty, or names an image and there is none.
     """
     turns = []
     for index, message in enumerate(messages):
-        text = message["value"].replace("<image>", "").strip()
+        if image is None and LLAVA_IMAGE_TOKEN in message["value"]:
+            raise ValueError(f"{LLAVA_IMAGE_TOKEN} in the text, and no image")
+        text = message["value"].replace(LLAVA_IMAGE_TOKEN, "").strip()
         if index % 2 == 0:
             text = text or empty_question
         text = _text(text, "answer" if index % 2 else "question")
-        start = f"{DEFAULT_IMAGE_TOKEN}\n" if index == 0 else ""
+        start = f"{DEFAULT_IMAGE_TOKEN}\n" if index == 0 and image is not None else ""
         turns.append({"from": message["from"], "value": start + text})
-    return {"image": _text(image, "image"), "conversations": turns}
+    return ({} if image is None else {"image": _text(image, "image")}) | {"conversations": turns}
 
 
 def box_text(box: tuple[float, float, float, float], width: float, height: float) -> str:
