@@ -6,7 +6,8 @@
 #            MAX_RESTARTS=0  restarts after a failure   NNODES=3:4  from 3 to 4 nodes; with --resume auto
 #            HOSTFILE=hosts  for several nodes, started from this one over ssh by DeepSpeed
 #            DEEPSPEED=scripts/zeroN.json  ("" for none; without a GPU the default is none)
-#            MODEL VIT DATA IMAGES OUT  --model_name_or_path --vision_tower --data_path --image_folder --output_dir
+#            MODEL VIT PROJECTOR  --model_name_or_path --vision_tower --pretrain_mm_mlp_adapter
+#            DATA IMAGES OUT  --data_path --image_folder --output_dir
 #            GLOBAL_BATCH MICRO_BATCH  --global_batch_size --per_device_train_batch_size
 #            PYTHON=.venv/bin/python   DRY_RUN=1  print the command and stop
 set -euo pipefail
@@ -86,6 +87,7 @@ launch() {
   [[ -n ${DEEPSPEED:-} ]] && command+=(--deepspeed "$DEEPSPEED")
   [[ -n ${MODEL:-} ]] && command+=(--model_name_or_path "$MODEL")
   [[ -n ${VIT:-} ]] && command+=(--vision_tower "$VIT")
+  [[ -n ${PROJECTOR:-} ]] && command+=(--pretrain_mm_mlp_adapter "$PROJECTOR")
   [[ -n ${DATA:-} ]] && command+=(--data_path "$DATA")
   [[ -n ${IMAGES:-} ]] && command+=(--image_folder "$IMAGES")
   [[ -n ${OUT:-} ]] && command+=(--output_dir "$OUT")

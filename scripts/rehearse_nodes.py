@@ -130,10 +130,8 @@ class Rehearsal:
         return ["scripts/finetune.sh", *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
 
     def _environment(self, deepspeed: str) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return os.environ | {
             "PYTHON": sys.executable,
-            "PATH": path,
             "GPUS": "0",
             "PROCESSES": "1",
             "OMP_NUM_THREADS": "1",

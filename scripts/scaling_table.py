@@ -7,14 +7,14 @@ configurations and the assumptions below.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
+from flops import PEAK_FLOPS, Trained, training_flops
 from hardware_table import FIELDS_6B, MODES, Described, describe
 from measure_communication import bytes_per_step
 
 MODELS: Final = {"6B": FIELDS_6B, "34B": {}}
-PEAK: Final = 312e12
-"""FLOP/s of an A800 or A100 in bfloat16, dense. Source: NVIDIA A100 and A800 datasheets."""
+PEAK: Final = PEAK_FLOPS["A800"]
 UTILIZATION: Final = 0.40
 """Assumed share of the peak, re-computation counted. It was not measured here."""
 NUM_GPUS: Final = 128
@@ -72,7 +72,7 @@ def tables() -> str:
 
 def memory_table(runs: dict[tuple[str, str], Described], lora: dict[str, Described]) -> str:
     """Return the estimated GiB of one GPU, by strategy and number of GPUs."""
-    from yivl.train.dry_run import GIB
+    from yivl.train.memory import GIB
     from yivl.train.plan import Zero
 
     columns = [("DDP", Zero(), 8)]
@@ -134,11 +134,13 @@ def time_table(runs: dict[tuple[str, str], Described]) -> str:
         days = 0.0
         for stage, published in STAGES.items():
             run, count = runs[stage, name], published.samples
-            flop = flop_per_sample(run.config, published.text_tokens, trains_decoder=stage == "3")
+            tokens = run.config.num_patches + published.text_tokens
+            trained = Trained(vision_tower=True, projector=True, language_model=stage == "3")
+            # As `torch.utils.flop_counter` counts. The logits are those of the text.
+            flop = training_flops(run.config, tokens, published.text_tokens, trained, causal=False, recomputes=True)
             step = flop * published.global_batch_size / (NUM_GPUS * PEAK * UTILIZATION)
             steps = count / published.global_batch_size
             days += step * steps / 86_400
-            tokens = run.config.num_patches + published.text_tokens
             cells = [f"{tokens:,}", number(flop / 1e12), f"{published.global_batch_size:,}", number(step)]
             lines.append(
                 f"| {stage} | {name} | {' | '.join([*cells, f'{steps:,.0f}', number(step * steps / 86_400)])} |"
@@ -147,37 +149,6 @@ def time_table(runs: dict[tuple[str, str], Described]) -> str:
         totals.append(f"| {name} | {number(days)} | {CARD_DAYS[name]} | {100 * share:.0f} % |")
     summary = [f"| model | days at {100 * UTILIZATION:.0f} % | days of the model card | utilization that implies |"]
     return "\n".join([*lines, "", *summary, "|---|---|---|---|", *totals])
-
-
-def flop_per_sample(config: Any, text_tokens: int, *, trains_decoder: bool, recomputes: bool = True) -> float:
-    """Return the FLOP of the forward and backward pass of one sample with one image, the ViT and projector trained.
-
-    A matrix product takes 2 FLOP per weight and token in each of: the forward pass, the gradient of its input, the
-    gradient of its weight (if it is trained), and the second forward pass under gradient checkpointing. Attention has
-    no weights; its causal mask is not taken off, as in ``torch.utils.flop_counter``. The logits are those of the text.
-    """
-    vision, width = config.vision_config, config.hidden_size
-    patches, side = config.num_patches, vision.image_size // vision.patch_size
-    positions, tokens = side**2 + 1, patches + text_tokens
-    vit_layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    vit = config.num_vision_layers * (2 * positions * vit_layer + 4 * positions**2 * vision.hidden_size)
-    embedding = 2 * side**2 * 3 * vision.patch_size**2 * vision.hidden_size
-    projector = 2 * patches * (vision.hidden_size * width + width**2)
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    layer = 2 * width * (queries + keys) + 3 * width * config.intermediate_size
-    products = config.num_hidden_layers * 2 * tokens * layer
-    attention = config.num_hidden_layers * 4 * tokens**2 * queries
-    head = 2 * text_tokens * width * config.vocab_size
-    again = int(recomputes)
-    return float(
-        (3 + again) * vit
-        + 2 * embedding  # pixels need no gradient
-        + 3 * projector
-        + (3 if trains_decoder else 2) * (products + head)
-        + 3 * attention
-        + again * (products + attention)
-    )
 
 
 def number(value: float) -> str:

@@ -1,21 +1,21 @@
 #!/bin/bash
-# Sourced by the jobs: run_stage N [flags...] runs stage N on all nodes of the job, one task per node, and requeues the
-# job where it can continue from a checkpoint:
+# Sourced by the jobs: run_training SCRIPT [flags...] runs a script of scripts/ on all nodes of the job, one task per
+# node, and requeues the job where it can continue from a checkpoint:
 #   before the time limit or a preemption  Slurm sends SIGUSR1 to the job (#SBATCH --signal=B:USR1@600; for preemption,
 #                                          PreemptParameters=send_user_signal): a checkpoint is saved, then the requeue
 #   after a failure that is not wrong input (exit code 2)  at most MAX_REQUEUES=3 times, counted in
 #                                          OUT/slurm-JOB.failures; SLURM_RESTART_COUNT also counts the requeues above
 # After a failure of a node or a preemption with SIGTERM, Slurm requeues the job itself (#SBATCH --requeue).
 set -euo pipefail
-run_stage() {
-  local stage=$1 code step stopped=0 failures count=0
+run_training() {
+  local script=$1 code step stopped=0 failures count=0
   shift
   export NNODES=$SLURM_NNODES MASTER_PORT=${MASTER_PORT:-29500}
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export MASTER_ADDR
   # SLURM_NODEID is that of each node
   # shellcheck disable=SC2016
-  srun bash -c 'NODE_RANK=$SLURM_NODEID exec "scripts/train_stage$0.sh" "$@"' "$stage" \
+  srun bash -c 'NODE_RANK=$SLURM_NODEID exec "scripts/$0" "$@"' "$script" \
     --resume auto --dataloader_num_workers 8 "$@" &
   step=$!
   # srun forwards SIGUSR1 to its tasks.

@@ -24,6 +24,7 @@ from transformers import TrainingArguments
 from yivl.checkpoint.loading import LoadedModel
 from yivl.checkpoint.manifest import MANIFEST
 from yivl.constants import IGNORE_INDEX
+from yivl.conversation import YI_VL
 from yivl.data.bad_rows import BadRows
 from yivl.data.collator import Collator, normalize_images
 from yivl.data.encoding import Encoder, Sample
@@ -400,7 +401,7 @@ def test_grouped_batches_have_similar_lengths_and_one_modality_and_the_longest_c
 
 
 def encoder(loaded: LoadedModel) -> Encoder:
-    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048)
+    return Encoder(loaded.tokenizer, loaded.image_processor, loaded.model.config.num_patches, 2048, YI_VL)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from yivl.model.decoder import DecoderLayer
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.train import parameters
 from yivl.train.arguments import Arguments, parse_arguments
-from yivl.train.dry_run import Memory, estimate_memory
+from yivl.train.memory import Memory, estimate_memory
 from yivl.train.parameters import PartSize
 from yivl.train.plan import Zero
 
@@ -94,8 +94,14 @@ def test_a_checkpointed_layer_saves_the_residual_stream_in_the_dtype_it_has(flag
     assert found[1] - found[0] == LENGTH * config.hidden_size * inputs[0].element_size()
 
 
-def test_8_bit_optimizer_states_need_a_quarter() -> None:
+def test_8_bit_optimizer_states_need_a_quarter_except_those_of_embeddings() -> None:
     config, _, _ = read_small_files(CHECKPOINT)
-    usual, small = estimate(config, []), estimate(config, ["--optim", "adamw_bnb_8bit"])
-    assert usual.optimizer == 4 * small.optimizer == 8_000_000
+    eight_bits = ["--optim", "adamw_bnb_8bit"]
+    usual, small = estimate(config, []), estimate(config, eight_bits)
+    assert usual.optimizer == 8_000_000
+    assert small.optimizer == 2_000_000 + 6 * config.vocab_size * config.hidden_size
     assert replace(usual, optimizer=0.0) == replace(small, optimizer=0.0)
+    assert estimate(config, [*eight_bits, "--lora_enable", "True"]).optimizer == 2_000_000  # no embedding is trained
+    # DeepSpeed's optimizer does not know the embeddings.
+    zero = estimate_memory(SIZES, config, arguments(*eight_bits, "--bf16", "True"), Zero(2), 1)
+    assert zero.optimizer == (2 + 4) * 1_000_000

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from support.golden import CHECKPOINT, ROOT
+from support.golden_internvl import CHECKPOINT as INTERNVL
 from support.serving import free_port
 from support.training import flags, losses, train, weights, write_rows
 
 from yivl.checkpoint.loading import load_model, read_small_files
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train.arguments import parse_arguments
-from yivl.train.dry_run import estimate_memory
+from yivl.train.memory import estimate_memory
 from yivl.train.parameters import PartSize
 from yivl.train.plan import RunPlan, Zero
 from yivl.train.run_log import read_log
@@ -102,6 +103,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "stage 1": {
         "unfreeze_mm_vision_tower": True,
         "freeze_backbone": True,
+        "gradient_checkpointing": True,
+        "vision_gradient_checkpointing": True,
+    },
+    "internvl": {
+        "model_name_or_path": INTERNVL,
+        "unfreeze_mm_vision_tower": True,
         "gradient_checkpointing": True,
         "vision_gradient_checkpointing": True,
     },

@@ -1,11 +1,14 @@
 """Runs on several nodes: what all ranks must share, a node that is lost, and restarts."""
 
+import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -24,9 +27,11 @@ from transformers import TrainerState
 from yivl.checkpoint.format import read_json
 from yivl.errors import CheckpointError, YiVLError
 from yivl.train import heartbeat, launch
+from yivl.train.arguments import parse_arguments
 from yivl.train.dataloaders import set_up_worker
 from yivl.train.flags import torchrun_parser
 from yivl.train.nodes import reporting_lost_connections
+from yivl.train.plan import prepare_environment
 from yivl.train.resume import check_same_run
 from yivl.train.run_log import RunLog
 from yivl.train.stopping import StopOnSignal
@@ -253,6 +258,61 @@ def test_ranks_that_were_restarted_without_a_silent_node_go_on(server: dist.TCPS
         restarted.wait()
 
 
+RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+
+
+def _set_ranks(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    for name, value in (RANKS | changes).items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def port_in_use() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", free_port())) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_port_in_use_is_named_by_the_launcher(port_in_use: int) -> None:
+    command = [sys.executable, "-m", "yivl.train.launch", "--nnodes", "2", "--master-port", str(port_in_use)]
+    result = subprocess.run([*command, "-m", "yivl.eval"], capture_output=True, text=True, check=False)
+    line = (
+        f"error: port {port_in_use} is in use on {socket.gethostname()}; set MASTER_PORT to another one on all nodes\n"
+    )
+    assert (result.returncode, result.stderr) == (1, line)
+
+
+def test_a_port_in_use_is_named_by_rank_0(port_in_use: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_ranks(monkeypatch, MASTER_PORT=port_in_use)
+    with pytest.raises(YiVLError, match=f"port {port_in_use} is in use on"), reporting_lost_connections():
+        next(dist.rendezvous("env://"))
+
+
+def test_a_run_of_one_process_takes_no_port_of_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_ranks(monkeypatch)  # so that what is set below is undone
+    for name in RANKS:
+        monkeypatch.delenv(name)
+    prepare_environment(
+        parse_arguments(flags(Path("out"), "rows.json", deepspeed=ROOT / "scripts/zero2.json")).training
+    )
+    # Another program listens on the port before this one does, as it may in the seconds that imports take.
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    assert (store.add("key", 3), rank, world_size) == (3, 0, 1)
+
+
+def test_deepspeed_finds_the_ninja_of_an_environment_that_is_not_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ninja")
+    _set_ranks(monkeypatch)
+    training = parse_arguments(flags(Path("out"), "rows.json", deepspeed=ROOT / "scripts/zero2.json")).training
+    environment = sysconfig.get_path("scripts")
+    for path in ("/usr/bin", f"/usr/bin:{environment}"):
+        monkeypatch.setenv("PATH", path)
+        prepare_environment(training)
+        prepare_environment(training)  # as in a second run of the process
+        assert os.environ["PATH"] == f"{environment}:{path}"
+        assert shutil.which("ninja") == f"{environment}/ninja"
+
+
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug"), reporting_lost_connections():
         raise RuntimeError("a bug")
@@ -314,6 +374,21 @@ def test_a_deepspeed_checkpoint_of_other_ranks_is_refused(tmp_path: Path) -> Non
     recorded = read_json(tmp_path / "checkpoint-1/training_arguments.json")
     now = recorded | {"deepspeed": "scripts/zero2.json", "world_size": 2, "per_device_train_batch_size": 1}
     with pytest.raises(CheckpointError, match="DeepSpeed saved optimizer states of 1 processes, which 2 cannot load"):
+        check_same_run(tmp_path / "checkpoint-1", now, 2)
+
+
+def test_a_run_from_before_the_flags_of_a_new_model_followed_its_vit_goes_on(tmp_path: Path) -> None:
+    train(tmp_path, write_rows(tmp_path / "rows.json"), max_steps=2, save_steps=1)
+    path = tmp_path / "checkpoint-1/training_arguments.json"
+    now = read_json(path)
+    former = {"mm_projector_type": "mlp2x_gelu_Norm", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    assert [now[name] for name in former] == [None] * 3
+    for name in ("ps_version", "drop_path_rate"):  # did not exist
+        del now[name]
+    path.write_text(json.dumps(now | former))
+    check_same_run(tmp_path / "checkpoint-1", now, 2)
+    path.write_text(json.dumps(now | former | {"mm_vision_select_feature": "cls_patch"}))
+    with pytest.raises(CheckpointError, match="mm_vision_select_feature was cls_patch when checkpoint-1 was written"):
         check_same_run(tmp_path / "checkpoint-1", now, 2)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from peft.tuners.lora.dora import DoraLinearLayer
 from support.golden import CHECKPOINT
 from support.models import OPEN_CLIP_VISION
 from support.training import IMAGES, VIT, flags, train, weights, write_language_model, write_rows
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from yivl.checkpoint.loading import LoadedModel, load_model
+from yivl.checkpoint.loading import LoadedModel, load_model, read_small_files
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.train import parameters
 from yivl.train.arguments import parse_arguments
@@ -306,3 +307,43 @@ def test_errors_before_training_name_the_reason(
     data = changes.pop("data_path", None) or write_rows(tmp_path / "rows.json")
     with pytest.raises(YiVLError, match=message):
         train(tmp_path / "out", data, **{"image_folder": IMAGES} | changes)
+
+
+def test_adapters_of_a_layer_keep_one_copy_of_its_input_under_autocast() -> None:
+    """They would keep one each if peft cast the input to float32, which autocast casts back."""
+    config, _, _ = read_small_files(CHECKPOINT)
+    given = "--model_name_or_path m --data_path d --output_dir o --bf16 True --lora_enable True"
+    model: Any = YiVLForCausalLM(config).to(torch.bfloat16).train()
+    model, _ = parameters.set_up_model(model, parse_arguments(given.split()), base="m")
+    attention = model.get_base_model().model.layers[0].self_attn
+    hidden = torch.randn(1, 7, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    saved: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == hidden.numel():
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        outputs = [attention.q_proj(hidden), attention.k_proj(hidden), attention.v_proj(hidden)]
+    assert len(outputs) == 3
+    assert saved == {hidden.untyped_storage().data_ptr()}
+
+
+def test_the_norm_of_dora_is_computed_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _, _ = read_small_files(CHECKPOINT)
+    given = "--model_name_or_path m --data_path d --output_dir o --bf16 True --lora_enable True --use_dora True"
+    model: Any = YiVLForCausalLM(config).to(torch.bfloat16).train()
+    model, _ = parameters.set_up_model(model, parse_arguments(given.split()), base="m")
+    dtypes: list[torch.dtype] = []
+    compute = DoraLinearLayer.get_weight_norm
+
+    def get_weight_norm(self: DoraLinearLayer, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        dtypes.append(weight.dtype)
+        return compute(self, weight, *args, **kwargs)
+
+    monkeypatch.setattr(DoraLinearLayer, "get_weight_norm", get_weight_norm)
+    hidden = torch.randn(1, 7, config.hidden_size, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.get_base_model().model.layers[0].self_attn.q_proj(hidden)
+    assert dtypes == [torch.float32]

@@ -15,6 +15,7 @@ import sentencepiece
 import torch
 from PIL import Image
 from support.golden import CHECKPOINT
+from support.golden_internvl import CHECKPOINT as INTERNVL
 from support.training import FACTS, IMAGES, ROOT, conversation, flags, losses, train, weights, write_rows, write_shards
 
 from yivl.checkpoint import atomic
@@ -36,6 +37,22 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "packed": {"packing": True},
     "evaluated": {"eval_data_path": "rows", "eval_strategy": "epoch", "lora_enable": True, "lora_dropout": 0.3},
+    "internvl": {
+        "model_name_or_path": INTERNVL,
+        "unfreeze_mm_vision_tower": True,
+        "drop_path_rate": 0.4,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "vision_gradient_checkpointing": True,
+    },
+    "internvl, lora, packed": {
+        "model_name_or_path": INTERNVL,
+        "lora_enable": True,
+        "lora_vision_tower": True,
+        "lora_dropout": 0.1,
+        "drop_path_rate": 0.4,
+        "packing": True,
+    },
     "stream": {"data_path": "shards", "max_steps": 8, "dataloader_num_workers": 2, "shuffle_buffer": 4},
 }
 

@@ -15,7 +15,7 @@ from yivl.command_line import Parser
 from yivl.errors import YiVLError
 from yivl.train.flags import add_flag, checked, dataclass_flags, transformers_flags
 from yivl.train.layers import ADAPTER_FLAGS, TYPED, Layer, Origin, merge_layers
-from yivl.train.refused import HIDDEN, llava_checks, transformers_checks
+from yivl.train.refused import HIDDEN, internvl_checks, llava_checks, transformers_checks
 from yivl.train.run_config import read_run_config
 from yivl.train.stages import STAGES
 
@@ -46,24 +46,42 @@ class ModelArguments:
 
     model_name_or_path: str = _flag(
         "",
-        "Yi-VL checkpoint (folder or hub id), or the folder of a Yi language model to initialize stage 1 from",
+        "Yi-VL or InternVL-Chat checkpoint (folder or hub id), or a language model to initialize from with a ViT",
         aliases=("--model_path",),
     )
     stage: int | None = _flag(None, "published stage 1, 2 or 3; sets the defaults of other flags (docs/training.md)")
     vision_tower: str | None = _flag(
         None,
-        "ViT: folder or hub id of a CLIP (transformers, open_clip), or open_clip:MODEL/TAG; default: the checkpoint's",
+        "ViT: folder or hub id of a CLIP (transformers, open_clip) or an InternViT, or open_clip:MODEL/TAG; it decides "
+        "the architecture of a new model; default: the checkpoint's",
     )
     image_size: int | None = _flag(
         None, "height and width of the ViT input in pixels; default: the checkpoint's, or the ViT's"
     )
-    image_aspect_ratio: str | None = _flag(None, "pad or square; default: the checkpoint's, or pad")
-    mm_projector_type: str = _flag("mlp2x_gelu_Norm", "type of a new projector, for a language model and a ViT")
-    pretrain_mm_mlp_adapter: str | None = _flag(
-        None, "weights of the projector (mm_projector.bin of LLaVA, or safetensors), instead of the checkpoint's"
+    image_aspect_ratio: str | None = _flag(
+        None, "pad, square or squash; default: the checkpoint's, or pad for a CLIP and squash for an InternViT"
     )
-    mm_vision_select_layer: int = _flag(-2, "ViT layer whose output feeds a new projector")
-    mm_vision_select_feature: str = _flag("patch", "patch or cls_patch: ViT tokens that feed a new projector")
+    mm_projector_type: str | None = _flag(
+        None, "type of a new projector, for a language model and a CLIP; default: mlp2x_gelu_Norm"
+    )
+    pretrain_mm_mlp_adapter: str | None = _flag(
+        None, "weights of the projector (.bin of LLaVA, .pth of InternVL, safetensors), instead of the checkpoint's"
+    )
+    mm_vision_select_layer: int | None = _flag(
+        None, "ViT layer whose output feeds a new projector; default: -2 of a CLIP, -1 of an InternViT"
+    )
+    mm_vision_select_feature: str | None = _flag(
+        None, "patch or cls_patch: tokens of a CLIP that feed a new projector; default: patch"
+    )
+    ps_version: str | None = _flag(
+        None,
+        "pixel shuffle before a new projector of an InternViT: v1 transposes the grid of image tokens, v2 does not; "
+        "default: v1, that of the published projectors",
+        choices=["v1", "v2"],
+    )
+    drop_path_rate: float = _flag(
+        0.0, "stochastic depth of a trained InternViT: the rate of its last layer, growing linearly from 0 at the first"
+    )
     attn_implementation: str = _flag("sdpa", "attention kernels", choices=["sdpa", "eager", "flash_attention_2"])
     freeze_backbone: bool = _flag(False, "freeze the language model")
     tune_mm_mlp_adapter: bool = _flag(False, "train the projector only")
@@ -80,7 +98,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
-            raise YiVLError("--model_name_or_path is missing; give a Yi-VL checkpoint or, for stage 1, a Yi model")
+            raise YiVLError("--model_name_or_path is missing; give a checkpoint or, for stage 1, a language model")
         if self.stage is not None and self.stage not in STAGES:
             raise YiVLError(f"--stage {self.stage}: expected one of {', '.join(map(str, STAGES))}")
         if self.tune_mm_mlp_adapter and (
@@ -100,8 +118,26 @@ class ModelArguments:
         for name in ADAPTER_FLAGS:
             if not self.lora_enable and getattr(self, name) != getattr(type(self), name):
                 raise YiVLError(f"--{name} has no effect without adapters; add --lora_enable True, or drop it")
+        if not 0 <= self.drop_path_rate < 1:
+            raise YiVLError(f"--drop_path_rate {self.drop_path_rate}: expected at least 0 and less than 1")
+        if self.drop_path_rate and not (self.unfreeze_mm_vision_tower or self.lora_vision_tower):
+            raise YiVLError(
+                f"--drop_path_rate {self.drop_path_rate} has no effect on a frozen ViT; add "
+                "--unfreeze_mm_vision_tower True, or drop it"
+            )
         if self.lora_vision_tower and self.unfreeze_mm_vision_tower:
             raise YiVLError("--lora_vision_tower adds adapters, --unfreeze_mm_vision_tower trains the ViT; drop one")
+
+    @property
+    def of_a_new_model(self) -> dict[str, Any]:
+        """The flags of a new model that were given; a checkpoint records its own values."""
+        flags = {
+            "mm_projector_type": self.mm_projector_type,
+            "mm_vision_select_layer": self.mm_vision_select_layer,
+            "mm_vision_select_feature": self.mm_vision_select_feature,
+            "ps_version": self.ps_version,
+        }
+        return {name: value for name, value in flags.items() if value is not None}
 
     @property
     def trains_language_model(self) -> bool:
@@ -223,7 +259,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     stage = next((layer.flags["stage"] for layer in reversed(layers) if "stage" in layer.flags), 0)
     layers.insert(0, Layer(f"--stage {stage}", STAGES.get(stage, {})))
     given, origins = merge_layers(layers)
-    for name in llava_checks().keys() & given.keys():
+    for name in (llava_checks() | internvl_checks()).keys() & given.keys():
         del given[name]  # accepted with the only value it can have
     given |= {name: os.path.expanduser(given[name]) for name in _PATHS if name in given}
 
@@ -239,6 +275,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if wrong:
         raise YiVLError("; ".join(wrong))
     arguments = Arguments(*groups)
+    if arguments.model.attn_implementation == "flash_attention_2" and not (
+        arguments.training.bf16 or arguments.training.fp16
+    ):
+        raise YiVLError("--attn_implementation flash_attention_2: has no kernels for float32; add --bf16 True")
     if (arguments.data.eval_data_path is None) != (arguments.training.eval_strategy == "no"):
         raise YiVLError("--eval_data_path and --eval_strategy (steps or epoch) need each other")
     return arguments
@@ -249,7 +289,7 @@ def _make_parser() -> Parser:
     parser = Parser(
         prog="python -m yivl.train",
         usage="python -m yivl.train --model_name_or_path CHECKPOINT --data_path rows.json --output_dir OUT [flags]",
-        description="Train Yi-VL: the published stages, full fine-tuning, LoRA and QLoRA (docs/training.md).",
+        description="Train Yi-VL or InternVL-Chat: pretraining, full fine-tuning, LoRA, QLoRA (docs/training.md).",
     )
     parser.add_argument(
         "--config",
@@ -270,7 +310,7 @@ def _make_parser() -> Parser:
         hidden = {"help": argparse.SUPPRESS} if name in HIDDEN else {}
         aliases = {"aliases": ("--no_cuda",)} if name == "use_cpu" else {}
         add_flag(titled, name, flag._replace(options=flag.options | hidden | aliases), checks.get(name))
-    for name, check in llava_checks().items():
+    for name, check in (llava_checks() | internvl_checks()).items():
         parser.add_argument(
             f"--{name}",
             type=partial(checked, str, check),

@@ -254,7 +254,7 @@ def _warn_of_limit(facts: Sequence[Mapping[str, Any]]) -> None:
         used, found = facts[0]["rows"], facts[0]["rows_found"]
         logger.warning(
             "%s: %s of %s rows are used, the same in every epoch, although there is no other source to balance; to use "
-            "all, give --max_rows_per_source %d (or max_rows in the mixture)",
+            "all, give --max_rows_per_source %d (or max_rows in the mixture, repeat_time 1 in the meta file)",
             *(facts[0]["source"], f"{used:,}", f"{found:,}", found),
         )
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -10,19 +10,21 @@ from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
-
-_UNITS: Final = "DecoderLayer,CLIPEncoderLayer"
-"""Modules that are gathered one at a time. accelerate adds the embeddings, the head with the norm before it, and the
-rest: the projector and the ends of the ViT."""
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def enable_fsdp(accelerator: Accelerator, args: TrainingArguments) -> None:
+def enable_fsdp(accelerator: Accelerator, args: TrainingArguments, model: nn.Module) -> None:
     """Let an accelerator shard the model that it prepares, also on CPUs, where accelerate would ignore ``--fsdp``.
+
+    The layers of the decoder and the ViT are gathered one at a time. accelerate adds the embeddings, the head with the
+    norm before it, and the rest: the projector and the ends of the ViT.
 
     Under bf16 mixed precision, weights are gathered in bfloat16, and gradients are reduced in float32; accelerate would
     reduce them in bfloat16 and round the loss to it.
     """
-    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args, transformer_cls_names_to_wrap=_UNITS)
+    layers = {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    units = ",".join(sorted(layers))
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args, transformer_cls_names_to_wrap=units)
     if args.bf16:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     accelerator.state.fsdp_plugin = plugin

@@ -58,7 +58,11 @@ def main() -> None:
     except SignalException as error:
         sys.exit(128 + (received[0] if received else error.sigval))
     except (RendezvousError, DistError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        from yivl.train.nodes import check_port
+
+        cause = error.__cause__ or error
+        check_port(cause)
+        reason = " ".join(str(cause).split())
         sys.exit(f"error: the nodes did not find each other, or one was lost; resume with --resume auto ({reason})")
 
 

@@ -79,12 +79,17 @@ def _find_difference(ranks: Sequence[tuple[str, list[dict[str, Any]]]]) -> str |
 
 @contextmanager
 def reporting_lost_connections() -> Iterator[None]:
-    """End this process with one line and exit code 1 if the connection to another rank is lost."""
+    """End this process with one line and exit code 1 if the connection to another rank is lost.
+
+    Raises:
+        YiVLError: If the port of rank 0 is in use.
+    """
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_connection(error):
             raise
+        check_port(error)
         # gloo begins with its source file and ends with advice.
         reason = " ".join(re.sub(r"^\[\S+/gloo/\S+\] ", "", str(error)).split("This is typically")[0].split())
         sys.stderr.write(
@@ -93,6 +98,18 @@ def reporting_lost_connections() -> Iterator[None]:
         )
         sys.stderr.flush()
         os._exit(1)  # at exit, libraries would wait for the other ranks again
+
+
+def check_port(error: BaseException) -> None:
+    """Raise a clearer error if PyTorch's one says that another program listens on the port of rank 0.
+
+    Raises:
+        YiVLError: If it says so.
+    """
+    if found := re.search(r"port: (\d+).*EADDRINUSE", str(error)):
+        raise YiVLError(
+            f"port {found[1]} is in use on {socket.gethostname()}; set MASTER_PORT to another one on all nodes"
+        )
 
 
 def _is_lost_connection(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """Trainable parameters, their learning rates, LoRA adapters and gradient checkpointing."""
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,24 +10,48 @@ from typing import Any, Final, Literal, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from yivl.checkpoint.format import ADAPTER, published_name
+from yivl.errors import YiVLError
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.train.arguments import ModelArguments, YiVLTrainingArguments
+from yivl.train.arguments import Arguments, ModelArguments, YiVLTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 Part = Literal["vision_tower", "mm_projector", "language_model"]
 
 _DECODER_LINEARS: Final = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-_VIT_LINEARS: Final = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
 
 
 def part_of(name: str) -> Part:
     """Return the part of the model that a parameter belongs to."""
     match = re.match(r"model\.(vision_tower|mm_projector)\.", published_name(name))
     return cast(Part, match[1]) if match else "language_model"
+
+
+def set_up_model(model: YiVLForCausalLM, arguments: Arguments, base: str) -> tuple[Any, list["PartSize"]]:
+    """Return a loaded model as the flags train it, with adapters of ``base`` if asked, and the sizes of its parts.
+
+    Raises:
+        YiVLError: If no parameter is trainable.
+    """
+    model_arguments, _, training = arguments
+    prepared: Any = add_adapters(model, model_arguments, base) if model_arguments.lora_enable else model
+    select_trainable(prepared, model_arguments, model.config.num_vision_layers)
+    sizes = part_sizes(prepared, training)
+    logger.info("%s", parameter_table(sizes))
+    if not any(size.trainable for size in sizes):
+        raise YiVLError("no parameter is trainable: the flags freeze every part of the model; drop one of them")
+    if not training.deepspeed:
+        upcast_trainable_params(prepared)
+    language_model, vision_tower = training.gradient_checkpointing, training.vision_gradient_checkpointing
+    enable_gradient_checkpointing(prepared, language_model=language_model, vision_tower=vision_tower)
+    return prepared, sizes
 
 
 def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -> PeftModel:
@@ -36,8 +61,10 @@ def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -
     """
     targets = _DECODER_LINEARS
     if arguments.lora_vision_tower:
+        layers = model.get_vision_tower().vit.layers
+        linears = "|".join(name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear))
         used = "|".join(str(index) for index in range(model.config.num_vision_layers))
-        targets += rf"|model\.vision_tower\..*\.layers\.({used})\.({_VIT_LINEARS})"
+        targets += rf"|model\.vision_tower\..*\.layers\.({used})\.({linears})"
     config = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
@@ -49,6 +76,11 @@ def add_adapters(model: YiVLForCausalLM, arguments: ModelArguments, base: str) -
     )
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base
+    for module in adapted.modules():
+        # Autocast casts the input of an adapter; that peft casts it to float32 before would only add copies, which the
+        # backward pass keeps for each of the linear layers. DoRA computes the norm of its weights in the same dtype.
+        if isinstance(module, LoraLayer) and not arguments.use_dora:
+            module.cast_input_dtype_enabled = False
     return adapted
 
 
@@ -87,9 +119,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups: each part of the model, with and without weight decay.
 
-    ``decayed`` holds the names of the parameters with weight decay.
+    ``decayed`` holds the names of the parameters with weight decay, by the rules of transformers, which know most norms
+    by their names and miss others, such as ``norm1`` of InternViT. No norm has weight decay here.
     """
-    decayed = set(decayed)
+    norms = {name for name, module in model.named_modules() if isinstance(module, LlamaRMSNorm)}
+    decayed = {name for name in decayed if name.rpartition(".")[0] not in norms}
     groups: dict[tuple[Part, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -103,6 +137,20 @@ def parameter_groups(
         # The learning rate of the first group is the one that is logged.
         for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0][0] != "language_model")
     ]
+
+
+def keep_embedding_states(model: nn.Module) -> None:
+    """Keep the states of embeddings in 32 bits under an 8-bit optimizer, as transformers does: they are less stable.
+
+    DeepSpeed gives the optimizer other parameters, so that there all states have 8 bits.
+    """
+    from bitsandbytes.optim.optimizer import GlobalOptimManager  # slow to import, and only such optimizers need it
+
+    manager = GlobalOptimManager.get_instance()  # type: ignore[no-untyped-call]
+    manager.initialize()  # one for the process, which may have trained before
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 @dataclass(frozen=True)

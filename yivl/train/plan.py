@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-import socket
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +131,7 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     """Return the arguments of the Trainer, which transformers completes and changes as it runs.
 
     Raises:
-        YiVLError: If transformers refuses a value, or a process sees several GPUs.
+        YiVLError: If transformers refuses a value, the GPU has no bfloat16, or a process sees several GPUs.
     """
     import torch
     from transformers import TrainingArguments
@@ -148,6 +148,8 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     }
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         derived["use_cpu"] = True  # ranks without an accelerator would not find each other otherwise
+    elif training.bf16 and not (training.dry_run or _uses_cpu(training)):
+        _check_bfloat16()
     if plan.zero.is_fsdp:
         # Else each rank would keep the whole gradients until the last micro-batch of a step.
         derived["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
@@ -166,6 +168,26 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
     if args.world_size != plan.world_size:
         raise YiVLError(f"WORLD_SIZE={plan.world_size}, but there are {args.world_size} processes; use torchrun")
     return args
+
+
+def _uses_cpu(training: YiVLTrainingArguments) -> bool:
+    return bool(training.others.get("use_cpu"))
+
+
+def _check_bfloat16() -> None:
+    """Check that the GPU has instructions for bfloat16; PyTorch would emulate them.
+
+    Raises:
+        YiVLError: If it does not.
+    """
+    import torch
+
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        version = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise YiVLError(
+            f"--bf16 True: this GPU (compute capability {version}) has no bfloat16; give --bf16 False --fp16 True, and "
+            "--tf32 False to the scripts"
+        )
 
 
 def as_dict(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]:
@@ -193,14 +215,19 @@ def as_config(arguments: Arguments, args: "TrainingArguments") -> dict[str, Any]
 
 
 def prepare_environment(training: YiVLTrainingArguments) -> None:
-    """Share the cores among the processes, and make ``python -m yivl.train --deepspeed ...`` a run of one process."""
+    """Share the cores among the processes, and let DeepSpeed find ninja and, without a launcher, one process."""
     import torch
 
     share_cores(local_world_size())
-    if not torch.cuda.is_available():
+    if _uses_cpu(training) or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no accelerator
-    if training.deepspeed and not training.dry_run and "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if not training.deepspeed or training.dry_run:
+        return
+    # DeepSpeed compiles with the first ninja on the path. This environment has one, but may not be activated. Another
+    # version than that of the last run would compile everything again.
+    folder, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != folder:
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+    if "RANK" not in os.environ:
+        # Port 0: the store listens on a free port. One that is chosen here could be taken before the store listens.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

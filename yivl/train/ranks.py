@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from yivl.errors import YiVLError
@@ -72,7 +73,8 @@ def leave_group() -> None:
     Threads of gloo that outlive it can abort a finished process ("terminate called without an active exception").
     """
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        # The current device is named, or PyTorch warns that it chooses it.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
         dist.destroy_process_group()
 
 

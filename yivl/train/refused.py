@@ -1,4 +1,4 @@
-"""Flags of LLaVA and transformers that are refused, or accepted with one value only, each with the reason."""
+"""Flags of LLaVA, InternVL and transformers that are refused, or accepted with one value only, each with the reason."""
 
 import importlib.util
 import sys
@@ -31,6 +31,30 @@ _LLAVA: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
     "logging_dir": ((), "logs are written to --output_dir"),
 }
 
+# The same of InternVL. Its --freeze_backbone, the ViT, is a flag of LLaVA, too, and means the language model there.
+# Source of the names: OpenGVLab/InternVL, internvl_chat/internvl/train/internvl_chat_finetune.py.
+_INTERNVL: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
+    "llm_path": ((), "use --model_name_or_path"),
+    "vision_path": ((), "use --vision_tower"),
+    "mlp_path": ((), "use --pretrain_mm_mlp_adapter"),
+    "meta_path": ((), "use --data_path"),
+    "freeze_llm": ((), "use --freeze_backbone, which freezes the language model here and not the ViT"),
+    "freeze_mlp": ((), "use --freeze_mm_mlp_adapter"),
+    "use_llm_lora": ((), "use --lora_enable, --lora_r, --lora_alpha and --lora_dropout"),
+    "use_backbone_lora": ((), "use --lora_enable and --lora_vision_tower"),
+    "max_seq_length": ((), "use --model_max_length"),
+    "force_image_size": ((), "use --image_size"),
+    "vision_select_layer": ((), "use --mm_vision_select_layer, for a new model"),
+    "grad_checkpoint": ((), "use --gradient_checkpointing and --vision_gradient_checkpointing"),
+    "pad2square": (("false",), "use --image_aspect_ratio pad"),
+    "conv_style": (("hermes-2",), "the prompt is that of the checkpoint"),
+    "down_sample_ratio": (("0.5",), "it is that of the checkpoint"),
+    "dynamic_image_size": (("false",), "an image is one square, without tiles"),
+    "max_dynamic_patch": (("1",), "an image is one square, without tiles"),
+    "use_thumbnail": (("false",), "an image is one square, without tiles"),
+    "unfreeze_lm_head": ((), "the output head is trained with the language model"),
+}
+
 # Flags of transformers that would have no effect or a wrong one here, and what to use instead.
 _TRANSFORMERS: Final[Mapping[str, str]] = {
     "activation_checkpointing": "use --gradient_checkpointing and --vision_gradient_checkpointing",
@@ -53,6 +77,11 @@ _TRANSFORMERS: Final[Mapping[str, str]] = {
 def llava_checks() -> dict[str, Check]:
     """Return the checks of flags that exist only to be refused, or to be accepted with the value that is always so."""
     return {name: partial(_check_only, *row) for name, row in _LLAVA.items()}
+
+
+def internvl_checks() -> dict[str, Check]:
+    """Return those of InternVL."""
+    return {name: partial(_check_only, *row) for name, row in _INTERNVL.items()}
 
 
 def transformers_checks() -> dict[str, Check]:

@@ -19,6 +19,7 @@ from torch import nn
 import yivl
 from yivl.checkpoint.adapters import restore_adapter
 from yivl.checkpoint.atomic import REMOVED, move_entries, remove_dir, replace_dir, settle
+from yivl.checkpoint.folder import read_all_weights, read_config
 from yivl.checkpoint.format import (
     ADAPTER_CONFIG,
     ARGUMENTS,
@@ -26,7 +27,6 @@ from yivl.checkpoint.format import (
     check_keys,
     check_utf8,
     read_json,
-    read_main_weights,
 )
 from yivl.checkpoint.manifest import MANIFEST
 from yivl.errors import CheckpointError
@@ -52,6 +52,12 @@ _MUST_AGREE: Final = (
     *(field.name for field in dataclasses.fields(ModelArguments) if field.name not in _PATHS),
     *("max_rows_per_source", "group_by_length", "group_by_modality_length", "seed", "optim", "global batch size"),
 )
+# Defaults of flags of a new model until they followed its ViT; without a flag they are the same choice.
+_FORMER_DEFAULTS: Final = {
+    "mm_projector_type": "mlp2x_gelu_Norm",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+}
 # Schedules that cannot take a new learning rate, since their state depends on the losses so far.
 _ADAPTIVE: Final = ("reduce_lr_on_plateau", "greedy")
 _RATES: Final = ("lr_scheduler_type", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay")
@@ -172,6 +178,8 @@ def check_same_run(checkpoint: Path, flags: Mapping[str, Any], total_steps: int)
         # A flag that did not exist when the checkpoint was written is not compared.
         if name in _MAY_DIFFER or before.get(name, value) == value:
             continue
+        if value is None and before[name] == _FORMER_DEFAULTS.get(name):
+            continue
         change = f"{name} was {before[name]} when {checkpoint.name} was written, and is {value} now"
         if name in must_agree:
             raise CheckpointError(f"{change}: not the same run; use the former value, or start a new run")
@@ -243,6 +251,6 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     if is_adapter:
         restore_adapter(model, folder)
     else:
-        weights = read_main_weights(folder)
+        weights = read_all_weights(folder, read_config(folder))
         check_keys(folder, model.state_dict(), weights, fit="the model of this run")
         model.load_state_dict(weights)

@@ -17,7 +17,7 @@ from yivl.checkpoint.atomic import write_json
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
-from yivl.errors import Stopped, YiVLError
+from yivl.errors import Stopped
 from yivl.model.cpu import has_native_bfloat16
 from yivl.train import parameters
 from yivl.train.arguments import Arguments, YiVLTrainingArguments
@@ -91,13 +91,15 @@ def prepare(arguments: Arguments, plan: RunPlan, resources: ExitStack) -> Run:
         if notice := describe_compilation(plan.zero):
             logger.info("%s", notice)
         # Before the model is built: ZeRO-3 partitions its weights as they are created.
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if args.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=args.ddp_timeout_delta)
     checkpoint = None if training.dry_run else _open_output(args, training, resources)
     with args.main_process_first(desc="reading the checkpoint folder"):
-        start = read_start(model, weights=not training.dry_run)
+        start = read_start(model, device=args.device, weights=not training.dry_run)
     num_patches = start.config.num_patches_at(start.image_size)
-    encoder = Encoder(start.tokenizer, start.image_processor, num_patches, data.model_max_length)
+    encoder = Encoder(
+        start.tokenizer, start.image_processor, num_patches, data.model_max_length, start.config.prompt_template
+    )
     # A dry run writes nothing to the output folder, and a new run does not count the bad rows of an earlier one.
     folder = Path(tempfile.gettempdir(), f"yivl-dry-run-{os.getpid()}") if training.dry_run else Path(args.output_dir)
     bad_rows = BadRows(data.on_bad_row, folder / "bad_rows.jsonl")
@@ -147,20 +149,9 @@ def build_model(run: Run) -> tuple[Any, list[parameters.PartSize]]:
         model = empty_start(run.start)
     else:
         dtype = torch.bfloat16 if training.bf16 else torch.float32
-        model = load_start(run.start, model_arguments, dtype=dtype, packing=data.packing)
-    num_vision_layers = model.config.num_vision_layers
-    if model_arguments.lora_enable:
-        model = parameters.add_adapters(model, model_arguments, base=os.path.abspath(run.start.folder))
-    parameters.select_trainable(model, model_arguments, num_vision_layers)
-    sizes = parameters.part_sizes(model, training)
-    logger.info("%s", parameters.parameter_table(sizes))
-    if not any(size.trainable for size in sizes):
-        raise YiVLError("no parameter is trainable: the flags freeze every part of the model; drop one of them")
-    if not training.deepspeed:
-        parameters.upcast_trainable_params(model)
-    language_model, vision_tower = training.gradient_checkpointing, training.vision_gradient_checkpointing
-    parameters.enable_gradient_checkpointing(model, language_model=language_model, vision_tower=vision_tower)
-    return model, sizes
+        device = run.args.device
+        model = load_start(run.start, model_arguments, dtype=dtype, packing=data.packing, device=device)
+    return parameters.set_up_model(model, run.arguments, base=os.path.abspath(run.start.folder))
 
 
 def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from peft import PeftModel
@@ -27,14 +27,16 @@ from yivl.data.encoding import Encoder
 from yivl.data.sampler import BatchSampler
 from yivl.errors import YiVLError
 from yivl.train.arguments import Arguments
-from yivl.train.dataloaders import Batches, BatchLoader
 from yivl.train.fsdp import enable_fsdp, save_optimizer, without_padding
-from yivl.train.parameters import freeze_modes, frozen_modules, parameter_groups
+from yivl.train.parameters import freeze_modes, frozen_modules, keep_embedding_states, parameter_groups
 from yivl.train.plan import as_config, as_dict
 from yivl.train.resume import UNFINISHED, describe_origin, load_trained, publish, publish_checkpoint
 from yivl.train.run_config import run_config_text
 from yivl.train.run_log import RunLog
 from yivl.train.stopping import StopOnSignal
+
+if TYPE_CHECKING:
+    from yivl.train.dataloaders import Batches, BatchLoader
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +56,15 @@ class YiVLTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        batches: Batches,
+        batches: "Batches",
         *,
         arguments: Arguments,
         encoder: Encoder,
-        eval_loader: BatchLoader | None = None,
+        eval_loader: "BatchLoader | None" = None,
         offloads_optimizer: bool = False,
     ) -> None:
         self.run_log, self.loader, self.stop = RunLog(args.output_dir), batches.loader, StopOnSignal()
+        self.model = model  # for `create_accelerator_and_postprocess`; old versions of transformers set it later
         super().__init__(
             model,
             args=args,
@@ -87,14 +90,14 @@ class YiVLTrainer(Trainer):
         """Create the accelerator, which wraps the model."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
-            enable_fsdp(self.accelerator, self.args)
+            enable_fsdp(self.accelerator, self.args, self.model)
             self.is_fsdp_enabled = True
 
-    def get_train_dataloader(self) -> BatchLoader:
+    def get_train_dataloader(self) -> "BatchLoader":
         """Return the batches of this rank, which must not be sharded again."""
         return self.loader
 
-    def num_examples(self, dataloader: BatchLoader) -> int:
+    def num_examples(self, dataloader: "BatchLoader") -> int:
         """Return the samples per epoch, which mixture weights make another number than the rows."""
         sampler = dataloader.batch_sampler
         return sum(sampler.samples_per_epoch) if isinstance(sampler, BatchSampler) else super().num_examples(dataloader)
@@ -118,6 +121,8 @@ class YiVLTrainer(Trainer):
             optimizer_class, settings = DeepSpeedCPUAdam, _hyperparameters(settings)
         groups = parameter_groups(model, self.arguments.training, self.get_decay_parameter_names(model))
         optimizer: torch.optim.Optimizer = optimizer_class(groups, **settings)
+        if settings.get("optim_bits") == 8:
+            keep_embedding_states(model)
         self.optimizer, self._given = optimizer, [_hyperparameters(group) for group in optimizer.param_groups]
         return optimizer
 
@@ -315,7 +320,7 @@ class YiVLTrainer(Trainer):
 class _EpochOrder(TrainerCallback):
     """Sets the epoch of the batches; not every version of transformers does so in a resumed run."""
 
-    def __init__(self, loader: BatchLoader) -> None:
+    def __init__(self, loader: "BatchLoader") -> None:
         self.loader = loader
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
