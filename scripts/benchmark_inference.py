@@ -1,4 +1,4 @@
-"""Measure loading, first token, decoding and a four-turn chat of a randomly initialized Yi-VL against their bounds.
+"""Measure loading, first token, decoding and a four-turn chat of a random model against their bounds.
 
 python scripts/benchmark_inference.py --shape medium --dtype bfloat16
 
@@ -22,56 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_report import chat_table, replace_section
+from flops import language_flops, vision_flops
+from random_models import GOLDEN, SHAPES, write_random_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests/golden"
 NEW_TOKENS = 32
 QUESTIONS = ("What is in this image?", "What are they doing?", "What are they eating?", "Describe it in detail.")
-
-TINY_VIT = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 4}
-MEDIUM_VIT = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 8}
-VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": {
-        "vision": TINY_VIT,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 64000,
-    },
-    "medium": {
-        "vision": MEDIUM_VIT,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "vocab_size": 64000,
-    },
-    # Source: 01-ai/Yi-VL-6B, config.json.
-    "6b": {
-        "vision": VIT_H,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 64000,
-    },
-    # Two decoder layers of Yi-VL-6B. A small vocabulary and image leave the cost to them.
-    "wide": {
-        "vision": TINY_VIT,
-        "image_size": 112,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 1024,
-    },
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -131,64 +86,6 @@ def machine(device: str) -> dict[str, Any]:
     return facts | gpu | {"torch": torch.__version__, "python": platform.python_version()}
 
 
-def shape_config(shape: str, dtype: str = "float32", image_size: int | None = None) -> Any:
-    """Return the configuration of a shape, by default with its image size in pixels (448 unless it has another)."""
-    from transformers import CLIPVisionConfig
-
-    from yivl.model.configuration import YiVLConfig
-
-    fields = dict(SHAPES[shape])
-    shape_size = fields.pop("image_size", 448)
-    vision = CLIPVisionConfig(
-        **fields.pop("vision"),
-        image_size=image_size or shape_size,
-        patch_size=14,
-        hidden_act="gelu",
-        layer_norm_eps=1e-5,
-    )
-    return YiVLConfig(
-        **fields,
-        vision_config=vision,
-        mm_hidden_size=vision.hidden_size,
-        mm_vision_tower="./vit/random",
-        max_position_embeddings=4096,
-        rope_theta=5e6,
-        rms_norm_eps=1e-5,
-        dtype=dtype,
-    )
-
-
-def write_random_checkpoint(shape: str, dtype: str, folder: Path) -> None:
-    """Write a randomly initialized checkpoint in the Yi-VL format, in at least four shards.
-
-    Stop string and end of text are never chosen, so that greedy answers have the length asked for.
-    """
-    import torch
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from yivl.checkpoint.saving import save_checkpoint
-    from yivl.model.modeling import YiVLForCausalLM
-    from yivl.tokenization import load_tokenizer
-
-    torch.set_default_dtype(getattr(torch, dtype))
-    model = YiVLForCausalLM(shape_config(shape, dtype))
-    torch.set_default_dtype(torch.float32)
-    tokenizer = load_tokenizer(GOLDEN / "checkpoint")
-    with torch.no_grad():
-        model.lm_head.weight[[294, 710, tokenizer.eos_token_id]] = 0
-        model.lm_head.weight[len(tokenizer) :] = 0  # the tokenizer of the golden model is smaller
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    side = model.config.vision_config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    save_checkpoint(
-        model,
-        folder,
-        tokenizer=tokenizer,
-        image_processor=processor,
-        max_shard_size=size // 4,
-    )
-
-
 def with_bin_shards(folder: Path) -> Path:
     """Return a copy of a checkpoint with ``.bin`` shards, like the released checkpoints."""
     import torch
@@ -245,64 +142,97 @@ def median_seconds(work: Callable[[], object], repeats: int, device: str) -> flo
 
 def measure_answers(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure first token, decoding and chat turns, the LLaVA baseline, and the rates of the machine."""
-    import torch
     from PIL import Image
 
     from yivl.checkpoint.loading import load_model
-    from yivl.inference.chat import Chat
 
     loaded = load_model(folder, device=arguments.device)
     model, repeats, device = loaded.model, arguments.repeats, arguments.device
     photo = Image.open(GOLDEN / "images/photo_rgb.jpg")
     bandwidth, matmul_rate = machine_rates(model.dtype, device, repeats)
 
-    four_turns(Chat(loaded), photo)  # warm up
-    ours = [four_turns(Chat(loaded), photo) for _ in range(repeats)]
-    refed = [four_turns(Chat(loaded, reuse_cache=False), photo) for _ in range(repeats)]
-    chat = Chat(loaded)
-    first, rates = [], []
-    for _ in range(repeats):
-        chat.reset()
-        chat.ask(QUESTIONS[0], photo, temperature=0, max_new_tokens=128)
-        answer = chat.last_answer
-        assert answer is not None
-        first.append(answer.seconds_to_first_token)
-        rates.append(answer.tokens_per_second)
-    prompt_tokens = answer.prompt_tokens
-
-    flops = prompt_flops(model.config, prompt_tokens)
-    bytes_per_token = decoded_bytes(model, prompt_tokens)
-    ttft, rate = statistics.median(first), statistics.median(rates)
-    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident_peak()
-    del loaded, model, chat  # the baseline has a model of its own
+    chat = measure_chat(loaded, photo, repeats)
+    answer = measure_answer(loaded, photo, repeats)
+    bounds = compare_with_bounds(model, answer, bandwidth, matmul_rate)
+    peak = peak_bytes(device)
+    del loaded, model  # the baseline has a model of its own
     baseline = llava_baseline(LlavaBaseline(folder, device, arguments.dtype), photo, repeats)
+    rate, ttft = answer["tokens_per_s"], answer["first_token_seconds"]
+    bounds["first_token"] |= {
+        "baseline_seconds": baseline["first_token"],
+        "baseline_over_ours": baseline["first_token"] / ttft,
+    }
+    bounds["decode"] |= {
+        "baseline_tokens_per_s": baseline["tokens_per_s"],
+        "ours_over_baseline": rate / baseline["tokens_per_s"],
+    }
     return {
         "bandwidth_bytes_per_s": bandwidth,
         "matmul_flops_per_s": matmul_rate,
         "peak_bytes": peak,
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": answer["prompt_tokens"],
+        **bounds,
+        "chat": chat,
+    }
+
+
+def measure_answer(loaded: Any, photo: Any, repeats: int, new_tokens: int = 128) -> dict[str, float]:
+    """Return seconds to the first token, tokens per second and sequence length of the prompt, medians after a warm-up.
+
+    A question about one image; the time includes its preprocessing.
+    """
+    from yivl.inference.chat import Chat
+
+    chat, first, rates = Chat(loaded), [], []
+    for _ in range(repeats + 1):
+        chat.reset()
+        chat.ask(QUESTIONS[0], photo, temperature=0, max_new_tokens=new_tokens)
+        answer = chat.last_answer
+        assert answer is not None
+        assert answer.new_tokens == new_tokens, "the answer ended early"
+        first.append(answer.seconds_to_first_token)
+        rates.append(answer.tokens_per_second)
+    return {
+        "first_token_seconds": statistics.median(first[1:]),
+        "tokens_per_s": statistics.median(rates[1:]),
+        "prompt_tokens": answer.prompt_tokens,
+    }
+
+
+def compare_with_bounds(
+    model: Any, answer: dict[str, float], bandwidth: float, matmul_rate: float
+) -> dict[str, dict[str, float]]:
+    """Return the figures of ``measure_answer`` with their bounds: FLOPs of the prompt, bytes per token."""
+    prompt_tokens = int(answer["prompt_tokens"])
+    flops, bytes_per_token = prompt_flops(model.config, prompt_tokens), decoded_bytes(model, prompt_tokens)
+    return {
         "first_token": {
-            "seconds": ttft,
+            "seconds": answer["first_token_seconds"],
             "prompt_flops": flops,
-            "times_the_bound": ttft / (flops / matmul_rate),
-            "baseline_seconds": baseline["first_token"],
-            "baseline_over_ours": baseline["first_token"] / ttft,
+            "times_the_bound": answer["first_token_seconds"] / (flops / matmul_rate),
         },
         "decode": {
-            "tokens_per_s": rate,
+            "tokens_per_s": answer["tokens_per_s"],
             "bytes_per_token": bytes_per_token,
-            "times_the_bound": (1 / rate) / (bytes_per_token / bandwidth),
-            "baseline_tokens_per_s": baseline["tokens_per_s"],
-            "ours_over_baseline": rate / baseline["tokens_per_s"],
+            "times_the_bound": (1 / answer["tokens_per_s"]) / (bytes_per_token / bandwidth),
         },
-        "chat": {
-            "new_tokens_per_turn": NEW_TOKENS,
-            "turn_seconds": by_turn(ours, 1),
-            "refed_turn_seconds": by_turn(refed, 1),
-            "first_token_seconds": by_turn(ours, 0),
-            "refed_first_token_seconds": by_turn(refed, 0),
-            "first_token_over_refed": [a / b for a, b in zip(by_turn(ours, 0), by_turn(refed, 0), strict=True)],
-        },
+    }
+
+
+def measure_chat(loaded: Any, photo: Any, repeats: int) -> dict[str, Any]:
+    """Return the seconds of the turns of a chat, and of one that re-computes its history and image every turn."""
+    from yivl.inference.chat import Chat
+
+    four_turns(Chat(loaded), photo)  # warm up
+    ours = [four_turns(Chat(loaded), photo) for _ in range(repeats)]
+    refed = [four_turns(Chat(loaded, reuse_cache=False), photo) for _ in range(repeats)]
+    return {
+        "new_tokens_per_turn": NEW_TOKENS,
+        "turn_seconds": by_turn(ours, 1),
+        "refed_turn_seconds": by_turn(refed, 1),
+        "first_token_seconds": by_turn(ours, 0),
+        "refed_first_token_seconds": by_turn(refed, 0),
+        "first_token_over_refed": [a / b for a, b in zip(by_turn(ours, 0), by_turn(refed, 0), strict=True)],
     }
 
 
@@ -350,7 +280,8 @@ class LlavaBaseline:
         self.model = self.loaded.model
         self.model.set_attn_implementation("sdpa")  # not the attention in blocks of a CPU
         use_layers_of_transformers(self.model)
-        self.input_ids = torch.tensor([question_ids(self.loaded.tokenizer)], device=self.model.device)
+        ids = question_ids(self.loaded.tokenizer, self.model.config.prompt_template)
+        self.input_ids = torch.tensor([ids], device=self.model.device)
 
     def encode(self, photo: Any) -> Any:
         """Return the projected features of an image, ``(1, num_patches, hidden)``."""
@@ -359,8 +290,10 @@ class LlavaBaseline:
         with torch.inference_mode():
             pixels = self.loaded.image_processor([photo]).to(self.model.device, self.model.dtype)
             tower = self.model.get_vision_tower()
-            features = tower.vit(pixels, output_hidden_states=True).hidden_states[tower.num_layers][:, 1:]
-            return self.model.model.mm_projector(features)
+            hidden = [tower.vit.embed(pixels)]
+            for layer in tower.vit.layers:
+                hidden.append(layer(hidden[-1], attention_mask=None))
+            return self.model.model.mm_projector(hidden[tower.num_layers][:, 1:])
 
     def prefill(self, features: Any) -> tuple[Any, Any]:
         """Return the first token, ``(1, 1)``, and the cache of the prompt."""
@@ -395,46 +328,46 @@ def use_layers_of_transformers(model: Any) -> None:
         model.model.layers[index] = replacement
 
 
-def question_ids(tokenizer: Any) -> list[int]:
+def question_ids(tokenizer: Any, template: Any) -> list[int]:
     """Return the ids of the prompt with one image and the first question, ``-200`` at the image."""
-    from yivl.conversation import Turn, render_chunks
-    from yivl.tokenization import tokenize_chunks
+    from yivl.conversation import Turn
+    from yivl.tokenization import tokenize
 
-    return tokenize_chunks(render_chunks(Turn(QUESTIONS[0], num_images=1).messages()), tokenizer)
+    return tokenize(template.render(template.messages([Turn(QUESTIONS[0], num_images=1)])), tokenizer)
 
 
-def machine_rates(dtype: Any, device: str, repeats: int, size: int = 4096) -> tuple[float, float]:
-    """Return memory bandwidth in bytes/s (reading) and rate of square products of ``size`` in FLOP/s."""
+def machine_rates(dtype: Any, device: str, repeats: int, size: int | None = None) -> tuple[float, float]:
+    """Return memory bandwidth in bytes/s (reading) and rate of square products of ``size`` in FLOP/s.
+
+    On a GPU ten operations are queued at a time, so that their launches take no time, on 2 GB, many times the cache (an
+    H100 has 50 MB), and on products of 8,192: both last longer than a launch. On a CPU: 400 MB and 4,096.
+    """
     import torch
 
+    is_gpu = device.startswith("cuda")
+    length, queued = (500_000_000, 10) if is_gpu else (100_000_000, 1)
+    size = size or (8192 if is_gpu else 4096)
+
+    def rate(work: Callable[[], object], amount: float, count: int) -> float:
+        def run() -> None:
+            for _ in range(queued):
+                work()
+
+        return queued * amount / median_seconds(run, count, device)
+
     with torch.inference_mode():
-        vector = torch.ones(100_000_000, device=device)
-        bandwidth = vector.numel() * 4 / median_seconds(vector.sum, 3 * repeats, device)
+        vector = torch.ones(length, device=device)
+        bandwidth = rate(vector.sum, 4 * length, 3 * repeats)
+        if is_gpu:  # the sum may be slower than reading: a copy reads and writes
+            bandwidth = max(bandwidth, rate(vector.clone, 8 * length, 3 * repeats))
+        del vector
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        return bandwidth, 2 * size**3 / median_seconds(lambda: a @ b, repeats, device)
+        return bandwidth, rate(lambda: a @ b, 2 * size**3, repeats)
 
 
 def prompt_flops(config: Any, prompt_tokens: int) -> float:
     """Return the FLOPs of the matrix products of a prompt with one image (causal attention counts half)."""
     return vision_flops(config) + language_flops(config, prompt_tokens)
-
-
-def vision_flops(config: Any) -> float:
-    """Return the FLOPs of the matrix products of ViT and projector for one image."""
-    vision = config.vision_config
-    positions, width = config.num_patches + 1, vision.hidden_size
-    layer = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * positions**2 * width
-    tower = config.num_vision_layers * layer + 2 * positions * 3 * vision.patch_size**2 * width
-    projector = 2 * config.num_patches * (width * config.hidden_size + config.hidden_size**2)
-    return float(tower + projector)
-
-
-def language_flops(config: Any, prompt_tokens: int) -> float:
-    """Return the FLOPs of the matrix products of the decoder for a prompt, and of ``lm_head`` for one position."""
-    hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
-    weights = 2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * config.intermediate_size
-    decoder = config.num_hidden_layers * (2 * prompt_tokens * weights + 2 * prompt_tokens**2 * hidden)
-    return float(decoder + 2 * hidden * config.vocab_size)
 
 
 def decoded_bytes(model: Any, prompt_tokens: int) -> int:
@@ -443,6 +376,13 @@ def decoded_bytes(model: Any, prompt_tokens: int) -> int:
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     return int(weights + prompt_tokens * position)
+
+
+def peak_bytes(device: str) -> int:
+    """Return the peak of memory: allocated by PyTorch on a GPU, otherwise the resident set of this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_peak()
 
 
 def resident_peak() -> int:

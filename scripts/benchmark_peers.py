@@ -21,18 +21,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import (
-    GOLDEN,
-    QUESTIONS,
-    SHAPES,
-    language_flops,
-    question_ids,
-    rounded,
-    shape_config,
-    vision_flops,
-    write_random_checkpoint,
-)
+from benchmark_inference import QUESTIONS, question_ids, rounded
 from benchmark_report import markdown_table, replace_section, write_chart
+from flops import language_flops, vision_flops
+from random_models import GOLDEN, SHAPES, shape_config, write_random_checkpoint
 
 PEERS = (
     *("yivl:auto", "yivl:float32", "yivl:bfloat16", "yivl:8bit", "yivl:4bit"),
@@ -182,7 +174,8 @@ def measure(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
     """Return the figures of all programs."""
     from yivl.tokenization import load_tokenizer
 
-    config, ids = shape_config(arguments.shape), question_ids(load_tokenizer(models.checkpoint))
+    config = shape_config(arguments.shape)
+    ids = question_ids(load_tokenizer(models.checkpoint), config.prompt_template)
     prompt_tokens = len(ids) - 1 + config.num_patches
     job = {name: getattr(arguments, name) for name in ("new_tokens", "threads", "device")}
     job |= {"checkpoint": str(models.checkpoint), "image": str(GOLDEN / "images/photo_rgb.jpg"), "ids": ids}
@@ -234,6 +227,8 @@ def start(name: str, job: dict[str, Any], models: Models) -> Worker:
         gguf, mmproj = models.gguf(form)
         job = job | {"gguf": str(gguf), "mmproj": str(mmproj)}
         return Worker(kind, models.arguments.llama_python, job)
+    if kind == "transformers" and "intern_vision" in SHAPES[models.arguments.shape]:
+        kind = "transformers-internvl"
     job = job | ({"hf": str(models.hf())} if kind == "transformers" else {})
     return Worker(kind, sys.executable, job | {"form": form})
 

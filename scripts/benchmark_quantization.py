@@ -84,7 +84,8 @@ def golden_questions() -> Questions:
 def precisions(folder: str | Path) -> Iterator[tuple[str, "LoadedModel"]]:
     """Yield the model in each precision; only one is in memory."""
     from yivl.checkpoint.folder import read_config
-    from yivl.checkpoint.loading import check_support, load_model
+    from yivl.checkpoint.loading import load_model
+    from yivl.checkpoint.support import check_support
     from yivl.errors import CheckpointError
 
     load: dict[str, Callable[[], LoadedModel]] = {
@@ -113,11 +114,10 @@ def _float32_products(folder: str | Path) -> "LoadedModel":
 
 def _bitsandbytes(folder: str | Path, bits: int) -> "LoadedModel":
     from yivl.checkpoint.loading import LoadedModel, load_model
-    from yivl.model.modeling import YiVLForCausalLM
 
     loaded = load_model(folder, device="cpu")
     dtype = loaded.model.dtype
-    model = YiVLForCausalLM.from_pretrained(folder, bits=bits, dtype=dtype, device_map={"": "cpu"}).eval()
+    model = type(loaded.model).from_pretrained(folder, bits=bits, dtype=dtype, device_map={"": "cpu"}).eval()
     return LoadedModel(model, loaded.tokenizer, loaded.image_processor, loaded.name)
 
 

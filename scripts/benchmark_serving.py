@@ -23,7 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import GOLDEN, QUESTIONS, SHAPES, machine, rounded, write_random_checkpoint
+from benchmark_inference import QUESTIONS, machine, rounded
+from random_models import GOLDEN, SHAPES, write_random_checkpoint
 
 MEASUREMENTS = ("text", "image", "turns", "shared_image", "gaps")
 TURN_TOKENS = 32  # of the answers whose time to first token is measured
@@ -165,23 +166,23 @@ def message(question: str, image: str | None = None) -> dict[str, Any]:
 
 def measure_throughput(client: Client, arguments: argparse.Namespace, *, with_image: bool) -> dict[str, float]:
     """Return tokens per second of one client and of several, medians, and their ratio."""
-
-    def rate(clients: int) -> float:
-        """Return the rate of all clients together, from the first request to the last byte."""
-        # Questions of their own, so that no prompt was computed by an earlier repeat.
-        questions = [f"{secrets.token_hex(4)}: what is this?" for _ in range(clients)]
-        images = [new_image() if with_image else None for _ in questions]
-        start = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            tokens = sum(pool.map(client.ask, questions, images))
-        return tokens / (time.perf_counter() - start)
-
     alone, together = [], []
     for _ in range(arguments.repeats):
-        alone.append(rate(1))
-        together.append(rate(arguments.clients))
+        alone.append(throughput(client, 1, with_image=with_image))
+        together.append(throughput(client, arguments.clients, with_image=with_image))
     one, several = statistics.median(alone), statistics.median(together)
     return {"one_client": one, "several_clients": several, "ratio": several / one}
+
+
+def throughput(client: Client, clients: int, *, with_image: bool) -> float:
+    """Return tokens per second of all clients together, from the first request to the last byte."""
+    # Questions of their own, so that no prompt was computed by an earlier repeat.
+    questions = [f"{secrets.token_hex(4)}: what is this?" for _ in range(clients)]
+    images = [new_image() if with_image else None for _ in questions]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        tokens = sum(pool.map(client.ask, questions, images))
+    return tokens / (time.perf_counter() - start)
 
 
 def measure_turns(client: Client, repeats: int) -> dict[str, Any]:

@@ -21,16 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import (
-    GOLDEN,
-    SHAPES,
-    machine,
-    machine_rates,
-    resident_peak,
-    rounded,
-    shape_config,
-    use_layers_of_transformers,
-)
+from benchmark_inference import machine, machine_rates, resident_peak, rounded, use_layers_of_transformers
+from flops import Trained, training_flops
+from random_models import GOLDEN, SHAPES, shape_config
 
 from yivl.train.cpu_threads import let_idle_threads_sleep
 
@@ -247,7 +240,7 @@ def make_optimizer(variant: str, model: Any, lr: float) -> Any:
 def estimate(arguments: argparse.Namespace, model: Any, config: Any, longest: int, batch_size: int) -> float:
     """Return the memory that the dry run estimates for a variant and samples of the longest length, in bytes."""
     from yivl.train.arguments import parse_arguments
-    from yivl.train.dry_run import estimate_memory
+    from yivl.train.memory import estimate_memory
     from yivl.train.parameters import part_sizes
     from yivl.train.plan import Zero
 
@@ -257,8 +250,8 @@ def estimate(arguments: argparse.Namespace, model: Any, config: Any, longest: in
     return estimate_memory(part_sizes(model, parsed.training), config, parsed, Zero(), 1).total
 
 
-def random_examples(count: int, config: Any) -> list[Any]:
-    """Return samples with an image, a prompt and an answer of 10 to 400 tokens."""
+def random_examples(count: int, config: Any, shortest: int = SHORTEST, longest: int = LONGEST) -> list[Any]:
+    """Return samples with an image, a prompt and an answer of ``shortest`` to ``longest`` tokens."""
     import torch
 
     from yivl.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -267,7 +260,7 @@ def random_examples(count: int, config: Any) -> list[Any]:
     size, examples = config.vision_config.image_size, []
     torch.manual_seed(1)
     for _ in range(count):
-        answer = int(torch.randint(SHORTEST, LONGEST + 1, ()))
+        answer = int(torch.randint(shortest, longest + 1, ()))
         ids = torch.randint(10, config.vocab_size, (PROMPT_BEFORE + 1 + PROMPT_AFTER + answer,))
         ids[PROMPT_BEFORE] = IMAGE_TOKEN_INDEX
         labels = ids.clone()
@@ -307,19 +300,11 @@ def llava_loss(model: Any, batch: dict[str, Any]) -> Any:
 
 
 def useful_flops(config: Any, sample: Any) -> float:
-    """Return the matrix product FLOPs of a sample: three forward passes of trainable modules, one of the ViT."""
+    """Return the FLOPs of a sample; language model and projector are trained."""
     from yivl.constants import IGNORE_INDEX
 
-    vision, patches, length = config.vision_config, config.num_patches, sample.sequence_length
-    width = vision.hidden_size
-    layer = 2 * (patches + 1) * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * (patches + 1) ** 2 * width
-    tower = config.num_vision_layers * layer + 2 * patches * 3 * vision.patch_size**2 * width
-    hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
-    weights = 2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * config.intermediate_size
-    decoder = config.num_hidden_layers * (2 * length * weights + 2 * length**2 * hidden)
-    projector = 2 * patches * (width * hidden + hidden**2)
     targets = int((sample.labels != IGNORE_INDEX).sum())
-    return float(tower + 3 * (decoder + projector + 2 * targets * hidden * config.vocab_size))
+    return training_flops(config, sample.sequence_length, targets, Trained(projector=True, language_model=True))
 
 
 def measure_loader(count: int, repeats: int) -> dict[str, float]:
@@ -336,10 +321,10 @@ def measure_loader(count: int, repeats: int) -> dict[str, float]:
 
     torch.set_num_threads(1)  # as in a data-loading worker
     keep_image_memory()
-    _, tokenizer, image_processor = read_small_files(GOLDEN / "checkpoint")
+    config, tokenizer, image_processor = read_small_files(GOLDEN / "checkpoint")
     clip = image_processor.clip_processor
     clip.size, clip.crop_size = {"shortest_edge": 448}, {"height": 448, "width": 448}
-    encoder = Encoder(tokenizer, image_processor, 1024, 2048)
+    encoder = Encoder(tokenizer, image_processor, 1024, 2048, config.prompt_template)
     with tempfile.TemporaryDirectory() as temporary:
         files = write_images(Path(temporary) / "00000.tar", count)
         source = DataSource(str(Path(temporary) / "*.tar"))

@@ -1,10 +1,10 @@
-"""Print the table of GPUs and training modes in docs/training.md, from the estimates of the dry run.
+"""Print the tables of GPUs and training modes in docs/training.md and docs/internvl.md: estimates of the dry run.
 
 python scripts/hardware_table.py
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,18 @@ FIELDS_6B = {
     "num_hidden_layers": 32,
     "num_key_value_heads": 4,
 }
+# Sources: OpenGVLab/InternVL-Chat-V1-2 and InternViT-6B-448px-V1-2, config.json; the vocabulary is inferred, 64,000 and
+# the nine tokens that training adds.
+INTERNVL = {
+    "vocab_size": 64_009,
+    "hidden_size": 7168,
+    "intermediate_size": 20480,
+    "num_attention_heads": 56,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+}
+INTERNVIT = {"image_size": 448, "num_hidden_layers": 45}
 LANGUAGE_MODEL = "--gradient_checkpointing True"
 BOTH = f"{LANGUAGE_MODEL} --vision_gradient_checkpointing True"
 MODES = {
@@ -28,22 +40,45 @@ MODES = {
     "LoRA, 1 sample": f"--lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
     "QLoRA, 1 sample": f"--bits 4 --lora_enable True --freeze_mm_mlp_adapter True {LANGUAGE_MODEL}",
 }
+RECIPES = {
+    "pretrain_v1_2.yaml, captions": "pretrain_v1_2.yaml --model_max_length 512",
+    "finetune_v1_2.yaml": "finetune_v1_2.yaml",
+    "finetune_v1_2_again.yaml": "finetune_v1_2_again.yaml",
+    "finetune_v1_2_lora.yaml": "finetune_v1_2_lora.yaml",
+}
+"""Files of ``configs/internvl``, and flags."""
 # Number of GPUs, and GiB of each that are left by the CUDA context and fragmentation.
 MACHINES = {"1 × 24 GB": (1, 21.5), "1 × 80 GB": (1, 76.0), "8 × 80 GB": (8, 76.0)}
+INTERNVL_MACHINES = {f"{number} × 80 GB": (number, 76.0) for number in (2, 8, 16, 64)}
 
 
 def main() -> None:
-    """Print the table."""
-    print(table())
+    """Print the tables."""
+    print(table(), internvl_table(), sep="\n\n")
 
 
 def table() -> str:
-    """Return the Markdown table; a cell holds the simplest setting that fits, and its estimate."""
+    """Return the Markdown table of Yi-VL; a cell holds the simplest setting that fits, and its estimate."""
     lines = [f"| mode | model | {' | '.join(MACHINES)} |", f"|---|---|{'---|' * len(MACHINES)}"]
     for mode, flags in MODES.items():
         for name, fields in (("6B", FIELDS_6B), ("34B", {})):
-            cells = [fitting(flags, fields, *machine) for machine in MACHINES.values()]
+            cells = [fitting(describe(flags, fields), *machine) for machine in MACHINES.values()]
             lines.append(f"| {mode} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def internvl_table() -> str:
+    """Return that of the recipes of InternVL-Chat-V1-2, with their micro-batch and with one sample."""
+    lines = [f"| recipe | samples | {' | '.join(INTERNVL_MACHINES)} |"]
+    lines.append(f"|---|---|{'---|' * len(INTERNVL_MACHINES)}")
+    for recipe, flags in RECIPES.items():
+        published = describe_internvl(f"--config {ROOT}/configs/internvl/{flags}")
+        training = published.arguments.training
+        for samples in (training.per_device_train_batch_size, 1):
+            arguments = published.arguments._replace(training=replace(training, per_device_train_batch_size=samples))
+            run = replace(published, arguments=arguments)
+            cells = [fitting(run, *machine) for machine in INTERNVL_MACHINES.values()]
+            lines.append(f"| {recipe} | {samples} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -72,41 +107,61 @@ class Described:
 
     def memory(self, zero: Any, num_gpus: int) -> Any:
         """Return the estimated ``Memory`` of one GPU."""
-        from yivl.train.dry_run import estimate_memory
+        from yivl.train.memory import estimate_memory
 
         return estimate_memory(self.sizes, self.config, self.arguments, zero, num_gpus)
 
 
-def describe(flags: str, fields: dict[str, Any]) -> Described:
-    """Return the run of flags, on the 34B with other ``fields`` of its configuration."""
-    import torch
+def describe(flags: str, fields: dict[str, Any], vision_fields: dict[str, Any] | None = None) -> Described:
+    """Return the run of flags, on the 34B with other ``fields`` of its configuration and of that of its ViT."""
     from transformers import CLIPVisionConfig
 
     from yivl.model.configuration import YiVLConfig
-    from yivl.model.modeling import YiVLForCausalLM
-    from yivl.train import parameters
-    from yivl.train.arguments import parse_arguments
 
     vision = json.loads(next(PUBLISHED.glob("vit/*/config.json")).read_text())
     published = json.loads((PUBLISHED / "config.json").read_text()) | fields
     published.pop("model_type")
-    arguments = parse_arguments(f"--model_name_or_path m --data_path d --output_dir o --bf16 True {flags}".split())
-    vision["image_size"] = arguments.model.image_size or 448
-    config = YiVLConfig(**published, vision_config=CLIPVisionConfig(**vision))
+    arguments = _parse(flags)
+    vision |= {"image_size": arguments.model.image_size or 448} | (vision_fields or {})
+    return _described(arguments, YiVLConfig(**published, vision_config=CLIPVisionConfig(**vision)))
+
+
+def describe_internvl(
+    flags: str, fields: dict[str, Any] | None = None, vision_fields: dict[str, Any] | None = None
+) -> Described:
+    """Return the run of flags, on InternVL-Chat-V1-2 with other ``fields`` of the LLM and of the ViT."""
+    from yivl.model.internvl_configuration import InternVisionConfig, InternVLConfig
+
+    vision = InternVisionConfig(**INTERNVIT | (vision_fields or {}))
+    config = InternVLConfig(**INTERNVL | (fields or {}), mm_hidden_size=vision.hidden_size, vision_config=vision)
+    return _described(_parse(flags), config)
+
+
+def _parse(flags: str) -> Any:
+    from yivl.train.arguments import parse_arguments
+
+    return parse_arguments(f"--model_name_or_path m --data_path d --output_dir o --bf16 True {flags}".split())
+
+
+def _described(arguments: Any, config: Any) -> Described:
+    import torch
+
+    from yivl.model.architectures import model_class
+    from yivl.train import parameters
+
     with torch.device("meta"):
-        model: Any = YiVLForCausalLM(config)
+        model: Any = model_class(config)(config)
         if arguments.model.lora_enable:
             model = parameters.add_adapters(model, arguments.model, base="m")
     parameters.select_trainable(model, arguments.model, config.num_vision_layers)
     return Described(arguments, config, parameters.part_sizes(model, arguments.training))
 
 
-def fitting(flags: str, fields: dict[str, Any], num_gpus: int, room: float) -> str:
+def fitting(run: Described, num_gpus: int, room: float) -> str:
     """Return the simplest DeepSpeed setting that fits on ``num_gpus`` GPUs, and the memory of one."""
-    from yivl.train.dry_run import GIB
+    from yivl.train.memory import GIB
     from yivl.train.plan import Zero
 
-    run = describe(flags, fields)
     settings = {"no DeepSpeed": Zero()}
     if run.arguments.model.bits == 16:
         settings |= {

@@ -113,6 +113,62 @@ def load_transformers(job: dict[str, Any]) -> Program:
     import torch
     from PIL import Image
     from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
+
+    torch.set_num_threads(job["threads"])
+    before = resident_bytes()
+    model = LlavaForConditionalGeneration.from_pretrained(job["hf"], dtype=job["form"], ignore_mismatched_sizes=True)
+    model = model.to(job["device"]).eval()
+    processor = CLIPImageProcessor.from_pretrained(job["hf"])
+
+    def pixels() -> Any:
+        photo = Image.open(job["image"]).convert("RGB")
+        return processor(photo, return_tensors="pt")["pixel_values"]
+
+    num_patches = job["prompt_tokens"] - len(job["ids"]) + 1
+    run = answer_by_transformers(model, pixels, job["ids"], num_patches, job["new_tokens"])
+    return Program(run, before, {"dtype": job["form"]})
+
+
+def load_internvl_of_transformers(job: dict[str, Any]) -> Program:
+    """Load transformers' InternVL with the weights of an InternVL-Chat checkpoint.
+
+    Its image tokens are in row-first order, those of InternVL-Chat-V1-2 transposed, which does not change its cost.
+    """
+    import torch
+    from internvl_of_transformers import as_transformers
+    from PIL import Image
+    from transformers import CLIPImageProcessor
+
+    from yivl.checkpoint.loading import load_model
+
+    torch.set_num_threads(job["threads"])
+    before = resident_bytes()
+    model = as_transformers(load_model(job["checkpoint"], device=job["device"], dtype=job["form"]).model)
+    processor = CLIPImageProcessor.from_pretrained(job["checkpoint"])
+    side = processor.crop_size["height"]
+
+    def pixels() -> Any:
+        photo = Image.open(job["image"]).convert("RGB").resize((side, side))
+        return processor(photo, return_tensors="pt")["pixel_values"]
+
+    num_patches = job["prompt_tokens"] - len(job["ids"]) + 1
+    run = answer_by_transformers(model, pixels, job["ids"], num_patches, job["new_tokens"])
+    return Program(run, before, {"dtype": job["form"]})
+
+
+def answer_by_transformers(
+    model: Any, pixels: Callable[[], Any], ids: list[int], num_patches: int, new_tokens: int
+) -> Callable[[], dict[str, float]]:
+    """Return a function that answers once by ``generate`` of transformers, and returns its times.
+
+    Args:
+        model: ``LlavaForConditionalGeneration`` or ``InternVLForConditionalGeneration``.
+        pixels: Returns the normalized image, ``(1, 3, image_size, image_size)``.
+        ids: Of the prompt, negative at the image.
+        num_patches: Of the image.
+        new_tokens: Length of the answer.
+    """
+    import torch
     from transformers.generation import BaseStreamer
 
     class Clock(BaseStreamer):  # type: ignore[misc]
@@ -127,32 +183,28 @@ def load_transformers(job: dict[str, Any]) -> Program:
         def end(self) -> None:
             pass
 
-    torch.set_num_threads(job["threads"])
-    before = resident_bytes()
-    model = LlavaForConditionalGeneration.from_pretrained(job["hf"], dtype=job["form"], ignore_mismatched_sizes=True)
-    model = model.to(job["device"]).eval()
-    processor = CLIPImageProcessor.from_pretrained(job["hf"])
     image_id = model.config.image_token_id
-    num_patches = job["prompt_tokens"] - len(job["ids"]) + 1
-    repeated = [[image_id] * num_patches if token < 0 else [token] for token in job["ids"]]
-    ids = torch.tensor([[token for tokens in repeated for token in tokens]], device=model.device)
+    repeated = [[image_id] * num_patches if token < 0 else [token] for token in ids]
+    prompt = torch.tensor([[token for tokens in repeated for token in tokens]], device=model.device)
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
         start = time.perf_counter()
-        photo = Image.open(job["image"]).convert("RGB")
-        pixels = processor(photo, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-        features = torch.cat(model.model.get_image_features(pixels, return_dict=True).pooler_output)
+        images = pixels().to(model.device, model.dtype)
+        features = torch.cat(list(model.model.get_image_features(images, return_dict=True).pooler_output))
         encoded, clock = time.perf_counter(), Clock()
-        embeds = model.get_input_embeddings()(ids).masked_scatter((ids == image_id).unsqueeze(-1), features)
-        length = {"max_new_tokens": job["new_tokens"], "min_new_tokens": job["new_tokens"]}
-        mask = torch.ones_like(ids)
+        embeds = model.get_input_embeddings()(prompt).masked_scatter((prompt == image_id).unsqueeze(-1), features)
+        length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        mask = torch.ones_like(prompt)
         model.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False, streamer=clock, **length)
-        first, last = clock.times[-job["new_tokens"]], clock.times[-1]
-        rate = (job["new_tokens"] - 1) / (last - first)
-        return {"encode_s": encoded - start, "prefill_s": first - encoded, "tokens_per_s": rate}
+        first, last = clock.times[-new_tokens], clock.times[-1]
+        return {
+            "encode_s": encoded - start,
+            "prefill_s": first - encoded,
+            "tokens_per_s": (new_tokens - 1) / (last - first),
+        }
 
-    return Program(run, before, {"dtype": job["form"]})
+    return run
 
 
 def load_llama_cpp(job: dict[str, Any]) -> Program:
@@ -246,6 +298,7 @@ PROGRAMS: dict[str, Callable[[dict[str, Any]], Program]] = {
     "yivl": load_yivl,
     "llava": load_llava,
     "transformers": load_transformers,
+    "transformers-internvl": load_internvl_of_transformers,
     "llama.cpp": load_llama_cpp,
     "rates": load_rates,
     "quantize": quantize,

@@ -12,6 +12,8 @@ from gguf import GGUFReader
 from PIL import Image
 from safetensors.torch import load_file
 from support.golden import CHECKPOINT, GOLDEN, ROOT
+from support.golden_internvl import CHECKPOINT as INTERNVL
+from support.golden_internvl import golden_model, pixels_of
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from yivl.checkpoint.loading import load_model, load_processors
@@ -44,11 +46,11 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return export_gguf(CHECKPOINT, tmp_path_factory.mktemp("gguf"), dtype="float16")
 
 
-def golden_job(scripts: Any, **fields: Any) -> dict[str, Any]:
-    config, tokenizer, _ = load_processors(CHECKPOINT)
-    ids = scripts.inference.question_ids(tokenizer)
+def golden_job(scripts: Any, checkpoint: Path = CHECKPOINT, **fields: Any) -> dict[str, Any]:
+    config, tokenizer, _ = load_processors(checkpoint)
+    ids = scripts.inference.question_ids(tokenizer, config.prompt_template)
     job = {"ids": ids, "prompt_tokens": len(ids) - 1 + config.num_patches, "question": scripts.inference.QUESTIONS[0]}
-    job |= {"checkpoint": str(CHECKPOINT), "image": str(PHOTO), "new_tokens": 3, "device": "cpu", "form": "float32"}
+    job |= {"checkpoint": str(checkpoint), "image": str(PHOTO), "new_tokens": 3, "device": "cpu", "form": "float32"}
     return job | {"threads": torch.get_num_threads()} | fields
 
 
@@ -59,6 +61,42 @@ def test_programs_of_pytorch_answer_about_the_whole_prompt(kind: str, scripts: A
     program = scripts.workers.PROGRAMS[kind](golden_job(scripts, hf=str(tmp_path / "hf")))
     assert program.facts == {"dtype": "float32"}
     assert min(program.run()[key] for key in TIMES) > 0
+
+
+@pytest.mark.parametrize("kind", ["yivl", "llava", "transformers-internvl"])
+def test_programs_of_pytorch_answer_by_an_internvl(kind: str, scripts: Any) -> None:
+    program = scripts.workers.PROGRAMS[kind](golden_job(scripts, INTERNVL))
+    assert program.facts == {"dtype": "float32"}
+    assert min(program.run()[key] for key in TIMES) > 0
+
+
+@torch.no_grad()
+def test_an_internvl_of_transformers_is_that_of_the_package(scripts: Any) -> None:
+    """With image tokens in the order of ``ps_version`` v2; other renames than those of InternVL would differ."""
+    from internvl_of_transformers import as_transformers
+
+    pixels, ids = pixels_of(["photo_rgb.jpg"]), torch.tensor([[6, 9, *[648] * 9, 7, 20, 30]])
+    logits = [
+        golden_model(ps_version=version)(ids.masked_fill(ids == 648, 642), pixel_values=pixels).logits
+        for version in ("v2", "v1")
+    ]
+    found = as_transformers(golden_model())(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(found, logits[0], atol=1e-4, rtol=1e-4)
+    assert (found - logits[1]).abs().max() > 0.1
+
+
+def test_random_models_of_both_architectures_answer(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import random_models
+
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small |= {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 1024, "image_size": 56}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for kind in ("vision", "intern_vision"):
+        monkeypatch.setitem(random_models.SHAPES, "mine", small | {kind: vision})
+        loaded = random_models.random_model("mine", "float32")
+        answer = scripts.inference.measure_answer(loaded, Image.open(PHOTO), 1, new_tokens=4)
+        ids = scripts.inference.question_ids(loaded.tokenizer, loaded.model.config.prompt_template)
+        assert answer["prompt_tokens"] == len(ids) - 1 + {"vision": 16, "intern_vision": 4}[kind]
 
 
 def test_a_prompt_that_is_computed_in_part_is_no_result(scripts: Any) -> None:

@@ -38,6 +38,7 @@ def test_the_estimate_is_that_of_the_variant(monkeypatch: pytest.MonkeyPatch) ->
         for variant in ("packed", "packed_8bit")
     }
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    parameters -= config.vocab_size * config.hidden_size  # the states of embeddings keep 32 bits
     assert estimates["packed"] - estimates["packed_8bit"] == 6 * parameters
 
 
