@@ -1,4 +1,4 @@
-"""Chat with Yi-VL about images in the terminal; /help lists the commands.
+"""Chat about images in the terminal; /help lists the commands.
 
 python cli.py --image-file images/cats.jpg
 """

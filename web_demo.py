@@ -1,4 +1,4 @@
-"""Chat with Yi-VL about images on a web page.
+"""Chat about images on a web page.
 
 python web_demo.py --server-port 8111
 """

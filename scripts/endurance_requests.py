@@ -9,6 +9,7 @@ alone. ``--short`` sends a few hundred requests. ``scripts/endurance.py`` runs t
 import argparse
 import os
 import random
+import secrets
 import socket
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +39,7 @@ from endurance_clients import (
 from endurance_page import PAGE_ANSWERS, PAGE_REFUSES, visit
 from endurance_report import Outcome
 
-NUM_REQUESTS: Final = {False: 10_000, True: 250}
+NUM_REQUESTS: Final = {False: 10_000, True: 400}
 CLIENTS: Final = 6
 PART: Final = 25
 """Requests between two measurements of the memory."""
@@ -53,10 +54,12 @@ CLEAN_LOG: Final = "the logs of the API and of the page have no traceback"
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port that nothing listens on, below those that Linux takes for connections, such as the campaign's."""
+    while True:
+        port = secrets.choice(range(20_000, 32_000))
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

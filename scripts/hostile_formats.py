@@ -16,6 +16,7 @@ import hostile_mutations as mutations
 
 ROOT: Final = Path(__file__).parent.parent
 CHECKPOINT: Final = ROOT / "tests/golden/checkpoint"
+INTERNVL: Final = ROOT / "tests/golden_internvl/checkpoint"
 IMAGES: Final = ROOT / "tests/golden/images"
 VIT: Final = "vit/clip-vit-tiny-random-yi-vl-56"
 
@@ -211,6 +212,7 @@ def write_samples(folder: Path) -> None:
     shutil.copytree(CHECKPOINT, folder / "bin")
     save_checkpoint(loaded.model, folder / "checkpoint", tokenizer=loaded.tokenizer, image_processor=processor)
     to_hf(CHECKPOINT, folder / "hf")
+    shutil.copytree(INTERNVL, folder / "internvl")
     shutil.copytree(CHECKPOINT / VIT, folder / "vit")
     (folder / "open_clip").mkdir()
     vision = CLIPVisionConfig.from_pretrained(CHECKPOINT / VIT)
@@ -243,6 +245,7 @@ def write_samples(folder: Path) -> None:
 
 _CONFIGS: Final = ("config.json", f"{VIT}/config.json", f"{VIT}/preprocessor_config.json", "generation_config.json")
 _TOKENIZER: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_OF_INTERNVL: Final = ("config.json", "preprocessor_config.json", *_TOKENIZER, "model.safetensors.index.json")
 _CHECKPOINT: Final = "checkpoint-2"
 _MANIFEST: Final = "checkpoint_manifest.json"
 
@@ -256,6 +259,7 @@ FORMATS: Final = (
     Format("conversion", "bin", ("pytorch_model.bin.index.json",), mutations.mutate_json, convert, 8),
     Format("upload", "checkpoint", _CONFIGS, mutations.mutate_json, check_hub, 8),
     Format("-hf", "hf", ("config.json", "published.json"), mutations.mutate_json, ask, 25),
+    Format("InternVL-Chat", "internvl", _OF_INTERNVL, mutations.mutate_json, ask, 40),
     Format("ViT", "vit", ("config.json", "preprocessor_config.json"), mutations.mutate_json, initialize, 12),
     Format("open_clip", "open_clip", ("open_clip_config.json",), mutations.mutate_json, initialize, 12),
     Format("open_clip .bin", "open_clip", ("open_clip_pytorch_model.bin",), mutations.mutate_pickle, initialize, 8),

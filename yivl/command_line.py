@@ -56,7 +56,7 @@ def make_parser(description: str | None, *, prog: str | None = None) -> Parser:
 def add_checkpoint_flags(parser: argparse.ArgumentParser, *, must_name_model: bool = False) -> Any:
     """Add the flags that name a checkpoint, the embedded model by default, and return their argument group."""
     group = parser.add_argument_group("model")
-    kinds = "checkpoint folder in the Yi-VL format, LoRA adapter folder, hub id, or modelscope:ID"
+    kinds = "checkpoint folder, LoRA adapter folder, hub id, or modelscope:ID"
     group.add_argument(
         "--model-path",
         "--model_name_or_path",
@@ -101,7 +101,9 @@ def add_image_flags(parser: argparse.ArgumentParser, about: str) -> None:
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flag of LLaVA that chooses a prompt."""
-    parser.add_argument("--conv-mode", default="mm_default", choices=("mm_default",), help="Yi-VL has one prompt")
+    parser.add_argument(
+        "--conv-mode", default="mm_default", choices=("mm_default",), help="the checkpoint decides the prompt"
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, top_p: float, max_new_tokens: int) -> None:
@@ -276,11 +278,10 @@ def require(module: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out; PyTorch's CPU allocator has no exception type for it."""
+    """Return whether memory ran out; PyTorch's CPU allocator and cuBLAS have no exception type for it."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
+    said = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in text for words in said))
 
 
 def _explain(error: Exception) -> str | None:

@@ -27,7 +27,7 @@ def test_a_plateau_of_the_memory_needs_measurements(monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_a_short_campaign_holds_every_promise(tmp_path: Path) -> None:
     figure = tmp_path / "memory.png"
-    command = [sys.executable, "scripts/endurance_requests.py", "--short", "--minutes", "1", "--figure", str(figure)]
+    command = [sys.executable, "scripts/endurance_requests.py", "--short", "--minutes", "3", "--figure", str(figure)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line.split()[0].split("/") for line in result.stdout.splitlines()]

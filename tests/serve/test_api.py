@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -30,8 +31,8 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
 from starlette.exceptions import HTTPException
-from support.golden import CHECKPOINT, GOLDEN, ROOT
-from support.models import talkative_checkpoint
+from support.golden import GOLDEN, ROOT
+from support.models import ARCHITECTURES, load_golden, talkative_checkpoint
 from support.serving import data_url, free_port, user, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
@@ -65,6 +66,7 @@ LIMITS = Limits(
     max_body_bytes=10**6,
     max_cache_bytes=2**24,
 )
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
 QUESTIONS = ["Tell me a story", "你好，图片里有什么", "And now?", "hello"]
 
 
@@ -110,8 +112,19 @@ def serving(loaded: LoadedModel, limits: Limits = LIMITS, key: str = "secret") -
 
 
 @pytest.fixture(scope="module")
-def api_model() -> LoadedModel:
-    return load_model(CHECKPOINT, device="cpu")
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(getattr(request, "param", "Yi-VL"))
+
+
+@pytest.fixture(scope="module")
+def api_model(architecture: str) -> LoadedModel:
+    return load_golden(architecture)
+
+
+@pytest.fixture(scope="module")
+def loaded(architecture: str) -> LoadedModel:
+    """A copy of the model, which no server runs."""
+    return load_golden(architecture)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +148,7 @@ def metrics(api: Server) -> str:
     return httpx.get(f"{api.url}/metrics", headers={"Authorization": f"Bearer {api.key}"}).text
 
 
+@each_architecture
 def test_answers_are_those_of_a_chat(api: Server, loaded: LoadedModel) -> None:
     chat = Chat(loaded, system="Be kind.")
     asked = [("What is this?", [PHOTO]), ("And now?", []), ("你好，图片里有什么", [WIDE, PHOTO])]
@@ -187,6 +201,7 @@ def conversation(server: Server, image: str, system: str = "Be kind.") -> Iterat
         yield answer, body["usage"]
 
 
+@each_architecture
 def test_a_stateless_client_gets_the_answers_of_a_server_without_reuse_and_computes_only_what_is_new(
     api_model: LoadedModel,
 ) -> None:
@@ -205,6 +220,7 @@ def test_a_stateless_client_gets_the_answers_of_a_server_without_reuse_and_compu
         assert images == [1]
 
 
+@each_architecture
 def test_clients_that_ask_about_one_image_at_the_same_time_share_its_prefix(api_model: LoadedModel) -> None:
     image = data_url(PHOTO.read_bytes())
     messages = [[user(question, image)] for question in QUESTIONS]
@@ -222,6 +238,7 @@ def test_clients_that_ask_about_one_image_at_the_same_time_share_its_prefix(api_
         )
 
 
+@each_architecture
 def test_another_image_or_system_message_shares_nothing_after_it(api_model: LoadedModel) -> None:
     image, other = data_url(PHOTO.read_bytes()), data_url(WIDE.read_bytes())
     with serving(api_model) as server, prefilled(api_model) as lengths:
@@ -237,6 +254,7 @@ def test_another_image_or_system_message_shares_nothing_after_it(api_model: Load
         assert [answer for answer, _ in first] == [answer for answer, _ in conversation(server, image)]
 
 
+@each_architecture
 def test_a_stream_holds_the_same_answer(api: Server, loaded: LoadedModel) -> None:
     chat = Chat(loaded)
     expected = chat.ask("Tell me a story", temperature=0, max_new_tokens=30)
@@ -260,6 +278,7 @@ def test_a_stream_holds_the_same_answer(api: Server, loaded: LoadedModel) -> Non
     assert "usage" not in raw.text
 
 
+@each_architecture
 def test_several_answers_seeds_and_stops(api: Server, loaded: LoadedModel) -> None:
     body = {"model": "checkpoint", "messages": [user("hello")], "temperature": 1.5, "max_tokens": 10, "seed": 7}
     first = api.post({**body, "n": 3}).json()
@@ -771,6 +790,7 @@ def test_out_of_memory_is_reported_and_the_server_continues(
     assert api.post(body).json()["choices"] == expected
 
 
+@each_architecture
 def test_many_clients_get_their_own_answers(api: Server, loaded: LoadedModel) -> None:
     """Good and bad requests at once: nothing hangs, leaks or is mixed up."""
     images = [None, PHOTO, WIDE]
@@ -872,6 +892,27 @@ def test_memory_stays_flat(api: Server) -> None:
         before = resident_mebibytes()
         list(pool.map(ask, range(1_000)))
     assert resident_mebibytes() - before < 64
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no malloc_trim")
+def test_memory_of_large_bodies_is_returned(loaded: LoadedModel) -> None:
+    received = threading.Barrier(6)
+
+    def body() -> Iterator[bytes]:
+        yield from (b" " * 2**16 for _ in range(50 * 2**4))
+        received.wait()  # so that all are held at the same time
+        yield b"no JSON"
+
+    with serving(loaded, dataclasses.replace(LIMITS, max_body_bytes=2**26)) as api, ThreadPoolExecutor(6) as pool:
+
+        def send(_: int) -> int:
+            headers = {"Authorization": f"Bearer {api.key}"}
+            return httpx.post(f"{api.url}/v1/chat/completions", content=body(), headers=headers, timeout=60).status_code
+
+        assert api.post({}).status_code == 400
+        before = resident_mebibytes()
+        assert list(pool.map(send, range(6))) == [400] * 6
+        wait_until(lambda: resident_mebibytes() - before < 64, seconds=10)
 
 
 def resident_mebibytes() -> float:

@@ -448,6 +448,19 @@ def test_an_example_is_a_start(visitor: Visitor) -> None:
 
 
 @browser_test
+def test_an_example_keeps_the_language_of_the_page(browser: Browser, address: str) -> None:
+    visitor = Visitor(browser, address, locale="zh-CN")
+    question = visitor.page.locator("#question textarea")
+    expect(question).to_have_attribute("placeholder", TEXTS["中文"]["question_hint"])
+    visitor.page.get_by_text("What does the sign say?").click()
+    expect(question).to_have_value("What does the sign say?")
+    expect(visitor.page.locator("#image img").first).to_be_visible()
+    expect(question).to_have_attribute("placeholder", TEXTS["中文"]["question_hint"])
+    expect(visitor.page.locator("#image")).to_contain_text(TEXTS["中文"]["image"])
+    visitor.context.close()
+
+
+@browser_test
 @pytest.mark.parametrize(
     ("name", "options"),
     [

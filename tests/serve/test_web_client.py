@@ -1,6 +1,7 @@
 """The endpoint of the page, through gradio's own client over real HTTP."""
 
 import asyncio
+import dataclasses
 import errno
 import logging
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
 from support.golden import CHECKPOINT, GOLDEN
-from support.models import talkative_checkpoint
+from support.models import load_golden, talkative_checkpoint
 from support.serving import free_port, wait_until
 
 from yivl.checkpoint.loading import LoadedModel, load_model
@@ -61,7 +62,10 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Yi-VL, or the architecture that a test asks for."""
+    if architecture := getattr(request, "param", None):
+        return dataclasses.replace(load_golden(architecture), name=architecture)
     return load_model(talkative_checkpoint(tmp_path_factory.mktemp("page") / "checkpoint"), device="cpu")
 
 
@@ -70,6 +74,15 @@ def server(model: LoadedModel) -> Iterator[Server]:
     server = Server(model)
     yield server
     server.close()
+
+
+@pytest.mark.parametrize("model", ["InternVL"], indirect=True)
+def test_a_page_of_another_architecture(server: Server, model: LoadedModel) -> None:
+    """The heading is the name of the model."""
+    expected = Chat(model).ask("Tell me a story", PHOTO, temperature=0, max_new_tokens=12)
+    assert server.client.predict("Tell me a story", handle_file(PHOTO), **GREEDY) == expected
+    headings = [part["props"]["value"] for part in server.blocks.config["components"] if part["type"] == "markdown"]
+    assert headings[0] == "# InternVL"
 
 
 def test_answers_are_those_of_a_chat(server: Server, model: LoadedModel) -> None:

@@ -48,7 +48,7 @@ class Exchange:
         self._events: asyncio.Queue[tuple[int, serving.Event]] = asyncio.Queue()
         self._cancelled = threading.Event()
 
-    def submit(self, system: str, turns: Sequence[Turn], images: Sequence[Sequence[SentImage]]) -> None:
+    def submit(self, system: str | None, turns: Sequence[Turn], images: Sequence[Sequence[SentImage]]) -> None:
         """Queue the request ``n`` times.
 
         Raises:

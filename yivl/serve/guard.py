@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yivl.serve.api_errors import APIError, http_error
 from yivl.serve.limits import Limits
+from yivl.serve.memory import return_free_pages
 from yivl.serve.metrics import Metrics, log
 
 _SMALL_BODY: Final = 2**20
@@ -79,6 +80,8 @@ class Guard:
                 await self.app(scope, limited_receive, recorded_send)
         finally:
             self._held -= received
+            if received > _SMALL_BODY:
+                return_free_pages()
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.responses.labels(path, status).inc()
             log("response", path=path, status=status, seconds=round(time.perf_counter() - start, 3))

@@ -22,3 +22,12 @@ def return_large_blocks() -> None:
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+
+
+def return_free_pages() -> None:
+    """Return freed memory below the end of glibc's heap to the system, such as that of a body received in small blocks.
+
+    Takes 1 to 16 ms after a body of 64 MiB, measured on two cores.
+    """
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        malloc_trim(0)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from yivl.constants import SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.errors import ImageError, YiVLError
 from yivl.serve.images import ImageReader, SentImage
@@ -19,14 +18,14 @@ _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNO
 
 def read_messages(
     messages: Sequence[Message], limits: Limits, fetcher: Fetcher, reader: ImageReader
-) -> tuple[str, list[Turn], list[list[SentImage]]]:
-    """Return the system message, the turns, of which the last one has no answer, and the images of each turn.
+) -> tuple[str | None, list[Turn], list[list[SentImage]]]:
+    """Return the system message or ``None``, the turns, and the images of each turn; the last turn has no answer.
 
     Raises:
         ImageError: If an image cannot be used.
         YiVLError: If user and assistant messages do not alternate, or the last one is not a question.
     """
-    system = SYSTEM_PROMPT
+    system = None
     if isinstance(messages[0], SystemMessage):
         system, messages = text_of(messages[0]), messages[1:]
     roles = [message.role for message in messages]

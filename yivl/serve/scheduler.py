@@ -160,8 +160,7 @@ class Scheduler:
                     return
                 num_computed, joined = self._advance(one, remaining)
             except Exception as error:  # it does not affect the other requests
-                if is_out_of_memory(error) and self._engine.prefixes.num_bytes and not one.is_retried:
-                    self._engine.prefixes.clear()
+                if is_out_of_memory(error) and not one.is_retried and self._engine.free_memory():
                     one.prefill, one.is_retried = None, True
                 else:
                     self._joining.remove(one)
@@ -243,7 +242,7 @@ class Scheduler:
             # The traceback holds no text of the request; out of memory is expected under load.
             logger.error("an answer failed", exc_info=None if is_out_of_memory(error) else error)
         if is_out_of_memory(error):
-            self._engine.prefixes.clear()
+            self._engine.free_memory()
         try:
             request.on_event(error)
         except Exception:

@@ -22,7 +22,7 @@ class ImageURL(_Strict):
     """The address of an image."""
 
     url: str = Field(description="data:image/...;base64,..., or an address whose host the server allows")
-    detail: Literal["auto", "low", "high"] = Field("auto", description="no effect: Yi-VL has one resolution")
+    detail: Literal["auto", "low", "high"] = Field("auto", description="no effect: a model has one resolution")
 
 
 class ImagePart(_Strict):

@@ -9,7 +9,6 @@ from typing import Any, Final, TextIO
 
 from PIL import Image
 
-from yivl.constants import ASSISTANT, HUMAN
 from yivl.errors import YiVLError
 from yivl.image_processing import load_image
 from yivl.inference.chat import Chat
@@ -49,6 +48,7 @@ class Terminal:
         output: TextIO | None = None,
     ) -> None:
         self.chat = chat
+        self._template = chat.loaded.model.config.prompt_template
         self.sampling = dict(sampling)
         self.pending_images = [] if image is None else [image]
         self.read_line = read_line or make_reader()
@@ -77,7 +77,7 @@ class Terminal:
 
     def _read(self) -> str:
         """Return one line; lines that end with a backslash are joined, except those of a block."""
-        lines = [self.read_line(f"{HUMAN}: ")]
+        lines = [self.read_line(f"{self._template.user}: ")]
         while lines[-1].endswith("\\") and not lines[0].lstrip().startswith(_QUOTES):
             lines[-1] = lines[-1][:-1]
             lines.append(self.read_line(_CONTINUED))
@@ -101,7 +101,7 @@ class Terminal:
         self._show(pieces)
 
     def _show(self, pieces: Generator[str, None, None]) -> None:
-        self._print(f"{ASSISTANT}: ", end="")
+        self._print(f"{self._template.assistant}: ", end="")
         try:
             with closing(pieces):
                 for piece in pieces:

@@ -68,7 +68,7 @@ class _Layout:
         self.translated: dict[Any, dict[str, str]] = {}
         """The properties of each component that are in the visitor's language, and their keys in ``TEXTS``."""
         with gr.Row(elem_id="header"):
-            gr.Markdown("# Yi-VL")
+            gr.Markdown(f"# {page.loaded.name}")
             self._add(gr.Markdown, {"value": "about"})
             self.language = gr.Radio(list(TEXTS), value="English", show_label=False, container=False, min_width=160)
         with gr.Row():
@@ -78,7 +78,9 @@ class _Layout:
                 self._add_conversation()
         rows = [[str(path), text] for path, text in examples]
         inputs, label = [self.image, self.question], TEXTS["English"]["examples"]
-        self.examples = gr.Examples(rows, inputs, label=label, api_visibility="private").dataset
+        shown = gr.Examples(rows, inputs, label=label, api_visibility="private")
+        shown.input_component_props = [{} for _ in inputs]  # which a click would restore: the texts of another language
+        self.examples = shown.dataset
         self.translated[self.examples] = {"label": "examples"}
 
     def _add(self, component: Callable[..., Any], texts: dict[str, str], *values: Any, **options: Any) -> Any:
