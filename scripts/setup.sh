@@ -31,7 +31,8 @@ if [[ " $* " == *" dev "* ]] && ! "$VENV/bin/python" -c 'from llama_cpp import m
   export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc 2>/dev/null || echo 2)}
   export CMAKE_ARGS=${CMAKE_ARGS:-"-DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS_RELEASE=-O2
     -DGGML_NATIVE=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF -DGGML_OPENMP=OFF -DLLAMA_BUILD_TESTS=OFF
-    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF -DMTMD_VIDEO=OFF"}
+    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF -DMTMD_VIDEO=OFF
+    -DCMAKE_PROJECT_llama_cpp_INCLUDE='$PWD/scripts/llama_cpp.cmake'"}
   "$VENV/bin/python" -m pip uninstall --quiet --yes llama-cpp-python 2>/dev/null || true
   install --no-cache-dir --editable '.[llama-cpp]'
 fi
