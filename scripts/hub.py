@@ -16,12 +16,12 @@ def parse_args() -> argparse.Namespace:
     parser = command_line.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     upload = commands.add_parser("upload", help="upload a checkpoint or adapter folder")
-    upload.add_argument("folder", type=Path, help="Yi-VL checkpoint or LoRA adapter")
+    upload.add_argument("folder", type=Path, help="checkpoint or LoRA adapter")
     upload.add_argument("repo_id", help="name on the hub; created if it does not exist")
     upload.add_argument("--private", action="store_true", help="create a private repository")
-    upload.add_argument("--message", default="Upload a Yi-VL model", help="of the commit (default: %(default)s)")
+    upload.add_argument("--message", default="Upload a model", help="of the commit (default: %(default)s)")
     card = commands.add_parser("card", help="print the model card of a folder")
-    card.add_argument("folder", type=Path, help="Yi-VL checkpoint or LoRA adapter")
+    card.add_argument("folder", type=Path, help="checkpoint or LoRA adapter")
     for command in (upload, card):
         command.add_argument("--base-model", help="hub id of the base model, where the folder records a path")
         command.add_argument(

@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from support.golden import CHECKPOINT
+from support.models import ARCHITECTURES
 from support.training import ROOT
 
-from yivl.checkpoint.loading import LoadedModel
+from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.constants import DEFAULT_IMAGE_TOKEN
 from yivl.conversation import conv_templates
 from yivl.errors import YiVLError
@@ -253,20 +254,24 @@ def test_prompts_have_the_ids_of_the_reference(chat: Chat, cmmmu_folder: Path) -
         assert chat.begin(question.prompt, torch.zeros(3, 56, 56)).input_ids == wanted
 
 
-def test_responses_equal_those_of_a_chat(chat: Chat, mmmu_folder: Path, tmp_path: Path) -> None:
-    questions = mmmu_questions(mmmu_folder)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_responses_equal_those_of_a_chat(architecture: str, mmmu_folder: Path, tmp_path: Path) -> None:
+    questions, chat = mmmu_questions(mmmu_folder), Chat(load_model(ARCHITECTURES[architecture], device="cpu"))
+    size = chat.loaded.model.config.vision_config.image_size
     responses = answer_questions(lambda: chat.loaded, questions, tmp_path, {}, batch_size=5, max_new_tokens=8)
     assert [*responses] == [question.id for question in questions]
     for question in questions:
         chat.reset()
-        shown = torch.zeros(3, 56, 56) if question.is_blank else question.image()
+        shown = torch.zeros(3, size, size) if question.is_blank else question.image()
         assert chat.ask(question.prompt, shown, temperature=0, max_new_tokens=8).strip() == responses[question.id]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_run_writes_responses_submission_table_and_chart(
-    mmmu_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    architecture: str, mmmu_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    printed = run("mmmu", mmmu_folder, tmp_path / "out")
+    model = str(ARCHITECTURES[architecture])
+    printed = run("mmmu", mmmu_folder, tmp_path / "out", "--model-path", model)
     out = tmp_path / "out"
     responses = json.loads((out / "responses.json").read_text(encoding="utf-8"))
     questions = mmmu_questions(mmmu_folder)
@@ -276,7 +281,7 @@ def test_a_run_writes_responses_submission_table_and_chart(
     about = {"benchmark": "mmmu", "data": str(mmmu_folder), "split": "validation", "protocol": "yi"}
     about |= {"questions": 20, "is_whole": False}
     assert "20 of 900 questions: the published scores do not compare" in caplog.messages
-    assert scores == about | {"model": str(CHECKPOINT)} | official
+    assert scores == about | {"model": model} | official
     assert printed == (out / "scores.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert lines[0] == ["domain", "subject", "questions", "accuracy %"]

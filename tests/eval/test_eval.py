@@ -14,7 +14,6 @@ import pytest
 from support.golden import CHECKPOINT
 from support.training import ROOT
 
-from yivl.constants import SYSTEM_PROMPT
 from yivl.data.rows import RowError
 from yivl.errors import YiVLError
 from yivl.eval.__main__ import main
@@ -65,7 +64,7 @@ def test_rows_of_another_dialect_are_asked_as_they_are_trained(chat: Chat, tmp_p
     rows = [{"messages": said}, {"messages": [{"role": "system", "content": "Be brief."}, *said]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plain, brief = read_questions(flags(tmp_path / "rows.jsonl"))
-    assert (plain.prompt, plain.system, brief.system) == ("What is this?", SYSTEM_PROMPT, "Be brief.")
+    assert (plain.prompt, plain.system, brief.system) == ("What is this?", None, "Be brief.")
     assert plain.image() == (IMAGES / "cat.jpg").read_bytes()
     settings = [fingerprint([replace(one, id="0")], "rows.jsonl", [])["questions"] for one in (plain, brief)]
     assert settings[0] != settings[1]

@@ -21,12 +21,12 @@ from yivl.checkpoint.conversion import bin_to_safetensors
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.command_line import EMBEDDED_MODEL
 from yivl.constants import DEFAULT_IMAGE_TOKEN, SYSTEM_PROMPT
-from yivl.conversation import Turn, render_chunks
+from yivl.conversation import IMAGE, YI_VL, Piece, Turn, prompt_text
 from yivl.errors import CheckpointError, YiVLError
 from yivl.export.gguf import Dtype, export_gguf
 from yivl.image_processing import load_image
 from yivl.inference.chat import Chat
-from yivl.tokenization import tokenize_chunks
+from yivl.tokenization import tokenize
 
 EMBEDDED = Path(EMBEDDED_MODEL)
 CATS = ROOT / "images/cats.jpg"
@@ -259,19 +259,16 @@ def test_the_chat_template_is_our_prompt(
     turns: list[Turn], system: str, in_parts: bool, files: Files, loaded: LoadedModel
 ) -> None:
     messages = [] if system == SYSTEM_PROMPT else [{"role": "system", "content": system}]
-    for role, pieces in [message for turn in turns for message in turn.messages()][:-1]:
+    for role, pieces in YI_VL.messages(turns)[:-1]:
         assert pieces is not None
-        parts = [{"type": "text", "text": piece} for piece in pieces]
-        for place in range(len(pieces) - 1, 0, -1):
-            parts.insert(place, {"type": "text", "text": DEFAULT_IMAGE_TOKEN})
-        content: Any = parts if in_parts else DEFAULT_IMAGE_TOKEN.join(pieces)
+        parts = [{"type": "text", "text": prompt_text([piece])} for piece in pieces]
+        content: Any = parts if in_parts else prompt_text(pieces)
         messages.append({"role": {"Human": "user", "Assistant": "assistant"}[role], "content": content})
     template = read_fields(files[CHECKPOINT, "float32"][0])["tokenizer.chat_template"]
     prompt = loaded.tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    rendered = render_chunks([message for turn in turns for message in turn.messages()], system)
-    assert prompt == DEFAULT_IMAGE_TOKEN.join(rendered)
+    assert prompt == prompt_text(YI_VL.render(YI_VL.messages(turns), system))
 
 
 def test_bin_and_safetensors_give_the_same_models(tmp_path: Path, files: Files) -> None:
@@ -408,7 +405,7 @@ TEXTS = [
     " ",
     "",
     "\t tab\r\n",
-    "<|im_end|> <unk> <|startoftext|> <|Human|> <0x41> ▁under▁",
+    "<|im_end|> <unk> <|startoftext|> <0x41> ▁under▁",
     "a\u3000b\u00a0c\u200bd",
     "العربية हिन्दी 日本語 한국어",
     f"{SYSTEM_PROMPT}\n\n### Human: ",
@@ -436,7 +433,11 @@ def test_llama_cpp_splits_text_as_we_do(source: Path, files: Files, loaded: Load
     for text in TEXTS + mixtures:
         for special in (False, True):
             ids = llama.tokenize(text.encode(), add_bos=True, special=special)
-            assert ids == tokenize_chunks([text], tokenizer, text_is_data=not special), text
+            expected = tokenizer(text, add_special_tokens=False).input_ids if special else tokenize([text], tokenizer)
+            assert ids == expected, text
+    # A piece that SentencePiece defines beside the control tokens: text for llama.cpp and for our prompts.
+    for special in (False, True):
+        assert llama.tokenize(b"<|Human|>", add_bos=True, special=special) == tokenize(["<|Human|>"], tokenizer)
     llama.close()
 
 
@@ -462,9 +463,10 @@ class LlamaCpp:
         self.mtmd.mtmd_free(self.vision)
         self.llama.close()
 
-    def read(self, prompt: list[str], image: Image.Image | None) -> list[Any]:
+    def read(self, prompt: list[Piece], image: Image.Image | None) -> list[Any]:
         """Return a prompt in llama.cpp's parts, the image between chunks."""
-        text = self.mtmd.mtmd_default_marker().decode().join(prompt).encode()
+        marker = self.mtmd.mtmd_default_marker().decode()
+        text = prompt_text(prompt).replace(DEFAULT_IMAGE_TOKEN, marker).encode()
         bitmaps: list[Any] = []
         if image is not None:
             pixels = image.convert("RGB").tobytes()
@@ -481,12 +483,12 @@ class LlamaCpp:
 
     def encode(self, image: Image.Image) -> torch.Tensor:
         """Return what llama.cpp's ViT and projector make of a image, ``(num_patches, hidden)``."""
-        (part,) = filter(self.is_image_part, self.read(["", ""], image))
+        (part,) = filter(self.is_image_part, self.read([IMAGE], image))
         assert self.mtmd.mtmd_encode_chunk(self.vision, part) == 0
         shape = self.mtmd.mtmd_input_chunk_get_n_tokens(part), self.llama.n_embd()
         return torch.from_numpy(np.ctypeslib.as_array(self.mtmd.mtmd_get_output_embd(self.vision), shape).copy())
 
-    def answer(self, prompt: list[str], image: Image.Image | None, features: torch.Tensor | None = None) -> list[int]:
+    def answer(self, prompt: list[Piece], image: Image.Image | None, features: torch.Tensor | None = None) -> list[int]:
         """Return the greedy ids after a prompt, with other features of the image if given."""
         context = self.llama.ctx
         self.llama_cpp.llama_memory_clear(self.llama_cpp.llama_get_memory(context), True)
@@ -531,11 +533,11 @@ def pair(request: pytest.FixtureRequest, files: Files) -> Iterator[tuple[LoadedM
     llama.close()
 
 
-def our_answer(model: LoadedModel, chunks: list[str], pixel_values: torch.Tensor | None) -> list[int]:
-    ids = tokenize_chunks(chunks, model.tokenizer)
+def our_answer(model: LoadedModel, pieces: list[Piece], pixel_values: torch.Tensor | None) -> list[int]:
+    ids = tokenize(pieces, model.tokenizer)
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
     new = model.model.generate(torch.tensor([ids]), images=pixel_values, **settings)[0, len(ids) :].tolist()
-    (stop,) = tokenize_chunks(["###"], model.tokenizer)
+    (stop,) = tokenize(["###"], model.tokenizer)
     return new[: new.index(stop) + 1] if stop in new else new
 
 
@@ -546,8 +548,8 @@ QUESTIONS = ["What is in this image?", "Describe the cats and what they are doin
 def test_llama_cpp_answers_text_as_we_do(pair: tuple[LoadedModel, LlamaCpp]) -> None:
     model, llama = pair
     for question in QUESTIONS:
-        chunks = render_chunks(Turn(question).messages())
-        assert llama.answer(chunks, None) == our_answer(model, chunks, None)
+        pieces = YI_VL.render(YI_VL.messages([Turn(question)]))
+        assert llama.answer(pieces, None) == our_answer(model, pieces, None)
 
 
 @pytest.mark.slow
@@ -558,8 +560,8 @@ def test_llama_cpp_answers_as_we_do_when_it_sees_what_we_see(pair: tuple[LoadedM
     pixel_values = model.image_processor([image])
     features = model.model.encode_images(pixel_values)[0].float().detach()
     for question in QUESTIONS:
-        chunks = render_chunks(Turn(question, num_images=1).messages())
-        assert llama.answer(chunks, image, features) == our_answer(model, chunks, pixel_values)
+        pieces = YI_VL.render(YI_VL.messages([Turn(question, num_images=1)]))
+        assert llama.answer(pieces, image, features) == our_answer(model, pieces, pixel_values)
 
 
 def class_token_last(model: LoadedModel, pixel_values: torch.Tensor) -> torch.Tensor:

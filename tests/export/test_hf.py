@@ -16,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer, LlavaForC
 
 from yivl.checkpoint.loading import load_model
 from yivl.command_line import EMBEDDED_MODEL
-from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from yivl.errors import CheckpointError
 from yivl.export.hf import from_hf, to_hf
 from yivl.export.sglang import to_sglang
@@ -139,10 +139,10 @@ def test_generation_in_transformers_ends_at_the_stop_string(tmp_path: Path) -> N
 
 
 def test_a_later_turn_of_the_template_is_that_of_a_chat(hf: Path) -> None:
-    from yivl.conversation import Turn, render_chunks
+    from yivl.conversation import YI_VL, Turn, prompt_text
 
     turns = [Turn("a", "b", num_images=1), Turn("c")]
-    chunks = render_chunks([message for turn in turns for message in turn.messages()])
+    prompt = prompt_text(YI_VL.render(YI_VL.messages(turns)))
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
         {"role": "assistant", "content": "b"},
@@ -150,7 +150,7 @@ def test_a_later_turn_of_the_template_is_that_of_a_chat(hf: Path) -> None:
     ]
     tokenizer = AutoTokenizer.from_pretrained(hf)
     said = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert said == "<image>".join(chunks)
+    assert said == prompt.replace(DEFAULT_IMAGE_TOKEN, "<image>")
     own = tokenizer.apply_chat_template([{"role": "system", "content": "Be short."}, messages[2]], tokenize=False)
     assert own == "Be short.\n\n### Human: c\n### "
 

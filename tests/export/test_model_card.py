@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from support.golden import CHECKPOINT, ROOT
+from support.golden_internvl import CHECKPOINT as INTERNVL
 
 import yivl
 from yivl.export.hf import to_hf
@@ -33,6 +35,63 @@ def test_a_card_says_limitations_hardware_and_the_license_of_the_weights() -> No
     assert "## Limitations" in card
     assert "## Hardware" not in card
     assert "Community License" not in card
+
+
+def test_a_card_of_another_architecture_has_its_own_credits_citation_and_limitation() -> None:
+    card = make_card(INTERNVL)
+    for said in (
+        "# checkpoint\n\nA model of the architecture of InternVL-Chat-V1-2: it answers",
+        "- internvl\n",
+        "\n- InternVL-Chat-V1-2 was fine-tuned on conversations with at most one image.\n- Training adds",
+        "github.com/OpenGVLab/InternVL",
+        "eprint        = {2312.14238}",
+    ):
+        assert said in card
+    for said in ("Yi-VL", "yi-vl", "- llava", "2403.04652", "open_clip"):
+        assert said not in card
+    card = make_card(CHECKPOINT)
+    for said in ("InternVL", "internvl", "2312.14238"):
+        assert said not in card
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said", "tags"),
+    [
+        ("llava", "A LoRA adapter for a Yi-VL model, which", ["yi-vl", "llava", "lora"]),
+        ("internvl_chat", "A LoRA adapter for a model of the architecture of InternVL-Chat-V1-2, which", None),
+        (None, "A LoRA adapter for a vision-language model, which", ["lora"]),
+    ],
+)
+def test_an_adapter_has_the_card_of_the_architecture_it_records(
+    model_type: str | None, said: str, tags: list[str] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    settings = {"image_size": 56, "image_aspect_ratio": "pad"}
+    if model_type is not None:
+        (tmp_path / "yivl_adapter_config.json").write_text(json.dumps(settings | {"model_type": model_type}))
+    card = make_card(tmp_path)
+    assert said in card
+    assert ModelCard(card).data.tags == (tags or ["internvl", "lora"])
+    assert card.count("Yi-VL is by") == (model_type == "llava")
+    assert card.count("InternVL-Chat-V1-2 is by") == (model_type == "internvl_chat")
+    assert ("## Credits and citation" in card) == (model_type is not None)
+    assert "\n\n\n" not in card
+
+
+def test_a_card_shows_the_flags_of_an_intern_vit(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(INTERNVL, tmp_path / "trained"))
+    flags = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "world_size": 1,
+        "data_path": "rows.json",
+    }
+    for rate, version in ((0.4, "v2"), (0.0, None)):
+        shown = flags | {"drop_path_rate": rate, "ps_version": version}
+        (folder / "training_arguments.json").write_text(json.dumps(shown))
+        card = make_card(folder)
+        assert ("| drop_path_rate | 0.4 |" in card, "drop_path_rate" in card) == (bool(rate),) * 2
+        assert ("| ps_version | `v2` |" in card, "ps_version" in card) == (bool(rate),) * 2
 
 
 @pytest.mark.parametrize(

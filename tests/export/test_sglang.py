@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoProcessor, CLIPVisionModel, LlamaConfig
 
 from yivl.checkpoint.loading import load_model
 from yivl.constants import IMAGE_TOKEN_INDEX
-from yivl.conversation import Turn, render_chunks
+from yivl.conversation import YI_VL, Turn, prompt_text
 from yivl.export.sglang import to_sglang
 from yivl.inference.chat import Chat
 
@@ -135,7 +135,7 @@ def test_the_template_gives_the_ids_of_a_chat_with_the_image_at_its_token(chat: 
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     turn = Turn("图中有什么？", num_images=1)
-    assert prompt == "<image_placeholder>".join(render_chunks(turn.messages()))
+    assert prompt == prompt_text(YI_VL.render(YI_VL.messages([turn])))
     wanted = chat.begin("图中有什么？", torch.zeros(3, 56, 56)).input_ids
     assert tokenizer(prompt).input_ids == [index if id == IMAGE_TOKEN_INDEX else id for id in wanted]
     assert processor.image_processor.crop_size["height"] == 56

@@ -2,9 +2,9 @@
 
 python tests/peers/run.py WORK [PEER...]
 
-Needs the environment of this package with all extras, a package registry and 15 GB in the folder WORK, which keeps an
-environment for each peer. Greedy answers are compared with those of ``Chat``, on square images: others are cropped by
-the -hf processor and padded by this package.
+Needs the environment of this package with all extras, a package registry and 15 GB, without the evaluation kits, in the
+folder WORK, which keeps an environment for each peer. Greedy answers are compared with those of ``Chat``, on square
+images: others are cropped by the -hf processor and padded by this package.
 """
 
 import json
@@ -39,16 +39,17 @@ QUESTIONS: Final = (
 )
 FOLLOW_UP: Final = "What color is the floor?"
 
+VLMEVALKIT: Final = "ms-vlmeval==0.0.20"
+"""VLMEvalKit on the registry, packaged by ModelScope."""
 PACKAGES: Final = {
     "transformers-4.57": ("transformers==4.57.6", "torch", "torchvision", "accelerate", "sentencepiece", "protobuf"),
     # It imports torchaudio, which must fit torch; neither says so to pip.
     "llamafactory": ("llamafactory==0.9.5", "torch==2.11.*", "torchaudio==2.11.*", "torchvision==0.26.*"),
     "clients": ("openai==2.54.0", "litellm==1.106.2", "langchain-openai==1.7.3"),
+    "lmms-eval": ("lmms_eval==0.7.3",),
+    "vlmevalkit-api": (VLMEVALKIT,),
 }
 """Requirements by environment."""
-VLMEVALKIT: Final = "ms-vlmeval==0.0.20"
-"""VLMEvalKit on the registry, packaged by ModelScope."""
-
 SHORTER: Final = (
     "per_device_train_batch_size=4",
     "gradient_accumulation_steps=1",
@@ -262,12 +263,32 @@ def clients(work: Work) -> Iterator[Line]:
             yield line(peer, version, "API: whole, streamed, second turn", answers, wanted)
 
 
+def lmms_eval(work: Work) -> Iterator[Line]:
+    """Ask the API with lmms-eval, with a task on local data: the hub is not needed."""
+    yield ask_kit(work, "lmms-eval", "lmms-eval", "ask_lmms_eval.py", "lmms_eval")
+
+
+def vlmevalkit_api(work: Work) -> Iterator[Line]:
+    """Ask the API with VLMEvalKit, with a data set of our own."""
+    yield ask_kit(work, "vlmevalkit-api", "VLMEvalKit", "ask_vlmevalkit_api.py", "ms-vlmeval")
+
+
+def ask_kit(work: Work, environment: str, peer: str, program: str, package: str) -> Line:
+    """Ask the API with an evaluation kit."""
+    python, cases = work.environment(environment) / "python", work.cases()
+    with api(work) as url:
+        version, answers = work.ask(python, program, url, cases)
+    return line(peer, f"{package} {version}", "API: a data set of our own", answers, answers_of_chat(cases))
+
+
 PEERS: Final[dict[str, Callable[[Work], Iterator[Line]]]] = {
     "transformers": transformers_main,
     "transformers-4.57": transformers_457,
     "llamafactory": llamafactory,
     "vlmevalkit": vlmevalkit,
     "clients": clients,
+    "lmms-eval": lmms_eval,
+    "vlmevalkit-api": vlmevalkit_api,
 }
 
 

@@ -78,12 +78,13 @@ def main() -> None:
 
 
 def _load(arguments: argparse.Namespace) -> "LoadedModel":
-    """Load the model; under torchrun each rank has a GPU of its own."""
+    """Load the model; under torchrun each rank has a GPU of its own, or shares one with others if there are too few."""
     import torch
 
     local_rank = os.environ.get("LOCAL_RANK")
     if arguments.device == "auto" and local_rank is not None and torch.cuda.is_available():
-        arguments = argparse.Namespace(**{**vars(arguments), "device": f"cuda:{local_rank}"})
+        index = int(local_rank) % torch.cuda.device_count()
+        arguments = argparse.Namespace(**{**vars(arguments), "device": f"cuda:{index}"})
     return command_line.load(arguments)
 
 

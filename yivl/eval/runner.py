@@ -21,7 +21,6 @@ from tqdm import tqdm
 from yivl.checkpoint.atomic import atomic_file, write_json
 from yivl.checkpoint.format import read_json
 from yivl.checkpoint.loading import LoadedModel
-from yivl.constants import SYSTEM_PROMPT
 from yivl.errors import ContextLengthError, ImageError, YiVLError
 from yivl.eval.benchmarks.benchmark import Question, file_key
 from yivl.files.validation import library_errors
@@ -219,7 +218,7 @@ def fingerprint(questions: Sequence[Question], data: str, models: Sequence[str |
     """Return hashes that change with the questions and images, the files of ``data``, and the files of ``models``."""
     asked = [
         [question.id, question.prompt, question.is_blank, question.image_key]
-        + [question.system] * (question.system != SYSTEM_PROMPT)
+        + [question.system] * (question.system is not None)
         for question in questions
     ]
     folder = Path(data).expanduser()

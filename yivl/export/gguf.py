@@ -32,7 +32,7 @@ from yivl.errors import CheckpointError, YiVLError
 from yivl.export.llava import chat_template
 from yivl.image_processing import ImageProcessor
 from yivl.model.configuration import YiVLConfig
-from yivl.tokenization import YiTokenizer, tokenize_chunks
+from yivl.tokenization import YiTokenizer, tokenize
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -130,7 +130,7 @@ def _add_language_fields(writer: GGUFWriter, config: YiVLConfig) -> None:
 
 
 def _add_vocabulary(writer: GGUFWriter, config: YiVLConfig, tokenizer: YiTokenizer) -> None:
-    """Add the vocabulary, so that llama.cpp tokenizes as ``tokenize_chunks`` does and stops at ``###``."""
+    """Add the vocabulary, so that llama.cpp tokenizes as ``tokenize`` does and stops at ``###``."""
     tokens = [_token(index, tokenizer) for index in range(config.vocab_size)]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -141,7 +141,7 @@ def _add_vocabulary(writer: GGUFWriter, config: YiVLConfig, tokenizer: YiTokeniz
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    stop_ids = tokenize_chunks([STOP_STRING], tokenizer)
+    stop_ids = tokenize([STOP_STRING], tokenizer)
     if len(stop_ids) == 1:  # as in every Yi vocabulary; llama.cpp stops at a token, not at a string
         writer.add_eot_token_id(stop_ids[0])
     writer.add_add_bos_token(False)
@@ -160,14 +160,14 @@ def _token(index: int, tokenizer: YiTokenizer) -> tuple[str, float, TokenType]:
         return text, 0.0, TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     if pieces.is_unknown(index):
         kind = TokenType.UNKNOWN
-    elif added is not None:
+    elif text in tokenizer.added_ids:
         kind = TokenType.CONTROL
     elif pieces.is_byte(index):
         kind = TokenType.BYTE
     elif pieces.is_control(index) or pieces.is_unused(index):
         kind = TokenType.UNUSED  # never the result of tokenization, special or not
     else:
-        # Also SentencePiece's user-defined pieces, which our tokenizer does not match in text.
+        # Also SentencePiece's user-defined pieces, which are text in our prompts.
         kind = TokenType.NORMAL
     return text, pieces.get_score(index), kind
 

@@ -13,13 +13,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from yivl.checkpoint.atomic import write_json
 from yivl.checkpoint.download import resolve_checkpoint
-from yivl.checkpoint.folder import read_config, read_processors
+from yivl.checkpoint.folder import HF, format_of, read_config, read_processors
 from yivl.checkpoint.format import check_keys
 from yivl.checkpoint.hf_format import (
     PUBLISHED,
     STRATEGIES,
     VOCABULARY,
-    is_hf,
     load_hf_clip_processor,
     load_hf_tokenizer,
     read_hf_config,
@@ -30,7 +29,7 @@ from yivl.checkpoint.hf_format import (
 )
 from yivl.checkpoint.loading import empty_model
 from yivl.checkpoint.saving import check_apart, checkpoint_dir, save_checkpoint
-from yivl.constants import STOP_STRING
+from yivl.constants import LLAVA_IMAGE_TOKEN, STOP_STRING
 from yivl.errors import CheckpointError
 from yivl.export.llava import (
     Checkpoint,
@@ -41,13 +40,11 @@ from yivl.export.llava import (
     write_tokenizer,
 )
 from yivl.model.configuration import YiVLConfig
-from yivl.tokenization import tokenize_chunks
-
-IMAGE_TOKEN: Final = "<image>"
-"""The first id after the vocabulary; repeated in a prompt for each patch. Source: as above."""
+from yivl.tokenization import tokenize
 
 PAD_TOKEN: Final = "<pad>"
-"""The next id. Source: as above."""
+"""The second id after the vocabulary; the first is that of ``<image>``, which a prompt repeats for each patch.
+Source: as above."""
 
 _MULTIPLE: Final = 64  # the vocabulary is padded to one: 64,002 to 64,064. Source: as above.
 
@@ -76,9 +73,9 @@ def to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
         write_json(new / "config.json", _hf_config(config, rows, weights["lm_head.weight"].dtype))
         write_json(new / PUBLISHED, checkpoint.small_files)
         write_json(new / "generation_config.json", _generation_config(checkpoint))
-        added = {IMAGE_TOKEN: config.vocab_size, PAD_TOKEN: config.vocab_size + 1}
+        added = {LLAVA_IMAGE_TOKEN: config.vocab_size, PAD_TOKEN: config.vocab_size + 1}
         write_tokenizer(checkpoint, new, added, {"pad_token": PAD_TOKEN})
-        write_processor(checkpoint, new, IMAGE_TOKEN)
+        write_processor(checkpoint, new, LLAVA_IMAGE_TOKEN)
 
 
 def from_hf(
@@ -103,7 +100,7 @@ def from_hf(
         raise CheckpointError(f"{like}: no such folder; --like takes a local folder")
     folder = resolve_checkpoint(source)
     published = {} if like is None else read_published(like)
-    published = read_published(folder) | published if is_hf(folder) else published
+    published = read_published(folder) | published if format_of(folder) is HF else published
     config = read_hf_config(folder, published)
     tokenizer = load_hf_tokenizer(folder, config, like)
     clip_processor = _clip_processor(folder, like)
@@ -138,7 +135,7 @@ def _hf_config(config: YiVLConfig, rows: int, dtype: torch.dtype) -> dict[str, A
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return ``generation_config.json``: an answer also ends at the stop string, and has no maximum length."""
     published = checkpoint.small_files.get("generation_config.json", {})
-    stop_ids = tokenize_chunks([STOP_STRING], checkpoint.tokenizer)
+    stop_ids = tokenize([STOP_STRING], checkpoint.tokenizer)
     fields = {key: value for key, value in published.items() if key != "max_length"}  # of the prompt and the answer
     # A stop string of several tokens cannot be expressed here.
     end = [checkpoint.config.eos_token_id, *(stop_ids if len(stop_ids) == 1 else [])]

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from yivl.checkpoint.atomic import write_json, write_text
-from yivl.constants import DEFAULT_IMAGE_TOKEN, SYSTEM_PROMPT
+from yivl.constants import DEFAULT_IMAGE_TOKEN, LLAVA_IMAGE_TOKEN, SYSTEM_PROMPT
 from yivl.conversation import Turn
 from yivl.data.dialects import read_dialogue
 from yivl.data.json_texts import check_regular
 from yivl.data.rows import Row, RowError, log_notices, parse_row, read_rows
 from yivl.files.json_files import MAX_JSON_BYTES
 
-IMAGE: Final = "<image>"
-"""Placeholder of one image. Source: hiyouga/LLaMA-Factory, src/llamafactory/extras/constants.py."""
-
-_MEDIA: Final = (IMAGE, "<video>", "<audio>", "{{image}}")
-"""Placeholders of media anywhere in a text. Source: as above, src/llamafactory/data/mm_plugin.py."""
+_MEDIA: Final = (LLAVA_IMAGE_TOKEN, "<video>", "<audio>", "{{image}}")
+"""Placeholders of media anywhere in a text. Source: hiyouga/LLaMA-Factory, src/llamafactory/data/mm_plugin.py."""
 
 _DEFAULT_COLUMNS: Final = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
@@ -111,8 +108,8 @@ def _to_row(row: Row, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _to_question(turn: Turn, pieces: Sequence[str]) -> str:
     """Return a question with its placeholders in place; those before the text as in the prompt."""
     if any(piece.strip() for piece in pieces[:-1]):
-        return IMAGE.join(pieces).strip()
-    return f"{IMAGE * turn.num_images}\n{turn.question}" if turn.num_images else turn.question
+        return LLAVA_IMAGE_TOKEN.join(pieces).strip()
+    return f"{LLAVA_IMAGE_TOKEN * turn.num_images}\n{turn.question}" if turn.num_images else turn.question
 
 
 def from_llamafactory(dataset_info: Path, name: str, target: Path) -> int:
@@ -187,7 +184,7 @@ def _from_row(fields: Any, columns: Mapping[str, str], tags: Mapping[str, str] |
         for role, text in messages:
             if DEFAULT_IMAGE_TOKEN in text:
                 raise RowError(f"the text {DEFAULT_IMAGE_TOKEN!r} would be read as an image; reword it")
-            conversations.append({"from": role, "value": text.replace(IMAGE, DEFAULT_IMAGE_TOKEN)})
+            conversations.append({"from": role, "value": text.replace(LLAVA_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN)})
         images = values.get("images") or []
         images = images if isinstance(images, list) else [images]
     except RowError as error:

@@ -7,11 +7,11 @@ from typing import Any, Final
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from yivl.checkpoint import hub
-from yivl.checkpoint.folder import read_config
-from yivl.checkpoint.format import ADAPTER_CONFIG, ARGUMENTS, LOG, RECORD, read_json
-from yivl.checkpoint.hf_format import is_hf
+from yivl.checkpoint.folder import format_of, read_config
+from yivl.checkpoint.format import ADAPTER_CONFIG, ADAPTER_SETTINGS, ARGUMENTS, LOG, RECORD, read_json
 from yivl.checkpoint.hub import CARD, MARKER, known_base, last_part
 from yivl.errors import CheckpointError
+from yivl.export.families import ANY, FAMILIES
 from yivl.train.run_log import read_log
 
 TASK: Final = "image-text-to-text"
@@ -37,7 +37,7 @@ def publish(
     base_model: str | None = None,
     license_id: str | None = None,
     scores: Sequence[Path] = (),
-    message: str = "Upload a Yi-VL model",
+    message: str = "Upload a model",
 ) -> str:
     """Upload a checkpoint or adapter with its model card to the hub and return the URL of the commit.
 
@@ -82,6 +82,9 @@ def make_card(
     base = known_base(folder, base_model)
     released = _CONVERTED.get(base or "", base or "")
     name = (repo_id or folder.resolve().name).split("/")[-1]
+    config = None if adapter else read_config(folder)
+    model_type = _read_if_exists(folder / ADAPTER_SETTINGS).get("model_type") if config is None else config.model_type
+    family = FAMILIES.get(str(model_type), ANY)
     license_file = next((path.name for path in sorted(folder.glob("LICENSE*")) if path.is_file()), None)
     license_id = _license(folder, license_file, license_id)
     reports, results = [], []
@@ -97,7 +100,7 @@ def make_card(
         pipeline_tag=TASK,
         base_model=base,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
-        tags=["yi-vl", "llava", *(["lora"] if adapter else [])],
+        tags=[*family.tags, *(["lora"] if adapter else [])],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -109,8 +112,9 @@ def make_card(
         name=name,
         model=repo_id or name,
         adapter=adapter,
-        config=None if adapter else read_config(folder),
-        in_hf_format=not adapter and is_hf(folder),
+        config=config,
+        format=None if adapter else format_of(folder).name,
+        family=family,
         base=base,
         released=released,
         hardware=_HARDWARE.get(released),

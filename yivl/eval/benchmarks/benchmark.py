@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from yivl.constants import SYSTEM_PROMPT
 from yivl.eval.report import Report
 
 if TYPE_CHECKING:
@@ -28,8 +27,8 @@ class Question:
     """Identifies the image when a run is resumed."""
     is_blank: bool = False
     """Whether the image is replaced by pixel values of zero, the mean color."""
-    system: str = SYSTEM_PROMPT
-    """The system message."""
+    system: str | None = None
+    """The system message; ``None`` is that of the model."""
 
 
 class Benchmark(Protocol):

@@ -47,6 +47,8 @@ PUBLISHED: Final = {
     model: {"validation": validation, "test": test}
     for model, validation, test in (
         ("GPT-4V", 56.8, 55.7),
+        ("InternVL-Chat-V1-2, published", 51.6, 46.2),
+        ("InternVL-Chat-V1-2-Plus, published", 50.3, 45.6),
         ("Yi-VL-34B, published", 45.9, 41.6),
         ("Qwen-VL-Plus", 45.2, 40.8),
         ("Marco-VL", 41.2, 40.4),
@@ -60,7 +62,8 @@ PUBLISHED: Final = {
     )
 }
 """In percent. Source: README of MMMU-Benchmark/MMMU at 00fc28a, January 2024. The last row: arXiv 2311.16502,
-since that README exchanges frequent and random choice."""
+since that README exchanges frequent and random choice. Of InternVL-Chat: model cards of
+OpenGVLab/InternVL-Chat-V1-2 and OpenGVLab/InternVL-Chat-V1-2-Plus."""
 
 PUBLISHED_DOMAINS: Final = {
     f"Yi-VL-{size}, published (test split)": dict(zip(DOMAINS, scores, strict=True)) | {"all": overall}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from yivl import command_line
-from yivl.constants import SYSTEM_PROMPT
 from yivl.data.rows import Row, RowError, log_notices, parse_row, read_rows
 from yivl.eval.benchmarks.benchmark import Question, file_key
 from yivl.eval.report import Report, Table
@@ -64,7 +63,7 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
             partial(_shown, image),
             scored_by,
             _image_key(image),
-            system=SYSTEM_PROMPT if row.system is None else row.system,
+            system=row.system,
         )
         for index, ((row, scored_by), image) in enumerate(zip(found, shown, strict=True))
     ]
