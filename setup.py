@@ -29,7 +29,7 @@ everything = [requirement for group in groups.values() for requirement in group]
 setup(
     name="yivl",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "yivl/__init__.py").read_text(encoding="utf-8"))[1],
-    description="Yi-VL, a bilingual (English, Chinese) vision-language model",
+    description="Yi-VL and InternVL-Chat-V1-2, bilingual (English, Chinese) vision-language models",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

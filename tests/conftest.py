@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests do not use the network
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="yivl-tests-")  # before datasets is imported
+
+# Programs that tests start find the tools of this environment, such as ninja, as training does.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
 import pytest
 import torch
@@ -33,6 +37,16 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """Else programs that later tests start take themselves for ranks of a run in this process."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    assert not torch.distributed.is_initialized()
+    assert {name: os.environ.get(name) for name in names} == before
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.golden import CHECKPOINT, GOLDEN, ROOT
-from support.models import talkative_checkpoint
+from support.models import ARCHITECTURES, talkative_checkpoint
 
 from yivl import command_line
-from yivl.checkpoint.loading import LoadedModel
+from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.errors import YiVLError
 from yivl.image_processing import load_image
 from yivl.inference.chat import Chat
@@ -42,6 +43,9 @@ def run(script: str, *arguments: str, stdin: str = "") -> subprocess.CompletedPr
     return subprocess.run(
         [sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True, input=stdin, check=False
     )
+
+
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +70,15 @@ def run_inside(
     return code, captured.out, captured.err
 
 
+@each_architecture
 def test_single_inference_prints_in_the_format_of_the_reference(
-    expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    architecture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = ARCHITECTURES[architecture]
+    expected = Chat(load_model(folder, device="cpu")).ask(QUESTION, PHOTO, temperature=0, max_new_tokens=12)
+    assert expected
     flags = ("--image-file", str(PHOTO), "--question", QUESTION, "--conv-mode", "mm_default", "--num_beams", "1")
-    arguments = (*MODEL, *flags, "--top_p", "1.0", *ANSWER)
+    arguments = ("--model-path", str(folder), *flags, "--top_p", "1.0", *ANSWER)
     printed = f"----------\nquestion: {QUESTION}\noutputs: {expected}\n----------\n"
     result = run("single_inference.py", *arguments)
     assert (result.returncode, result.stdout) == (0, printed), result.stderr
@@ -138,10 +146,10 @@ def test_the_flags_reach_the_model(loaded: LoadedModel, monkeypatch: pytest.Monk
     }
 
 
-def test_eight_bits_answer_quietly() -> None:
-    result = run(
-        "single_inference.py", *MODEL, "--load-8bit", "--image-file", str(PHOTO), "--question", QUESTION, *ANSWER
-    )
+@each_architecture
+def test_eight_bits_answer_quietly(architecture: str) -> None:
+    flags = ("--model-path", str(ARCHITECTURES[architecture]), "--load-8bit", "--image-file", str(PHOTO))
+    result = run("single_inference.py", *flags, "--question", QUESTION, *ANSWER)
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines() == [line for line in result.stderr.splitlines() if "ViT tensors" in line]
     assert re.search(r"^outputs: .+$", result.stdout, re.MULTILINE)
@@ -232,6 +240,12 @@ def raising(error: BaseException) -> Callable[[], None]:
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
             "not enough memory; ",
         ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the docs"),
+            "not enough memory; ",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "not enough memory; "),
+        (MemoryError("out/7b: the GPUs are too small for the quantized model"), "not enough memory; "),
         (OSError(errno.ENOSPC, "No space left on device"), "output: No space left on device"),
         (OSError(errno.ENOSPC, "No space left on device", "out/a"), "out/a: No space left on device"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "output: No space left on device"),
@@ -316,19 +330,22 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert result.returncode == 0
 
 
-def test_cli_in_a_pipe_prints_the_published_dialogue(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "human", "assistant"), [("Yi-VL", "Human", "Assistant"), ("InternVL", "user", "assistant")]
+)
+def test_cli_in_a_pipe_prints_the_published_dialogue(architecture: str, human: str, assistant: str) -> None:
     """A byte of another encoding in a question is replaced."""
-    command = [sys.executable, "cli.py", *MODEL, "--image-file", str(PHOTO), *ANSWER]
+    folder = ARCHITECTURES[architecture]
+    command = [sys.executable, "cli.py", "--model-path", str(folder), "--image-file", str(PHOTO), *ANSWER]
     typed = f"{QUESTION}\n\n".encode() + b"caf\xe9\n/exit\n"
     result = subprocess.run(command, cwd=ROOT, capture_output=True, input=typed, check=False)
     assert result.returncode == 0, result.stderr
-    chat = Chat(loaded)
+    chat = Chat(load_model(folder, device="cpu"))
     first = chat.ask(QUESTION, PHOTO, temperature=0, max_new_tokens=12)
     second = chat.ask("caf\N{REPLACEMENT CHARACTER}", temperature=0, max_new_tokens=12)
-    answered = (
-        f"Human: {QUESTION}\nAssistant: {first}\nHuman: \nHuman: caf\N{REPLACEMENT CHARACTER}\nAssistant: {second}\n"
-    )
-    assert result.stdout.decode() == f"{answered}Human: /exit\nexit...\n"
+    dialogue = [(human, QUESTION), (assistant, first), (human, ""), (human, "caf\N{REPLACEMENT CHARACTER}")]
+    dialogue += [(assistant, second), (human, "/exit")]
+    assert result.stdout.decode() == "".join(f"{role}: {text}\n" for role, text in dialogue) + "exit...\n"
 
 
 def test_cli_without_input_leaves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,6 +233,7 @@ PROGRAMS = [
     ["-m", "yivl.tiny.recipe"],
     ["-m", "yivl.tiny.recipe", "clip"],
     *([f"scripts/benchmark_{what}.py"] for what in ("inference", "peers", "quantization", "serving", "training")),
+    *([f"scripts/gpu_report{part}.py"] for part in ("", "_checks", "_inference", "_programs", "_training")),
     ["scripts/endurance.py"],
     *(["scripts/convert.py", command] for command in ("from-hf", "to-gguf", "to-llamafactory")),
     *(["scripts/hub.py", command] for command in ("upload", "download", "card")),
@@ -262,9 +263,9 @@ def test_every_flag_in_the_documentation_exists() -> None:
     flags = set(re.findall(r"--[a-z0-9][a-z0-9_-]*", helps))
     assert len(flags) > 100
     for path in DOCUMENTS:
-        # Commands of img2dataset and SGLang have flags of their own.
+        # Commands of img2dataset, SGLang, VLMEvalKit and lmms-eval have flags of their own.
         text = re.sub(
-            r"^(?:img2dataset|python -m sglang\w*\.\w+) (.*\\\n)*.*$",
+            r"^(?:img2dataset|python -m (?:sglang\w*\.\w+|vlmeval\.run|lmms_eval)) (.*\\\n)*.*$",
             "",
             path.read_text(encoding="utf-8"),
             flags=re.MULTILINE,
@@ -279,10 +280,11 @@ def test_the_console_command_is_installed() -> None:
     assert "--allow-remote-images" in printed
 
 
-def test_the_hardware_table_is_what_the_dry_run_estimates() -> None:
+def test_the_hardware_tables_are_what_the_dry_run_estimates() -> None:
     command = [sys.executable, "scripts/hardware_table.py"]
-    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert table in (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for table, page in zip(printed.split("\n\n"), ("training.md", "internvl.md"), strict=True):
+        assert table.strip() in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_every_shell_script_parses_and_passes_shellcheck() -> None:

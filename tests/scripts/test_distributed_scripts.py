@@ -159,7 +159,7 @@ exit $code
     )
     for stub in stubs.iterdir():
         stub.chmod(0o755)
-    path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{stubs}:{os.environ['PATH']}"
     return {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": 7, "PATH": path}
 
 
@@ -175,6 +175,15 @@ def test_every_stage_has_a_slurm_job(stage: int, tmp_path: Path) -> None:
     assert f"stage:\\ {stage}\\," in printed  # quoted for the shell
     assert printed.endswith(" --resume auto --dataloader_num_workers 8 --max_steps 7 \n")
     assert requeues(tmp_path / "bin") == 0
+
+
+@pytest.mark.parametrize("job", ["finetune_v1_2", "finetune_v1_2_again", "pretrain_v1_2"])
+def test_every_script_of_internvl_for_several_nodes_has_a_slurm_job(job: str, tmp_path: Path) -> None:
+    environment = slurm(tmp_path / "bin") | {"MODEL": "m", "VIT": "v", "DATA": "d", "OUT": "o", "DRY_RUN": 1, "GPUS": 8}
+    printed = run_script(f"slurm/internvl_{job}.sbatch", "--seed", 7, **environment)
+    assert "--nproc-per-node 8 --nnodes 2 --node-rank 0" in printed
+    assert f"--config {ROOT}/configs/internvl/{job}.yaml " in printed
+    assert printed.endswith(" --resume auto --dataloader_num_workers 8 --seed 7 \n")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +257,7 @@ def test_a_hostfile_starts_the_deepspeed_launcher(tmp_path: Path) -> None:
         MICRO_BATCH=2,
         MASTER_PORT=free_port(),
         DEEPSPEED="scripts/zero2.json",
-        PATH=f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        PATH=f"{stubs}:{os.environ['PATH']}",
     )
     assert "deepspeed.launcher.runner" in printed
     assert len(losses(read_log(out / "log.jsonl"))) == 2

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from yivl.checkpoint.vit import read_clip_weights, read_vit_config
 from yivl.constants import SYSTEM_PROMPT
-from yivl.conversation import Turn
+from yivl.conversation import YI_VL, Turn
 from yivl.data.collator import Collator
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
@@ -75,7 +75,7 @@ def test_no_token_crosses_the_boundary_of_an_answer(tokenizer: YiTokenizer, numb
     scene = sample_scene("train", number)
     for language in LANGUAGES:
         for text in (caption(scene, language), detail(scene, language)):
-            encoded = encode_turns([Turn("", text, num_images=1)], tokenizer)
+            encoded = encode_turns([Turn("", text, num_images=1)], tokenizer, YI_VL)
             answer = [token for token, wanted in zip(encoded.input_ids, encoded.is_target, strict=True) if wanted]
             assert tokenizer.decode(answer).strip() == f"{text}\n###"
 

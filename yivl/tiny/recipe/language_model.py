@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from yivl.constants import IGNORE_INDEX, SYSTEM_PROMPT
-from yivl.conversation import Turn
+from yivl.constants import IGNORE_INDEX
+from yivl.conversation import YI_VL, Turn
 from yivl.data.collator import Collator
 from yivl.data.encoding import Sample
 from yivl.model.fusion import expand_placeholders, merge_features
@@ -106,15 +106,15 @@ class SymbolicScenes(Dataset[Sample]):
         block = index // _BLOCK
         grid = 2 * GRID if block % 8 == 0 else GRID
         turns = _turns(scene, rng.choice(LANGUAGES), rng)
-        return self.encode(turns, _add_noise(self.bags(scene, grid), rng), SYSTEM_PROMPT if block % 4 == 1 else "")
+        return self.encode(turns, _add_noise(self.bags(scene, grid), rng), None if block % 4 == 1 else "")
 
     def bags(self, scene: Scene, grid: int) -> torch.Tensor:
         """Return the bags of a scene, ``(grid * grid, words)``."""
         return self.vocabulary.bags(render(scene, grid * _PATCH_PIXELS).patch_labels(grid))
 
-    def encode(self, turns: Sequence[Turn], bags: torch.Tensor, system: str = SYSTEM_PROMPT) -> Sample:
+    def encode(self, turns: Sequence[Turn], bags: torch.Tensor, system: str | None = None) -> Sample:
         """Return a dialogue as a training example."""
-        encoded = encode_turns(turns, self.tokenizer, system)
+        encoded = encode_turns(turns, self.tokenizer, YI_VL, system)
         ids = torch.tensor(encoded.input_ids)
         labels = ids.masked_fill(~torch.tensor(encoded.is_target), IGNORE_INDEX)
         return Sample(ids, labels, bags.unsqueeze(0), len(ids) - 1 + len(bags))

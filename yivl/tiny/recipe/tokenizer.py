@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import sentencepiece
 
-from yivl.conversation import Turn, render_chunks
+from yivl.conversation import YI_VL, Turn, prompt_text
 from yivl.tiny.world import words
 from yivl.tiny.world.language import dialogue
 from yivl.tiny.world.scenes import sample_scene
@@ -98,7 +98,7 @@ def _sentences() -> Iterator[str]:
         if language == "en":
             # A Chinese sign text stays one token, with or without a space before it.
             turns = [Turn(question.text, question.answer) for question in questions if question.answer.isascii()]
-            yield from render_chunks([message for turn in turns for message in turn.messages()])[0].splitlines()
+            yield from prompt_text(YI_VL.render(YI_VL.messages(turns))).splitlines()
         else:
             for question in questions:
                 yield from filter(None, pattern.split(question.text + question.answer))
