@@ -84,9 +84,9 @@ VIT_H_14: dict[str, Any] = {"width": 1280, "layers": 32, "head_width": 80, "patc
 """Source: open_clip, model_configs/ViT-H-14.json."""
 
 
-def check_open_clip_parity(vision_cfg: dict[str, Any], folder: Path, atol: float) -> None:
-    """Compare our tower, through files, with open_clip's own penultimate features."""
-    visual = _build_vision_tower(64, CLIPVisionCfg(**vision_cfg)).eval()
+def check_open_clip_parity(vision_cfg: dict[str, Any], folder: Path, atol: float, dtype: torch.dtype) -> None:
+    """Compare our tower, through files of a dtype, with open_clip's own penultimate features in float32."""
+    visual = _build_vision_tower(64, CLIPVisionCfg(**vision_cfg)).eval().to(dtype)
     state_dict = {f"visual.{key}": value for key, value in visual.state_dict().items()}
     torch.save(state_dict | {"logit_scale": torch.ones(())}, folder / "open_clip_pytorch_model.bin")
     config_file = folder / "open_clip_config.json"
@@ -98,7 +98,7 @@ def check_open_clip_parity(vision_cfg: dict[str, Any], folder: Path, atol: float
     copy_vit_weights(tower.vit, read_clip_weights(folder / "vit"), source="test")
     pixels = torch.randn(2, 3, vision_cfg["image_size"], vision_cfg["image_size"])
     with torch.no_grad():
-        features = visual.forward_intermediates(
+        features = visual.float().forward_intermediates(
             pixels,
             indices=[vision_cfg["layers"] - 2],
             intermediates_only=True,
@@ -111,13 +111,13 @@ def check_open_clip_parity(vision_cfg: dict[str, Any], folder: Path, atol: float
 
 
 def test_the_tower_from_open_clip_gives_its_penultimate_features(tmp_path: Path) -> None:
-    check_open_clip_parity(OPEN_CLIP_VISION, tmp_path, atol=1e-5)
+    check_open_clip_parity(OPEN_CLIP_VISION, tmp_path, atol=1e-5, dtype=torch.float32)
 
 
 @pytest.mark.slow
 def test_the_real_vit_h_14_from_open_clip_gives_its_penultimate_features(tmp_path: Path) -> None:
     assert open_clip.get_model_config("ViT-H-14")["vision_cfg"].items() <= VIT_H_14.items()
-    check_open_clip_parity(VIT_H_14, tmp_path, atol=1e-4)
+    check_open_clip_parity(VIT_H_14, tmp_path, atol=1e-4, dtype=torch.float16)  # half of the disk space
 
 
 def test_a_tower_that_is_no_plain_vit_is_refused() -> None:
