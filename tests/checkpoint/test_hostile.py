@@ -138,6 +138,7 @@ def test_a_field_of_the_preprocessing(folder: Path, fields: dict[str, Any], said
     ("name", "text", "said"),
     [
         ("config.json", DEEP, "nested too deeply"),
+        ("config.json", '{"text_config":' * 980 + "{}" + "}" * 980, "nested too deeply"),
         ("config.json", '{"hidden_size": 64, "hidden_size": 0}', "'hidden_size' is given more than once"),
         (f"{VIT}/config.json", '{"a":' * 100_000, "nested too deeply"),
         (f"{VIT}/preprocessor_config.json", "[1]", "expected a JSON object"),

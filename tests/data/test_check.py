@@ -14,8 +14,9 @@ from support.golden import CHECKPOINT, GOLDEN
 from support.training import IMAGES, ROOT, conversation, write_rows, write_shards
 
 from yivl.data import check
-from yivl.data.check import Finding, Summary, histogram, plot_histogram
+from yivl.data.check import Finding, Summary, histogram, natural_order, parse_args, plot_histogram
 from yivl.data.rows import RowError
+from yivl.errors import YiVLError
 
 
 @pytest.fixture
@@ -164,3 +165,14 @@ def test_a_missing_file_is_one_error_line_with_exit_code_2() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == "error: nowhere.json: cannot be read (No such file or directory)\n"
+
+
+def test_reasons_are_sorted_by_the_numbers_in_them() -> None:
+    texts = ["row 10", "row 2", "row", f"row {'1' * 5000}", "row 002", "a"]
+    assert sorted(texts, key=natural_order) == ["a", "row", "row 2", "row 002", "row 10", f"row {'1' * 5000}"]
+
+
+def test_a_negative_number_of_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["check", "rows.json", "--workers", "-1"])
+    with pytest.raises(YiVLError, match=r"^--workers -1 is negative; 0 is none;"):
+        parse_args()

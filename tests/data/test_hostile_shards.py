@@ -163,6 +163,18 @@ def test_a_shard_whose_middle_is_overwritten_is_damaged_and_not_shorter(tmp_path
     assert f"damaged shard (invalid header at byte {third.offset})" in error
 
 
+@pytest.mark.parametrize("member", [7, 8])
+def test_a_shard_that_is_cut_at_a_header_is_damaged_and_not_shorter(member: int, tmp_path: Path) -> None:
+    write_shards(tmp_path, 1, 6)
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[member].offset
+    path.write_bytes(path.read_bytes()[:place])
+    captions, (error,) = read(path)
+    assert captions == ["caption 0", "caption 1"]
+    assert "damaged shard (unexpected end of data)" in error
+
+
 def test_a_missing_shard_and_one_that_is_no_file_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.tar")
     for name, reason in (("fifo.tar", "not a regular file"), ("missing.tar", "No such file or directory")):

@@ -56,6 +56,9 @@ def test_paths_start_at_the_working_directory_or_else_at_the_meta_file(
     monkeypatch.chdir(here)
     (source,) = read_sources(meta)
     assert source.files() == [(str(there / "rows.jsonl"), str(there / "images"))]
+    meta = write_meta(there, annotation="row?.jsonl")
+    (source,) = read_sources(meta)
+    assert source.files() == [(str(there / "rows.jsonl"), str(there / "images"))]
     write_meta(here)
     (source,) = read_sources(meta)
     assert source.files() == [("rows.jsonl", "images")]

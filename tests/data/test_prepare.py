@@ -14,13 +14,16 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from support.golden import ROOT
 from support.published import write_files
 from support.training import write_shards
 
-from yivl.data.prepare.__main__ import random_subset, valid_rows
+from yivl.data.patterns import expand_braces
+from yivl.data.prepare.__main__ import random_subset, valid_rows, write_rows
 from yivl.data.prepare.catalog import SOURCES
 from yivl.data.prepare.records import BadRecords, OfficialFolder
+from yivl.data.prepare.shards import mixture_of
 from yivl.data.sources import load_rows, read_sources
 from yivl.errors import YiVLError
 
@@ -197,7 +200,7 @@ class Attack:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no pickle", b"cos\nsystem\n(S'true'\ntR."])
+@pytest.mark.parametrize("content", [None, b"", b"no pickle", b"cos\nsystem\n(S'true'\ntR.", b"\x8c\xff", b"r\xff" * 9])
 def test_a_pickle_executes_nothing_and_a_damaged_one_is_one_error_line(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "refs(unc).p"
     path.write_bytes(pickle.dumps(Attack(tmp_path / "executed")) if content is None else content)
@@ -457,11 +460,28 @@ def test_synthdog_reads_metadata_or_parquet_whose_images_it_writes(tmp_path: Pat
     assert rows == [("synthdog-en/images/00003_00000.jpg", "Read all text in this image.", "Hello world")]
     assert bad.reasons == [f"{name} row 1: no 'gt_parse'"]
     assert (tmp_path / "hub/images/00003_00000.jpg").read_bytes() == b"\xff\xd8jpeg"
+    (tmp_path / "hub/data" / name).write_bytes((tmp_path / "hub/data" / name).read_bytes()[:-50])
+    with pytest.raises(YiVLError, match=rf"{name}: not a readable Parquet file \(.*\); download it again$"):
+        prepared("synthdog-en", tmp_path / "hub", {})
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "yivl.data.prepare", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_records_nested_too_deeply_are_counted(tmp_path: Path) -> None:
+    files = {"metadata.jsonl": json.dumps({"file_name": "a.jpg", "ground_truth": "[" * 100_000})}
+    rows, bad = prepared("synthdog-en", tmp_path, files)
+    assert (rows, bad.count) == ([], 1)
+
+
+def test_text_that_is_no_unicode_is_written_as_json_escapes_it(tmp_path: Path) -> None:
+    content = json.dumps({"1": GQA["1"] | {"answer": "\ud83d"}})
+    write_files(tmp_path / "gqa", {"train_balanced_questions.json": content})
+    write_rows(valid_rows(SOURCES["gqa"], tmp_path / "gqa", None, BadRecords()), tmp_path / "rows.jsonl", BadRecords())
+    row = json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8"))
+    assert row["conversations"][1]["value"] == "\ud83d"
 
 
 GQA = {str(n): {"imageId": str(n), "question": f"Question {n}?", "answer": "yes"} for n in range(30)}
@@ -537,6 +557,18 @@ def test_complete_shards_of_laion_become_a_mixture(tmp_path: Path) -> None:
     (source,) = read_sources(str(output))
     assert source.name == "laion400m"
     assert [Path(path).name for path in source.shards()] == ["00000.tar", "00003.tar"]
+
+
+def test_the_mixture_of_all_of_laion_is_short(tmp_path: Path) -> None:
+    """Paths would take more than a YAML file of a mixture may have."""
+    names = [f"{number:05d}" for number in range(41_408) if number not in (7, 9, 20_000)]
+    names += ["99999", "100000", "100001", "a", "٣", "٤"]
+    folder = tmp_path / ("a folder" * 10)
+    text = mixture_of("laion400m", [folder / f"{name}.tar" for name in names], tmp_path)
+    (source,) = yaml.safe_load(text)
+    assert len(source["data_path"]) == 9
+    paths = [path for pattern in source["data_path"] for path in expand_braces(str(tmp_path / pattern))]
+    assert paths == [str(folder / f"{name}.tar") for name in names]
 
 
 def test_every_source_names_its_files_address_license_and_size() -> None:

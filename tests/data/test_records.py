@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from support.training import IMAGES, conversation, losses, train, write_rows
 
+from yivl.data.records import open_records
 from yivl.data.rows import Row, RowError, parse_row
 from yivl.data.sources import DataSource, load_all_rows, read_sources
 
@@ -160,6 +163,10 @@ def test_a_name_on_the_hub_in_a_mixture_is_not_a_relative_path(tmp_path: Path) -
         ("{folder}/empty.parquet", r"empty\.parquet: no rows"),
         ("{folder}/none.parquet", r"none\.parquet: cannot be read \(No such file"),
         ("{folder}/broken", r"broken: cannot be read \(Directory .* is neither"),
+        ("{folder}/state of a list", "state of a list: not a folder of Dataset.save_to_disk"),
+        ("{folder}/files of a number", "files of a number: not a folder of Dataset.save_to_disk"),
+        ("{folder}/features of a number", "features of a number: not a folder of Dataset.save_to_disk"),
+        ("{folder}/map.parquet", r"map\.parquet: a column has a type that datasets cannot store \(.*map.*\); drop it"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(path: str, message: str, tmp_path: Path) -> None:
@@ -168,9 +175,38 @@ def test_what_cannot_be_loaded_is_one_line(path: str, message: str, tmp_path: Pa
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "data/empty.parquet")
     (tmp_path / "data/broken").mkdir()
     (tmp_path / "data/broken/state.json").write_text("{}")
+    for name, file, content in (
+        ("state of a list", "state.json", []),
+        ("files of a number", "state.json", {"_data_files": 3}),
+        ("features of a number", "dataset_info.json", {"features": 3}),
+    ):
+        datasets.Dataset.from_list([conversation(None, "q", "a")]).save_to_disk(tmp_path / "data" / name)
+        (tmp_path / "data" / name / file).write_text(json.dumps(content))
+    column = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "more": column}), tmp_path / "data/map.parquet")
     if path.endswith("test"):
         (tmp_path / "data/damaged.parquet").unlink()
         (tmp_path / "data/empty.parquet").unlink()
     with pytest.raises(RowError, match=message) as raised:
         load(path.format(folder=tmp_path / "data"))
     assert "\n" not in str(raised.value)
+
+
+def test_data_sets_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says: those in memory have no files, whose content tells data sets apart."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 2**30)
+    found = []
+    for number in (1, 2):
+        rows = [conversation(None, f"question {index}", "a") for index in range(number)]
+        found.append(open_records(write(tmp_path / str(number), rows, "disk")))
+    assert [len(records) for records in found] == [1, 2]
+    assert found[0].fingerprint != found[1].fingerprint
+
+
+def test_metadata_of_other_programs_in_a_parquet_file_is_ignored(tmp_path: Path) -> None:
+    table = pyarrow.table({"image": ["square_rgb.png"], "text": ["a boat"]}).replace_schema_metadata(
+        {"huggingface": "no JSON"}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((row,), errors) = load(str(tmp_path / "rows.parquet"))
+    assert (row.turns[0].answer, errors) == ("a boat", [])

@@ -8,8 +8,9 @@ import pytest
 from support.training import IMAGES, conversation, write_rows, write_shards
 
 from yivl.data.bad_rows import BadRows
+from yivl.data.patterns import expand_braces
 from yivl.data.rows import RowError
-from yivl.data.sources import DataSource, expand_braces, load_all_rows, load_rows, read_sources
+from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
 
 
 def test_brace_patterns_expand_as_img2dataset_names_shards() -> None:

@@ -445,6 +445,19 @@ def test_a_damaged_image_is_skipped_in_workers_and_reported_with_its_row(loaded:
         RowDataset(rows, encoder(loaded), BadRows("error", tmp_path / "none"))[0]
 
 
+def test_any_reason_of_a_skipped_row_is_reported(tmp_path: Path) -> None:
+    """Also one with line separators, and if the last line was cut when the process was killed."""
+    skip = BadRows("skip", tmp_path / "bad_rows.jsonl")
+    reasons = ["a\u2028b", "c\x85d", "e\nf", "图 \ud83d"]
+    for reason in reasons:
+        skip(RowError(reason))
+    with skip.path.open("a") as file:
+        file.write('{"reas')
+    report = skip.report()
+    assert report.startswith("4 invalid rows were skipped")
+    assert all(reason in report for reason in reasons)
+
+
 def test_workers_reuse_the_memory_of_images(loaded: LoadedModel, tmp_path: Path) -> None:
     data = DataArguments(data_path=str(write_rows(tmp_path / "rows.json")), image_folder=str(IMAGES))
     training = TrainingArguments(output_dir=str(tmp_path), dataloader_num_workers=1)

@@ -12,7 +12,7 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from peft.tuners.lora.dora import DoraLinearLayer
 from support.golden import CHECKPOINT
 from support.models import OPEN_CLIP_VISION
-from support.training import IMAGES, VIT, flags, train, weights, write_language_model, write_rows
+from support.training import IMAGES, VIT, conversation, flags, train, weights, write_language_model, write_rows
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -279,6 +279,8 @@ def test_position_embeddings_are_interpolated_as_transformers_does(loaded: Loade
         ({"model_name_or_path": "nowhere"}, "nowhere: no such folder"),
         ({"model_name_or_path": "LLM"}, "a language model without a ViT"),
         ({"image_folder": "nowhere"}, r"none of its first 4 images exists, such as nowhere/photo_rgb.jpg; set"),
+        ({"data_path": "LONG", "on_bad_row": "skip"}, "none of its first 1 images exists"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers -1 is negative; 0 is none"),
         ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, "no parameter is trainable"),
         ({"mm_vision_select_layer": -1}, "--mm_vision_select_layer -1: .* has another projector or ViT"),
         ({"lora_enable": True, "bits": 4}, "training in 4 bits on a CPU needs layer widths"),
@@ -302,6 +304,7 @@ def test_errors_before_training_name_the_reason(
     files = {
         "EMPTY": write_rows(tmp_path / "empty.json", []),
         "BAD": write_rows(tmp_path / "bad.json", [{"conversations": []}]),
+        "LONG": write_rows(tmp_path / "long.json", [conversation("iVBORw0KGgo" * 400, "q", "a")]),  # base64
     }
     changes = {name: files.get(value, value) for name, value in changes.items()}
     data = changes.pop("data_path", None) or write_rows(tmp_path / "rows.json")

@@ -1,6 +1,8 @@
 """What happens to an invalid row: it is an error, or it is skipped, recorded and counted."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,12 @@ class BadRows:
         """Return the number of distinct skipped rows and the first five reasons, or an empty string."""
         if not self.path.is_file():
             return ""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        reasons = list(dict.fromkeys(json.loads(line)["reason"] for line in lines if line))  # a row counts once
+        reasons = list(dict.fromkeys(self._reasons()))  # a row counts once
         examples = "".join(f"\n  {reason}" for reason in reasons[:5])
         return f"{len(reasons)} invalid rows were skipped, all listed in {self.path}; the first:{examples}"
+
+    def _reasons(self) -> Iterator[str]:
+        # Not splitlines(), which also splits at line separators in a reason.
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError):  # the last line before a SIGKILL or a full disk may be cut
+                yield json.loads(line)["reason"]

@@ -67,7 +67,10 @@ def parse_args() -> argparse.Namespace:
         "--workers", type=int, default=os.cpu_count(), help="data-loading workers (default: %(default)s)"
     )
     parser.add_argument("--plot", type=Path, help="write the histogram of sequence lengths to this PNG")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.workers < 0:
+        parser.error(f"--workers {arguments.workers} is negative; 0 is none")
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,9 @@ class Summary:
 
 def natural_order(text: str) -> list[tuple[int, str]]:
     """Return a key that sorts numbers in texts by value: row 2 before row 10."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
+    parts = ((part, part.lstrip("0")) for part in re.split(r"(\d+)", text))
+    # By length, then digits: int() refuses thousands of them.
+    return [(len(digits), digits) if part.isdecimal() else (0, part) for part, digits in parts]
 
 
 def split_outliers(lengths: Sequence[int]) -> "tuple[np.ndarray, int]":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from yivl.data.json_texts import check_regular, parse_text
+from yivl.data.patterns import expand_braces, matching_paths
 from yivl.data.shard_file import is_remote
 from yivl.errors import RowError
 
@@ -74,7 +75,7 @@ def _source_fields(name: str, fields: Any, folder: str) -> dict[str, Any]:
     if length is not None and type(length) is not int:
         raise RowError(f"'length' {length!r} is not an integer")
     annotation, root = (os.path.expanduser(fields[key]) for key in ("annotation", "root"))
-    if not os.path.exists(annotation) and os.path.exists(os.path.join(folder, annotation)):
+    if not _names_files(annotation) and _names_files(os.path.join(folder, annotation)):
         annotation, root = os.path.join(folder, annotation), os.path.join(folder, root)
     return {
         "name": name,
@@ -84,3 +85,7 @@ def _source_fields(name: str, fields: Any, folder: str) -> dict[str, Any]:
         "first_part": min(repeat_time, 1),
         "stated_length": length,
     }
+
+
+def _names_files(pattern: str) -> bool:
+    return any(matching_paths(path) for path in expand_braces(pattern))

@@ -112,7 +112,11 @@ def _write_parquet(path: str, target: Path) -> None:
     """Write the rows of a Parquet file without its compression."""
     with ArrowWriter(path=str(target)) as writer:
         for table in _read_parquet(path):
-            writer.write_table(table)
+            try:
+                writer.write_table(table.replace_schema_metadata(None))  # of another program, and not needed
+            except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+                reason = " ".join(str(error).split())
+                raise RowError(f"{path}: a column has a type that datasets cannot store ({reason}); drop it") from error
         writer.finalize()
 
 
@@ -132,8 +136,8 @@ def _read_parquet(path: str) -> Iterator[Any]:
 def _load_folder(path: str) -> Records:
     """Return the records of a folder of ``Dataset.save_to_disk``."""
     try:
-        dataset = datasets.load_from_disk(path)
-    except (ValueError, KeyError, pyarrow.ArrowException) as error:
+        dataset = datasets.load_from_disk(path, keep_in_memory=False)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, pyarrow.ArrowException) as error:
         raise RowError(f"{path}: not a folder of Dataset.save_to_disk ({' '.join(str(error).split())})") from error
     return Records(path, dataset, False, _hash_files(dataset, ""))
 
@@ -156,7 +160,7 @@ def _load_hub(path: str) -> Records:
     split = split or "train"
     try:
         with cache_lock(f"hub-{hashlib.sha256(name.encode()).hexdigest()}"):
-            dataset = datasets.load_dataset(name, split=split, revision=revision or None)
+            dataset = datasets.load_dataset(name, split=split, revision=revision or None, keep_in_memory=False)
         # Not the fingerprint of the data set, which depends on the path and time stamps of its files.
         return Records(path, dataset, False, _hash_files(dataset, split))
     except Exception as error:  # of the network, the hub, the readers of files: there is no common type

@@ -1,19 +1,17 @@
 """Data sources: files or tar shards, or a YAML mixture of both with names, weights and limits."""
 
-import glob
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 from yivl.data.json_texts import check_regular
 from yivl.data.meta_files import read_meta
 from yivl.data.orders import subsample
+from yivl.data.patterns import expand_braces, matching_paths
 from yivl.data.records import HUB, is_dataset
 from yivl.data.row_file import open_rows
 from yivl.data.row_table import RowTable
@@ -26,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 _KEYS: Final = ("data_path", "image_folder", "weight", "max_rows", "name")
 """Fields of ``DataSource`` that a YAML mixture may set."""
-
-MAX_PATHS: Final = 1_000_000
-"""Largest number of paths of one pattern; LAION-5B has 232,320 shards. Source: ours."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +99,9 @@ class DataSource:
                 continue
             if not path.endswith((".json", ".jsonl", ".parquet", ".tar")):
                 raise RowError(f"{path}: expected a .json, .jsonl, .parquet, .tar or .yaml file, or {HUB}owner/name")
-            for pattern in [path] if os.path.exists(path) else expand_braces(path):
+            for pattern in expand_braces(path):
                 # What a URL names is found when it is read: looking up 10,000 shards takes minutes.
-                is_found = is_remote(pattern) or os.path.exists(pattern)
-                found = [pattern] if is_found else sorted(glob.glob(pattern))
+                found = [pattern] if is_remote(pattern) else matching_paths(pattern)
                 if not found:
                     problem = "no such tar shard" if self.is_streamed else "cannot be read (No such file or directory)"
                     raise RowError(f"{pattern}: {problem}")
@@ -237,27 +231,6 @@ def _merge(first: DataSource, second: DataSource) -> DataSource:
                 f"{what} of {second.name} is {now}, and {before} in an entry before; give one value, or other names"
             )
     return replace(first, data_path=first.paths + second.paths, image_folder=first.folders + second.folders)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Return the paths of a pattern with ``{00000..00099}`` ranges, the naming of img2dataset shards.
-
-    >>> expand_braces("{08..10}.tar")
-    ['08.tar', '09.tar', '10.tar']
-
-    Raises:
-        RowError: If the pattern names no path, or more than ``MAX_PATHS``.
-    """
-    parts = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
-    number = math.prod(max(int(last) - int(first) + 1, 0) for first, last in zip(parts[1::3], parts[2::3], strict=True))
-    if not 0 < number <= MAX_PATHS:
-        raise RowError(f"{pattern}: names {number:,} paths; expected 1 to {MAX_PATHS:,}")
-    ranges = [
-        [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        for first, last in zip(parts[1::3], parts[2::3], strict=True)
-    ]
-    texts = parts[0::3]
-    return ["".join(a + b for a, b in zip(texts, [*numbers, ""], strict=True)) for numbers in product(*ranges)]
 
 
 def load_rows(source: DataSource, seed: int, on_bad_row: Callable[[RowError], None]) -> RowTable:

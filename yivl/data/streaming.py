@@ -99,8 +99,11 @@ class StreamDataset(Dataset[Sample | None]):
         """Of every source, the indices of the shards that are read; files of rows count as one."""
         indices = []
         for source, paths in zip(self.sources, self.shards, strict=True):
-            kept = self.subsets[source].kept if source in self.subsets else paths
-            indices.append([number for number, path in enumerate(paths) if path in kept] if paths else [0])
+            if source in self.subsets:
+                kept = self.subsets[source].kept
+                indices.append([number for number, path in enumerate(paths) if path in kept])
+            else:
+                indices.append(list(range(max(len(paths), 1))))
         return indices
 
     def __getitems__(self, batch: Sequence[int]) -> StreamBatch:

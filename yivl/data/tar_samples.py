@@ -135,9 +135,12 @@ def _members(file: ShardFile, offset: int) -> Iterator[tuple[tarfile.TarInfo, Ca
                     return content
 
                 yield header, read
-            # tarfile takes an invalid header after the first one for the end.
+            # tarfile takes an invalid header after the first one for the end, and so the end of a file that was cut.
             file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            block = file.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE:
+                raise DamagedShardError("unexpected end of data")
+            if block.strip(b"\0"):
                 raise DamagedShardError(f"invalid header at byte {tar.offset}")
             file.seek(tar.offset)
     except ShardUnavailableError:  # also a ValueError

@@ -25,13 +25,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; download it again")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
+        check_file(path, fields)
+    except CheckpointError:  # also a ValueError
+        raise
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     except RecursionError as error:
         raise CheckpointError(f"{path}: nested too deeply; download it again") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    check_file(path, fields)
     return fields
 
 

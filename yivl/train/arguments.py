@@ -235,6 +235,8 @@ class YiVLTrainingArguments:
         if not self.output_dir:
             raise YiVLError("--output_dir is missing; give a folder for the trained model")
         _check_positive(self, "per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps")
+        if self.dataloader_num_workers < 0:
+            raise YiVLError(f"--dataloader_num_workers {self.dataloader_num_workers} is negative; 0 is none")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
             raise YiVLError(f"--warmup_ratio {self.warmup_ratio} is not between 0 and 1")
 

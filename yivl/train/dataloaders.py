@@ -23,6 +23,7 @@ from yivl.data.sources import DataSource, load_all_rows, load_rows, read_sources
 from yivl.data.stream_progress import StreamProgress
 from yivl.data.streaming import StreamCollator, StreamDataset, StreamSampler
 from yivl.errors import CheckpointError, YiVLError
+from yivl.files.json_files import is_file
 from yivl.train.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
@@ -287,10 +288,10 @@ def make_eval_loader(
     return _loader(RowDataset(rows, encoder, on_bad_row), sampler, encoder, data, training)
 
 
-def unwrap_worker_error(error: RowError) -> RowError:
+def unwrap_worker_error(error: YiVLError) -> YiVLError:
     """Return the error of a data-loading worker without the worker's traceback, whose last line is the message."""
-    prefix = f"{RowError.__module__}.{RowError.__qualname__}: "
-    return RowError(str(error).strip().splitlines()[-1].removeprefix(prefix))
+    kind = type(error)
+    return kind(str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: "))
 
 
 def _log_notices(rows: RowTable) -> None:
@@ -301,7 +302,7 @@ def _log_notices(rows: RowTable) -> None:
 def _check_image_folder(source: DataSource, rows: RowTable) -> None:
     """Raise a ``RowError`` if none of the first images of a source exists: the ``--image_folder`` is wrong."""
     first = rows.first_images(20)
-    if first and not any(image.is_file() for image in first):
+    if first and not any(is_file(image) for image in first):
         raise RowError(
             f"{source.name}: none of its first {len(first)} images exists, such as {first[0]}; set "
             "--image_folder, or image_folder in a mixture, to the base folder of relative paths"

@@ -17,7 +17,7 @@ from yivl.checkpoint.atomic import write_json
 from yivl.data.bad_rows import BadRows
 from yivl.data.encoding import Encoder
 from yivl.data.rows import RowError
-from yivl.errors import Stopped
+from yivl.errors import CheckpointError, Stopped
 from yivl.model.cpu import has_native_bfloat16
 from yivl.train import parameters
 from yivl.train.arguments import Arguments, YiVLTrainingArguments
@@ -179,7 +179,7 @@ def fit(run: Run, model: torch.nn.Module) -> tuple[YiVLTrainer, dict[str, float]
     except KeyboardInterrupt:
         _report_stop(trainer, "interrupted")
         raise
-    except RowError as error:
+    except (RowError, CheckpointError) as error:
         raise unwrap_worker_error(error) from error
     if (number := trainer.stop.received) and trainer.state.global_step < trainer.state.max_steps:
         _report_stop(trainer, f"stopped by {signal.Signals(number).name}")

@@ -49,6 +49,7 @@ def valid_rows(
     """
     from yivl.data.prepare.records import OfficialFolder
     from yivl.data.rows import RowError, parse_row
+    from yivl.files.json_files import is_file
 
     assert source.rows is not None
     try:
@@ -56,7 +57,7 @@ def valid_rows(
             try:
                 image = row.get("image")
                 parse_row(row, image or "row without an image")
-                if image and image_folder is not None and not (image_folder / image).is_file():
+                if image and image_folder is not None and not is_file(image_folder / image):
                     raise RowError(f"{image_folder / image}: no such image")
             except RowError as error:
                 bad.add(source.title, str(error))
@@ -91,7 +92,8 @@ def write_rows(rows: Iterable[dict[str, Any]], path: Path, bad: "BadRecords") ->
     number = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
-        with partial.open("w", encoding="utf-8") as file:
+        # Unpaired surrogates, as JSON escapes them.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for row in tqdm(rows, unit="row", disable=not sys.stderr.isatty()):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 number += 1

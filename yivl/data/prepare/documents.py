@@ -21,6 +21,7 @@ from yivl.data.prepare.records import (
     ask,
     with_options,
 )
+from yivl.errors import YiVLError
 
 READ_TEXT: Final = "Read all text in this image."
 """Question about a synthetic document. Source: ours."""
@@ -127,9 +128,13 @@ def _synthdog_records(folder: OfficialFolder, bad: BadRecords) -> Iterator[Pair]
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=64, columns=["image", "ground_truth"]):
-            yield from batch.to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64, columns=["image", "ground_truth"]):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise YiVLError(f"{path}: not a readable Parquet file ({reason}); download it again") from error
 
 
 def _by_image(pairs: Iterable[Pair], bad: BadRecords) -> Iterator[dict[str, Any]]:

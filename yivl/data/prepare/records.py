@@ -22,6 +22,8 @@ DESCRIBE_ZH: Final = "请详细描述这张图片。"
 ONE_SENTENCE: Final = "Provide a one-sentence caption for the provided image."
 """Questions for captions in a conversation. Source: ours, and LLaVA-1.5 for ``ONE_SENTENCE``."""
 
+_WRONG_TYPES: Final = (TypeError, AttributeError)
+
 
 @dataclass(frozen=True)
 class OfficialFolder:
@@ -82,7 +84,7 @@ class OfficialFolder:
         try:
             with path.open("rb") as file:
                 return _PlainUnpickler(file, encoding="utf-8").load()  # of Python 2
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        except (pickle.UnpicklingError, EOFError, ValueError, ArithmeticError, LookupError, *_WRONG_TYPES) as error:
             raise YiVLError(f"{path}: not a pickle of plain values ({error}); get it from {self.address}") from error
 
 
@@ -126,7 +128,7 @@ class BadRecords:
             yield
         except KeyError as error:
             self.add(str(place), f"no {error}")
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
+        except (ValueError, IndexError, RecursionError, *_WRONG_TYPES) as error:
             self.add(str(place), str(error))
 
 

@@ -40,7 +40,28 @@ def complete_shards(folder: OfficialFolder, bad: BadRecords) -> dict[Path, int]:
 
 
 def mixture_of(name: str, shards: list[Path], folder: Path) -> str:
-    """Return the mixture of one source, with paths relative to the folder of its file."""
-    paths = [os.path.relpath(shard, folder) for shard in shards]
+    """Return the mixture of one source, with paths relative to the folder of its file.
+
+    Runs of numbers are one pattern, ``{00000..00123}.tar``: the 41,408 paths of LAION-400M would be megabytes of YAML.
+    """
+    runs: list[list[Path]] = []
+    for shard in shards:
+        if runs and _follows(shard, runs[-1][-1]):
+            runs[-1].append(shard)
+        else:
+            runs.append([shard])
+    patterns = [run[0] if len(run) == 1 else _pattern(run[0], run[-1]) for run in runs]
+    paths = [os.path.relpath(path, folder) for path in patterns]
     text: str = yaml.safe_dump([{"name": name, "data_path": paths}], sort_keys=False)
     return text
+
+
+def _follows(shard: Path, other: Path) -> bool:
+    """Whether the names of two shards of a folder are successive numbers of the same width."""
+    name, before = shard.stem, other.stem
+    is_number = name.isascii() and name.isdecimal() and before.isascii() and before.isdecimal()
+    return is_number and len(name) == len(before) and int(name) == int(before) + 1
+
+
+def _pattern(first: Path, last: Path) -> Path:
+    return first.with_name(f"{{{first.stem}..{last.stem}}}.tar")
