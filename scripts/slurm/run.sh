@@ -13,6 +13,8 @@ run_training() {
   export NNODES=$SLURM_NNODES MASTER_PORT=${MASTER_PORT:-29500}
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export MASTER_ADDR
+  # Since Slurm 22.05, a step gets one core unless it is told: srun does not read SLURM_CPUS_PER_TASK.
+  if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
   # SLURM_NODEID is that of each node
   # shellcheck disable=SC2016
   srun bash -c 'NODE_RANK=$SLURM_NODEID exec "scripts/$0" "$@"' "$script" \

@@ -141,7 +141,8 @@ def slurm(stubs: Path) -> dict[str, Any]:
     (stubs / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {stubs}/scontrol.log\necho 127.0.0.1\n')
     # Like Slurm's, it forwards SIGUSR1 to its tasks, and exits with their largest exit code.
     (stubs / "srun").write_text(
-        """#!/bin/bash
+        f"#!/bin/bash\necho $SRUN_CPUS_PER_TASK > {stubs}/cpus\n"
+        """
 SLURM_NODEID=1 "$@" >/dev/null 2>&1 &
 second=$!
 SLURM_NODEID=0 "$@" &
@@ -160,7 +161,13 @@ exit $code
     for stub in stubs.iterdir():
         stub.chmod(0o755)
     path = f"{stubs}:{os.environ['PATH']}"
-    return {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": 7, "PATH": path}
+    return {
+        "SLURM_NNODES": 2,
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_JOB_ID": 7,
+        "SLURM_CPUS_PER_TASK": 96,
+        "PATH": path,
+    }
 
 
 def requeues(stubs: Path) -> int:
@@ -175,6 +182,8 @@ def test_every_stage_has_a_slurm_job(stage: int, tmp_path: Path) -> None:
     assert f"stage:\\ {stage}\\," in printed  # quoted for the shell
     assert printed.endswith(" --resume auto --dataloader_num_workers 8 --max_steps 7 \n")
     assert requeues(tmp_path / "bin") == 0
+    # srun does not read SLURM_CPUS_PER_TASK. Source: release notes of Slurm 22.05.
+    assert (tmp_path / "bin/cpus").read_text() == "96\n"
 
 
 @pytest.mark.parametrize("job", ["finetune_v1_2", "finetune_v1_2_again", "pretrain_v1_2"])
