@@ -2,7 +2,7 @@
 # MMMU: responses, scores by subject and domain, a chart with the published scores, a file for submission.
 # Usage:     scripts/eval_mmmu.sh --model-path M --output O [flags...]
 #            MODEL=M OUT=O scripts/eval_mmmu.sh [flags...]
-# Required:  MODEL  Yi-VL checkpoint, folder or hub id     OUT  folder to write to; the same command resumes a run
+# Required:  MODEL  checkpoint, folder or hub id     OUT  folder to write to; the same command resumes a run
 # Optional:  DATA=MMMU/MMMU  folder of parquet files or of save_to_disk, or hub id
 #            --split test  predictions for the split whose answers are not published (default: validation)
 #            --protocol official  prompts of MMMU's example program

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Merge a LoRA adapter, and the projector or ViT trained with it, into the unquantized base; writes a Yi-VL checkpoint.
+# Merge a LoRA adapter, and the projector or ViT trained with it, into the unquantized base; writes a checkpoint.
 # Usage:     scripts/merge_lora.sh --model-path BASE --lora-path ADAPTER --save-model-path OUT [--dtype float32]
 # Dry run:   DRY_RUN=1 prints the command.
 set -euo pipefail

@@ -6,6 +6,7 @@ Text is always data: a control token or a placeholder that is spelled out in it 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Final
 
 from yivl.constants import (
@@ -84,6 +85,13 @@ class PromptTemplate:
     """Each ends an answer and is not part of it."""
     stop_token: str | None
     """Control token that ends an answer; ``None`` is the ``eos_token`` of the tokenizer."""
+
+    @property
+    def control_tokens(self) -> set[str]:
+        """All control tokens that a prompt can have."""
+        pieces = (*self.before_system, *self.after_system, *self.before_role, *self.after_text)
+        tokens = {piece.token for piece in (*pieces, *chain(*self.around_image)) if isinstance(piece, Control)}
+        return tokens if self.stop_token is None else tokens | {self.stop_token}
 
     def messages(self, turns: Iterable[Turn], questions: Sequence[Sequence[str]] = ()) -> list[RolePieces]:
         """Return the messages of turns.

@@ -74,7 +74,9 @@ class YiTokenizer(LlamaTokenizer):
         """
         index = self.convert_tokens_to_ids(token)
         if index is None or (index == self.unk_token_id and token != self.unk_token):
-            raise CheckpointError(f"tokenizer_config.json: no token {token!r}; use the tokenizer of the model")
+            raise CheckpointError(
+                f"the tokenizer has no token {token!r}, which the prompt needs; use the tokenizer of the model"
+            )
         return int(index)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> tuple[str, ...]:
@@ -158,12 +160,12 @@ def add_image_tokens(tokenizer: YiTokenizer) -> YiTokenizer:
     known = {str(index): tokenizer.added_tokens_decoder[index].__getstate__() for index in tokenizer.added_ids.values()}
     config["added_tokens_decoder"] = {
         **known,
-        **config.get("added_tokens_decoder", {}),
+        **(config.get("added_tokens_decoder") or {}),
         **{str(index): {"content": token, "special": True, **flags} for token, index in ids.items()},
     }
     names = "additional_special_tokens"
-    config[names] = [*config.get(names, []), *new]
-    special[names] = [*special.get(names, []), *({"content": token, **flags} for token in new)]
+    config[names] = [*(config.get(names) or ()), *new]
+    special[names] = [*(special.get(names) or ()), *({"content": token, **flags} for token in new)]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for name, fields in zip(_JSON_FILES, (config, special, added | ids), strict=True):
@@ -191,6 +193,22 @@ def check_vocabulary(folder: str | os.PathLike[str], tokenizer: YiTokenizer, voc
         raise CheckpointError(
             f"{folder}: the tokenizer has the id {largest}; expected less than vocab_size, {vocab_size}"
         )
+
+
+def check_control_tokens(folder: str | os.PathLike[str], tokenizer: YiTokenizer, template: PromptTemplate) -> None:
+    """Check that a tokenizer has the control tokens of a prompt template.
+
+    Args:
+        folder: Of the tokenizer, for the error.
+        tokenizer: Loaded from the folder.
+        template: Of the model.
+
+    Raises:
+        CheckpointError: If one is missing.
+    """
+    for token in sorted(template.control_tokens):
+        with library_errors(folder):
+            tokenizer.control_id(token)
 
 
 def read_sentencepiece(path: Path) -> SentencePieceProcessor:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.checkpoint.saving import save_checkpoint
-from yivl.errors import CheckpointError
+from yivl.errors import CheckpointError, ContextLengthError
 from yivl.inference.chat import Chat
 from yivl.mm_utils import load_pretrained_model
 from yivl.model.internvl import InternVLChatModel
@@ -339,6 +339,41 @@ def test_forward_without_image_flags_takes_all_images(model: InternVLChatModel) 
 def test_every_unusual_case_is_tested() -> None:
     parts = re.findall(r'unusual\("(.+?)"\)', Path(__file__).read_text(encoding="utf-8"))
     assert {unusual(part)["case"] for part in parts} == {case["case"] for case in UNUSUAL}
+
+
+@pytest.mark.parametrize(
+    ("history", "shown"),
+    [
+        ([{"role": "user", "content": "A?"}], r"\{'role': 'user', 'content': 'A\?'\}"),
+        (["Hi"], "'Hi'"),
+        ([("A?", None)], r"\('A\?', None\)"),
+        ([("A?", "B", "C")], r"\('A\?', 'B', 'C'\)"),
+    ],
+)
+def test_a_history_of_another_form_is_refused(
+    history: Any, shown: str, model: InternVLChatModel, tokenizer: YiTokenizer
+) -> None:
+    with pytest.raises(TypeError, match=f"^the history has {shown}; expected pairs of a question and its answer"):
+        model.chat(tokenizer, None, "Hi.", SHORT, history=history)
+
+
+def test_one_text_is_no_list_of_questions(model: InternVLChatModel, tokenizer: YiTokenizer) -> None:
+    with pytest.raises(TypeError, match="questions is one text; expected a list"):
+        model.batch_chat(tokenizer, None, "Hi?", SHORT)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_new_tokens": 2}])
+def test_a_prompt_that_fills_the_context_is_refused(
+    settings: dict[str, Any], model: InternVLChatModel, tokenizer: YiTokenizer
+) -> None:
+    with pytest.raises(ContextLengthError, match=r"^the prompt has [\d,]+ positions, .* expected less than [\d,]+$"):
+        model.chat(tokenizer, None, "word " * model.config.max_position_embeddings, settings)
+
+
+def test_image_flags_of_another_number_are_refused(model: InternVLChatModel) -> None:
+    ids, images = torch.tensor([[6, *[CONTEXT] * 9, 7]]), pixels_of([IMAGE])
+    with pytest.raises(ValueError, match="image_flags has 2 entries for 1 images"):
+        model(ids, pixel_values=images, image_flags=torch.tensor([1, 1]))
 
 
 def test_another_tokenizer_is_refused(model: InternVLChatModel) -> None:

@@ -181,3 +181,23 @@ def test_an_odd_grid_of_patches_is_refused() -> None:
 def test_the_class_of_the_model_follows_the_configuration() -> None:
     assert model_class(InternVLConfig.from_published(FIELDS)) is InternVLChatModel
     assert model_class(YiVLConfig()) is YiVLForCausalLM
+
+
+@pytest.mark.parametrize("fields", [{"head_dim": 16}, {"mlp_bias": True}])
+def test_unusual_fields_of_the_language_model_are_written_and_read_again(fields: dict[str, Any]) -> None:
+    config = InternVLConfig.from_published(FIELDS)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    written = config.to_published_dict()
+    assert fields.items() <= written["llm_config"].items()
+    again = InternVLConfig.from_published(written)
+    assert {name: getattr(again, name) for name in fields} == fields
+    yi_vl = YiVLConfig(hidden_size=64, num_attention_heads=8, **fields)
+    assert fields.items() <= yi_vl.to_published_dict().items()
+    assert not fields.keys() & YiVLConfig().to_published_dict().keys()
+
+
+def test_a_system_message_that_is_removed_is_not_written() -> None:
+    config = InternVLConfig.from_published(changed(system_message="Old."))
+    config.system_message = None
+    assert "system_message" not in config.to_published_dict()

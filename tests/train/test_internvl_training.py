@@ -23,6 +23,7 @@ from yivl.data.encoding import Encoder
 from yivl.data.rows import Row, parse_row
 from yivl.errors import YiVLError
 from yivl.inference.chat import Chat
+from yivl.tokenization import add_image_tokens, load_tokenizer
 from yivl.train.__main__ import main
 from yivl.train.arguments import parse_arguments
 from yivl.train.initialization import load_start, read_start
@@ -245,14 +246,20 @@ def test_flags_of_another_model_are_one_line(changes: dict[str, Any], message: s
 
 
 def test_a_command_of_the_original_is_explained_in_one_message() -> None:
-    """Source: OpenGVLab/InternVL, shell/internvl1.2: flags of the fine-tuning beside those of transformers."""
+    """Source: OpenGVLab/InternVL, shell/hermes2_yi34b, 448_res_finetune, and defaults of the program."""
     command = """--vision_path v --mlp_path m --llm_path l --conv_style Hermes-2 --output_dir o --meta_path d
      --force_image_size 448 --drop_path_rate 0.4 --down_sample_ratio 0.5 --pad2square False --freeze_llm False
-     --freeze_mlp False --freeze_backbone False --vision_select_layer -1 --max_seq_length 2048 --grad_checkpoint True"""
+     --freeze_mlp False --freeze_backbone False --vision_select_layer -1 --max_seq_length 2048 --grad_checkpoint True
+     --use_data_resampling False --overwrite_output_dir True --dataloader_num_workers 4 --bf16 True --num_train_epochs 1
+     --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps
+     --save_steps 200 --save_total_limit 3 --learning_rate 1e-5 --weight_decay 0.05 --warmup_ratio 0.03
+     --lr_scheduler_type cosine --logging_steps 1 --do_train True --group_by_length True --deepspeed z.json
+     --report_to tensorboard --unfreeze_vit_layers 0 --use_fast_tokenizer False --normalize_type imagenet"""
     with pytest.raises(YiVLError) as error:
         parse_arguments(command.split())
     message = str(error.value)
     assert "\n" not in message
+    assert "unknown flag" not in message
     assert (
         "--freeze_llm: False is not supported: use --freeze_backbone, which freezes the language model here" in message
     )
@@ -274,3 +281,28 @@ def test_flags_of_image_tiles_say_that_there_are_none() -> None:
     with pytest.raises(YiVLError, match="--model_name_or_path") as error:
         parse_arguments([part for name, (_, own) in values.items() for part in (f"--{name}", own)])
     assert "tiles" not in str(error.value)
+
+
+def test_parts_that_are_no_such_parts_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    start = write_parts(tmp_path)
+    llm = start.language_model
+    fields = json.loads((llm / "config.json").read_text())
+    (llm / "model.safetensors").unlink()
+    for kind in ("mistral", "qwen2"):
+        (llm / "config.json").write_text(json.dumps(fields | {"model_type": kind}))
+        with pytest.raises(YiVLError, match=rf"config\.json: model_type is '{kind}'; expected 'llama'"):
+            read_start(parse_arguments(flags(tmp_path / "out", "rows.json", **start.flags)).model, weights=False)
+    (llm / "config.json").write_text(json.dumps(fields))
+    for path in llm.glob("*token*"):  # another name of the same length
+        path.write_bytes(path.read_bytes().replace(b"<|im_end|>", b"<|my_end|>"))
+    with pytest.raises(YiVLError, match=r"llm: the tokenizer has no token '<\|im_end\|>', which the prompt needs"):
+        read_start(parse_arguments(flags(tmp_path / "out", "rows.json", **start.flags)).model, weights=False)
+
+
+def test_null_in_the_files_of_a_tokenizer_is_nothing(tmp_path: Path) -> None:
+    folder = write_parts(tmp_path).language_model
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        fields = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(fields | {"additional_special_tokens": None}))
+    tokenizer = load_tokenizer(folder)
+    assert len(add_image_tokens(tokenizer)) == len(tokenizer) + NUM_IMAGE_TOKENS

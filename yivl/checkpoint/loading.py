@@ -42,7 +42,7 @@ from yivl.model.architectures import check_class, model_class
 from yivl.model.block_attention import register_block_sdpa
 from yivl.model.configuration import YiVLConfig
 from yivl.model.modeling import YiVLForCausalLM
-from yivl.tokenization import YiTokenizer, check_vocabulary
+from yivl.tokenization import YiTokenizer, check_control_tokens, check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,7 @@ def read_small_files(folder: Path, **image_settings: Any) -> tuple[YiVLConfig, Y
     config = read_config(folder)
     tokenizer, clip_processor = read_processors(folder, config)
     check_vocabulary(folder, tokenizer, config.vocab_size)
+    check_control_tokens(folder, tokenizer, config.prompt_template)
     with library_errors(folder):
         return config, tokenizer, set_images(config, clip_processor, **image_settings)
 

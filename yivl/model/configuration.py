@@ -20,11 +20,11 @@ from yivl.model.projector import build_projector
 
 logger = logging.getLogger(__name__)
 
-# Fields of transformers or of this process that a checkpoint does not record.
+# Fields of transformers or of this process that a checkpoint does not record, or under another name.
 _UNPUBLISHED: Final = (
     "vision_config",
     "rope_parameters",
-    "head_dim",
+    "head_dim",  # unless it is unusual, as mlp_bias
     "mlp_bias",
     "dtype",
     "use_cache",
@@ -190,19 +190,34 @@ class YiVLConfig(LlamaConfig):
 
     def to_published_dict(self) -> dict[str, Any]:
         """Return the fields of ``config.json``, with ``rope_theta`` for old versions of transformers."""
-        rope = dict(self.rope_parameters)
-        kind = rope.pop("rope_type", "default")
         fields = {key: value for key, value in self.to_dict().items() if key not in _UNPUBLISHED}
-        fields |= {
+        return fields | {
             "architectures": ["LlavaLlamaForCausalLM"],  # Source: 01-ai/Yi-VL-6B, config.json
             "model_type": self.model_type,
             "mm_vision_tower": f"./vit/{self.vit_name}",
-            "rope_theta": rope.pop("rope_theta"),
-            "rope_scaling": None if kind == "default" else {"type": kind, **rope},
-            "torch_dtype": str(self.dtype or torch.float32).removeprefix("torch."),
+            **self.published_text_fields(),
+            "torch_dtype": self.published_dtype,
             "use_cache": True,
         }
+
+    def published_text_fields(self) -> dict[str, Any]:
+        """Return the fields of the language model that old versions of transformers have elsewhere, or not at all."""
+        rope = dict(self.rope_parameters)
+        kind = rope.pop("rope_type", "default")
+        fields = {
+            "rope_theta": rope.pop("rope_theta"),
+            "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        }
+        if self.head_dim != self.hidden_size // self.num_attention_heads:
+            fields["head_dim"] = self.head_dim
+        if self.mlp_bias:
+            fields["mlp_bias"] = True
         return fields
+
+    @property
+    def published_dtype(self) -> str:
+        """``torch_dtype`` of the weights, without its module."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
 
     @property
     def vit_name(self) -> str:

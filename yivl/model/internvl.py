@@ -108,6 +108,8 @@ class InternVLChatModel(YiVLForCausalLM):
         is_image = input_ids == self._context_id()
         features = self.extract_feature(pixel_values)
         if image_flags is not None:
+            if image_flags.numel() != len(features):
+                raise ValueError(f"image_flags has {image_flags.numel()} entries for {len(features)} images")
             features = features[image_flags.flatten().to(features.device) == 1]
         num_images, num_patches = features.shape[:2]
         if (count := int(is_image.sum())) != num_images * num_patches:
@@ -208,7 +210,9 @@ class InternVLChatModel(YiVLForCausalLM):
 
         Raises:
             ValueError: If the numbers of images, of ``<image>`` and in ``num_patches_list`` do not fit together.
-            TypeError: If the tokenizer is another class, or ``generation_config`` holds no arguments.
+            ContextLengthError: If the conversation exceeds the context length.
+            TypeError: If the tokenizer is another class, ``generation_config`` holds no arguments, or the history no
+                questions and answers.
         """
         pixel_values = None if pixel_values is None else stack_images(pixel_values)
         num_images = 0 if pixel_values is None else len(pixel_values)
@@ -218,7 +222,7 @@ class InternVLChatModel(YiVLForCausalLM):
                 f"num_patches_list is {tiles}; expected the number of images at each {LLAVA_IMAGE_TOKEN}, "
                 f"{num_images} in sum"
             )
-        earlier = [(asked, answer) for asked, answer in history or ()]
+        earlier = _turns(history or ())
         if not earlier and tiles:
             question = with_tag(question)
         template = self._template(tokenizer, IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
@@ -258,8 +262,11 @@ class InternVLChatModel(YiVLForCausalLM):
         Raises:
             NotImplementedError: If a history is given or asked for.
             ValueError: If ``num_patches_list`` does not fit the questions or the images.
-            TypeError: As ``chat``.
+            ContextLengthError: If a question exceeds the context length.
+            TypeError: As ``chat``, and if the questions are one text.
         """
+        if isinstance(questions, str):
+            raise TypeError("questions is one text; expected a list of them, or use chat")
         if history is not None or return_history:
             raise NotImplementedError("batch_chat asks independent questions; use chat for a conversation")
         pixel_values = None if pixel_values is None else stack_images(pixel_values)
@@ -317,6 +324,20 @@ class InternVLChatModel(YiVLForCausalLM):
         output = self.generate(input_ids, pixel_values, mask.to(self.device), **settings)
         answers = output[:: len(output) // len(prompts), input_ids.shape[1] :].tolist()
         return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+
+def _turns(history: Sequence[Sequence[str]]) -> History:
+    """Return the turns of a history.
+
+    Raises:
+        TypeError: If one is no pair of texts.
+    """
+    turns: History = []
+    for turn in history:
+        if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise TypeError(f"the history has {turn!r:.80}; expected pairs of a question and its answer, both texts")
+        turns.append((turn[0], turn[1]))
+    return turns
 
 
 def _arguments(generation_config: Settings) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
@@ -25,7 +24,8 @@ _TEXT: Final = (
     *("initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
     *("num_key_value_heads", "pad_token_id", "pretraining_tp", "rms_norm_eps", "vocab_size"),
 )
-_ROPE: Final = ("rope_theta", "rope_scaling")
+# Those of YiVLConfig.published_text_fields.
+_MORE_TEXT: Final = ("rope_theta", "rope_scaling", "head_dim", "mlp_bias")
 # The defaults of the classes are the sizes of other models.
 _REQUIRED_TEXT: Final = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
@@ -190,7 +190,7 @@ class InternVLConfig(YiVLConfig):
                 f"force_image_size is {size}; expected that of the ViT, {vision['image_size']}: change it here, and "
                 "choose another image size by a flag"
             )
-        known: dict[str, Any] = {name: text[name] for name in (*_TEXT, *_ROPE) if name in text}
+        known: dict[str, Any] = {name: text[name] for name in (*_TEXT, *_MORE_TEXT) if name in text}
         known["torch_dtype"] = fields.get("torch_dtype") or text.get("torch_dtype")
         own = {name: fields.get(name) for name in ("downsample_ratio", "ps_version", "template", "system_message")}
         vision_names = {field.name for field in dataclasses.fields(InternVisionConfig)} - {"dtype"}
@@ -218,13 +218,10 @@ class InternVLConfig(YiVLConfig):
                 "'squash' or 'pad'"
             )
         fields = copy.deepcopy(self.published or {})
-        rope = dict(self.rope_parameters)
-        kind = rope.pop("rope_type", "default")
         text = fields.get("llm_config", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
         text.pop("attn_implementation", None)
         text |= {name: getattr(self, name) for name in _TEXT}
-        text |= {"rope_theta": rope.pop("rope_theta"), "tie_word_embeddings": False}
-        text["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+        text |= {**self.published_text_fields(), "tie_word_embeddings": False}
         new_vision = {"architectures": ["InternVisionModel"], "model_type": InternVisionConfig.model_type}
         vision = fields.get("vision_config", new_vision)
         vision |= {name: getattr(self.vision_config, name) for name in InternVisionConfig.__annotations__}
@@ -242,11 +239,12 @@ class InternVLConfig(YiVLConfig):
             "ps_version": self.ps_version,
             "template": self.template,
             "tie_word_embeddings": False,
-            "torch_dtype": str(self.dtype or torch.float32).removeprefix("torch."),
+            "torch_dtype": self.published_dtype,
             # In memory, adapters are merged or separate from the model.
             "use_backbone_lora": 0,
             "use_llm_lora": 0,
         }
+        fields.pop("system_message", None)
         return fields | ({} if self.system_message is None else {"system_message": self.system_message})
 
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils import can_return_tuple
 
 from yivl.constants import IMAGE_TOKEN_INDEX
+from yivl.errors import ContextLengthError
 from yivl.model.configuration import YiVLConfig
 from yivl.model.decoder import DecoderLayer
 from yivl.model.fusion import Fused, PaddingSide, cover_cache, expand_placeholders, merge_features
@@ -245,6 +246,7 @@ class YiVLForCausalLM(LlamaForCausalLM):
 
         Raises:
             ValueError: If there are no ids, or placeholders and images differ in number.
+            ContextLengthError: If the prompt fills the context.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
@@ -252,11 +254,16 @@ class YiVLForCausalLM(LlamaForCausalLM):
         fused = self.fuse(
             input_ids, images, attention_mask=attention_mask, image_features=image_features, padding_side="left"
         )
+        room = self.config.max_position_embeddings - fused.inputs_embeds.shape[1]
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {fused.inputs_embeds.shape[1]:,} positions, image tokens included; expected less than "
+                f"{self.config.max_position_embeddings:,}"
+            )
         settings = kwargs.get("generation_config")
         max_length = kwargs.pop("max_length", getattr(settings, "max_length", None))
         if kwargs.get("max_new_tokens", getattr(settings, "max_new_tokens", None)) is None:
             # Callers count ids; transformers would count image patches too. The default is the rest of the context.
-            room = self.config.max_position_embeddings - fused.inputs_embeds.shape[1]
             kwargs["max_new_tokens"] = room if max_length is None else max(max_length - input_ids.shape[1], 1)
         # Logits processors index the vocabulary with the prompt ids, so -200 cannot stay in them.
         text_ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_INDEX, 0)

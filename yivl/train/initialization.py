@@ -21,7 +21,7 @@ from yivl.model.attention import register_packed_sdpa
 from yivl.model.configuration import YiVLConfig, fields_for
 from yivl.model.modeling import YiVLForCausalLM
 from yivl.model.sharding import gathered, new_parameter
-from yivl.tokenization import YiTokenizer, add_image_tokens, check_vocabulary, load_tokenizer
+from yivl.tokenization import YiTokenizer, add_image_tokens, check_control_tokens, check_vocabulary, load_tokenizer
 from yivl.train.arguments import ModelArguments
 
 _CPU = torch.device("cpu")
@@ -188,9 +188,8 @@ def _tokenizer_of_parts(folder: Path, config: YiVLConfig) -> tuple[YiTokenizer, 
     """Return the tokenizer of a language model with the image tokens of the template, and how many it lacked."""
     tokenizer = load_tokenizer(folder)
     check_vocabulary(folder, tokenizer, config.vocab_size)
-    if not any(config.prompt_template.around_image):
-        return tokenizer, 0
-    complete = add_image_tokens(tokenizer)
+    complete = add_image_tokens(tokenizer) if any(config.prompt_template.around_image) else tokenizer
+    check_control_tokens(folder, complete, config.prompt_template)
     return complete, len(complete) - len(tokenizer)
 
 
@@ -198,13 +197,18 @@ def _config_of_parts(folder: Path, vit: ViTSource, arguments: ModelArguments) ->
     """Return the configuration of a new model, whose architecture is that of the ViT.
 
     Raises:
-        CheckpointError: If ``config.json`` of the language model cannot be used, or a flag is of another architecture.
+        CheckpointError: If ``config.json`` is that of another kind of model or cannot be used, or a flag is of another
+            architecture.
     """
     path, kind, given = folder / "config.json", config_class(vit.config), arguments.of_a_new_model
     if other := given.keys() - {field.name for field in fields(kind)}:
         name = min(other)
         raise CheckpointError(f"--{name} {given[name]}: a model with the ViT {vit.path} has no such choice; drop it")
-    known = {key: value for key, value in read_json(path).items() if key not in _OF_THE_LANGUAGE_MODEL} | given
+    text = read_json(path)
+    # The keys of other kinds can be those of Llama, and their computation another one.
+    if text.get("model_type", "llama") != "llama":
+        raise CheckpointError(f"{path}: model_type is {text['model_type']!r}; expected 'llama', as Yi models have")
+    known = {key: value for key, value in text.items() if key not in _OF_THE_LANGUAGE_MODEL} | given
     known |= {
         "vision_config": vit.config,
         "mm_vision_tower": f"./vit/{vit.name}",

@@ -50,9 +50,14 @@ _INTERNVL: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
     "conv_style": (("hermes-2",), "the prompt is that of the checkpoint"),
     "down_sample_ratio": (("0.5",), "it is that of the checkpoint"),
     "dynamic_image_size": (("false",), "an image is one square, without tiles"),
+    "min_dynamic_patch": (("1",), "an image is one square, without tiles"),
     "max_dynamic_patch": (("1",), "an image is one square, without tiles"),
     "use_thumbnail": (("false",), "an image is one square, without tiles"),
     "unfreeze_lm_head": ((), "the output head is trained with the language model"),
+    "unfreeze_vit_layers": (("0",), "the ViT is trained whole, by --unfreeze_mm_vision_tower"),
+    "use_data_resampling": (("false",), "set the weight of each source in a mixture"),
+    "use_fast_tokenizer": (("false",), "texts become the ids of SentencePiece"),
+    "normalize_type": (("imagenet",), "pixels are normalized as preprocessor_config.json says"),
 }
 
 # Flags of transformers that would have no effect or a wrong one here, and what to use instead.
