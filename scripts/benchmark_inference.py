@@ -121,21 +121,23 @@ def report_loading(folder: Path, device: str) -> None:
     print(json.dumps({"seconds": seconds, "peak_bytes": resident_peak() - before}))
 
 
-def median_seconds(work: Callable[[], object], repeats: int, device: str) -> float:
-    """Return the median over ``repeats`` runs after a warm-up run."""
+def synchronize(device: str) -> None:
+    """Wait until a GPU has finished its work."""
     import torch
 
-    def finish() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
+
+def median_seconds(work: Callable[[], object], repeats: int, device: str) -> float:
+    """Return the median over ``repeats`` runs after a warm-up run."""
     work()
     seconds = []
     for _ in range(repeats):
-        finish()
+        synchronize(device)
         start = time.perf_counter()
         work()
-        finish()
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 

@@ -130,5 +130,8 @@ def free_memory() -> None:
 
     gc.collect()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # PyTorch 2.11, after a capture that could not be ended
+            print(f"memory is not returned: {one_line(error)}", file=sys.stderr)
         torch.cuda.reset_peak_memory_stats()

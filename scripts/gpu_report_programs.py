@@ -173,7 +173,7 @@ def serving(figures: Figures) -> None:
 
 def small_training(figures: Figures) -> None:
     """Train the small model with a random projector for two minutes, and score it before and after."""
-    require_packages("datasets", "psutil")
+    require_packages("datasets", "psutil", "matplotlib")
     import torch
 
     from yivl.checkpoint.loading import load_model
@@ -220,7 +220,7 @@ def train_for(folder: Path, seconds: float, figures: Figures) -> float:
         "--warmup_steps 20 --gradient_checkpointing False --vision_gradient_checkpointing False "
         "--model_max_length 512 --save_strategy steps --save_steps 100000 --logging_steps 1 --max_grad_norm 1 "
         f"--dataloader_num_workers {0 if figures.rehearsal else 8} --global_batch_size {size} "
-        f"--per_device_train_batch_size {size} --bf16 True"
+        f"--per_device_train_batch_size {size} --bf16 True --report_to none"
     )
     flags += " --use_cpu True" if figures.device == "cpu" else ""
     command = [str(ROOT / "scripts/train_stage3.sh"), *flags.split()]
@@ -297,7 +297,7 @@ def gpu_tests(figures: Figures) -> None:
                     failed[match[1].rpartition("::")[2]] = {"error": match[2].lower()}
                 figures.values["tests"] = dict(counts) | failed
                 figures.show()
-    if process.returncode != 0 and not failed:
+    if process.returncode not in (0, 1):  # 1: tests failed; others: it crashed, or found no tests
         raise RuntimeError(f"pytest: exit code {process.returncode}")
 
 

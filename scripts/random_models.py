@@ -122,7 +122,7 @@ def shape_config(shape: str, dtype: str = "float32", image_size: int | None = No
 def random_model(shape: str, dtype: str, device: str = "cpu") -> Any:
     """Return a ``LoadedModel`` with random weights, created on the device, in eval mode.
 
-    Stop string and stop token are never chosen, so that greedy answers have the length asked for.
+    What ends an answer, or is a part of it, is never chosen, so that greedy answers have the length asked for.
     """
     import torch
 
@@ -133,7 +133,10 @@ def random_model(shape: str, dtype: str, device: str = "cpu") -> Any:
     tokenizer, processor = small_files(config)
     model = random_weights(config, dtype, device).eval()
     with torch.no_grad():
-        model.lm_head.weight[[294, 710, tokenizer.eos_token_id]] = 0
+        parts = [
+            index for index, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if "#" in token
+        ]
+        model.lm_head.weight[[*parts, tokenizer.eos_token_id]] = 0
         model.lm_head.weight[len(tokenizer) :] = 0  # the tokenizer of the golden model is smaller
     return LoadedModel(model, tokenizer, ImageProcessor(processor, config.image_aspect_ratio), "model")
 

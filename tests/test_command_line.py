@@ -245,6 +245,7 @@ def raising(error: BaseException) -> Callable[[], None]:
             "not enough memory; ",
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "not enough memory; "),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "not enough memory; "),
         (MemoryError("out/7b: the GPUs are too small for the quantized model"), "not enough memory; "),
         (OSError(errno.ENOSPC, "No space left on device"), "output: No space left on device"),
         (OSError(errno.ENOSPC, "No space left on device", "out/a"), "out/a: No space left on device"),
@@ -267,6 +268,18 @@ def test_a_user_facing_error_is_one_line(
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: {line}")
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_attention_of_cudnn_is_not_preferred_unless_the_user_says_so(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    command_line.run(lambda: None)
+    assert os.environ[name] == (given or "1")
 
 
 @pytest.mark.parametrize(

@@ -200,16 +200,16 @@ def test_beam_search(cuda: SimulatedCuda, on_cuda: LoadedModel, loaded: LoadedMo
     ids=str,
 )
 def test_sampling(settings: dict[str, Any], cuda: SimulatedCuda) -> None:
-    """A token and its check are one copy to the host."""
+    """All tokens and their checks are one copy to the host."""
     logits, tokens = torch.randn(6, 1, 40), {}
     for device in (HOST, CUDA):
         torch.manual_seed(5)
         sampler = Sampler(Sampling(**settings), [3, -200, 7], device)
         rows = list(logits.to(device))
         cuda.transfers.clear()
-        tokens[device] = [sampler.choose(row) for row in rows]
+        tokens[device] = torch.stack([sampler.propose(row) for row in rows]).tolist()
     assert tokens[CUDA] == tokens[HOST]
-    assert cuda.transfers == {("cuda", "cpu"): 6}
+    assert cuda.transfers == {("cuda", "cpu"): 1}
 
 
 def answers_of_a_batch(loaded: LoadedModel) -> tuple[list[str], Engine]:
@@ -341,7 +341,7 @@ def test_a_decoding_step_copies_tokens_to_the_device_and_the_choice_back(
     cuda.transfers.clear()
     batch.step()
     assert len(batch) == 2
-    assert cuda.transfers == {("cpu", "cuda"): 1, ("cuda", "cpu"): 2}
+    assert cuda.transfers == {("cpu", "cuda"): 1, ("cuda", "cpu"): 1}  # of two requests
 
 
 def test_requests_of_the_scheduler(

@@ -34,9 +34,9 @@ ROWS = [[294, 332, -200, 725, 19], [1, 5, 9, 300, 301, 302, 17], [-200, 748, 12]
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """A device that computes float32 in float32: by default, convolutions are computed in TF32 on a GPU."""
-    torch.backends.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     yield request.param
-    torch.backends.fp32_precision = "none"  # the default
+    torch.backends.cudnn.allow_tf32 = True  # the default
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,9 @@ def run(
     """
     from yivl.errors import YiVLError
 
+    # On H100 and newer GPUs, PyTorch prefers cuDNN's attention, which builds a plan for every new length: a fraction of
+    # a second, and memory for good. Lengths of prompts and of decoding steps are always new. PyTorch reads it once.
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     _open_closed_streams()
     for stream in (sys.stdin, sys.stdout):
         # A terminal that cannot show Chinese, or a question in another encoding, must not end the program.
@@ -278,9 +281,9 @@ def require(module: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out; PyTorch's CPU allocator and cuBLAS have no exception type for it."""
+    """Return whether memory ran out; PyTorch's CPU allocator, cuBLAS and cuDNN have no exception type."""
     text = str(error).lower()
-    said = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    said = ("out of memory", "can't allocate memory", "_status_alloc_failed")  # of cuBLAS and cuDNN
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in text for words in said))
 
 

@@ -399,9 +399,35 @@ def test_graphs_share_the_memory_pool_of_those_that_are_alive(monkeypatch: pytes
     assert pools == [None]
 
 
+def test_a_refused_capture_raises_the_error_of_the_step_on_the_stream_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The end of such a capture fails, too, and PyTorch does not return to the stream before."""
+    streams = list[Any]()
+
+    @contextmanager
+    def record(graph: Any, **_: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def refuse() -> torch.Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    capture = mock_cuda(monkeypatch, object, record)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        capture(refuse)
+    with pytest.raises(RuntimeError, match="due to a previous error"):
+        capture(lambda: torch.ones(1))
+    assert streams == ["current stream"] * 2
+
+
 def mock_cuda(monkeypatch: pytest.MonkeyPatch, graph: Any, record: Any) -> CudaCapture:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current stream")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     return CudaCapture(torch.device("cuda"))

@@ -209,7 +209,7 @@ def test_tf32_is_what_the_flag_says_and_else_the_default_of_pytorch(
         trainer_arguments(arguments, RunPlan.of(arguments))
         found = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
     finally:
-        backends.fp32_precision = "none"  # the default
+        backends.fp32_precision, backends.cudnn.allow_tf32 = "none", True  # the defaults
     assert found == (("none", "tf32") if precision is None else (precision, precision))
 
 

@@ -48,16 +48,28 @@ class CudaCapture:
         self._graphs = weakref.WeakSet[torch.cuda.CUDAGraph]()
 
     def __call__(self, step: Callable[[], torch.Tensor]) -> Replay:
-        """Return a replay of the step, which must have run before: the first run loads kernels."""
+        """Return a replay of the step, which must have run before: the first run loads kernels.
+
+        Raises:
+            RuntimeError: If CUDA refuses an operation of the step, or memory runs out.
+        """
         # A pool is freed with its last graph and cannot be shared after that.
         pool = next((graph.pool() for graph in self._graphs), None)
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._device),
-            # Other threads may allocate memory meanwhile.
-            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            output = step()
+        with torch.cuda.device(self._device):
+            current, refused = torch.cuda.current_stream(), None
+            try:
+                # Other threads may allocate memory meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    try:
+                        output = step()
+                    except RuntimeError as error:
+                        refused = error
+                        raise
+            except RuntimeError as error:
+                # A capture that cannot be ended leaves the thread on its stream, and hides the error of the step.
+                torch.cuda.set_stream(current)
+                raise (refused or error) from None
         self._graphs.add(graph)
 
         def replay() -> torch.Tensor:
@@ -176,6 +188,8 @@ class DecodingGraphs:
         self._model, self._functions, self._capture = model, functions, capture
         self.is_refused = False
         """Whether CUDA refused to capture a step; no other one is tried then."""
+        self.num_left = 0
+        """Batches that were continued without graphs."""
         self.clear()
 
     @property
@@ -309,9 +323,9 @@ class GraphStep:
             try:
                 self._graph = self._graphs.adopt(cache, self._lengths)
             except (RuntimeError, MemoryError) as error:  # of CUDA; an error of the model itself is raised again below
-                if not is_out_of_memory(error):
-                    self._graphs.is_refused = True
-                    logger.warning("decoding without CUDA graphs: %s", next(iter(str(error).splitlines()), ""))
+                self._graphs.is_refused = not is_out_of_memory(error)
+                self._graphs.num_left += 1
+                logger.warning("decoding without CUDA graphs: %s", next(iter(str(error).splitlines()), ""))
                 self._graph = None
                 self._graphs.clear()
         return self._graph

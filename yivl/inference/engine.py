@@ -117,7 +117,7 @@ class Engine:
         ).logits
         if prefill.num_remaining:
             return None
-        text = state.take(self._choose(state, logits[:, -1]))
+        text = state.take(self._checked(state.sampler.propose(logits[:, -1]).tolist()))
         self._store(state.keys, [(layer.keys, layer.values) for layer in cache.layers])
         if state.finish_reason is None:
             self._join(state, cache)
@@ -131,20 +131,28 @@ class Engine:
         """
         if not self._states:
             return []
+        rows = self._decode_logits()[:, None]
+        proposals = [state.sampler.propose(row) for state, row in zip(self._states, rows, strict=True)]
         pieces = []
-        for state, row in zip(self._states, self._decode_logits(), strict=True):
+        # One transfer for all: on a GPU each one waits for all kernels.
+        for state, proposal in zip(self._states, torch.stack(proposals).tolist(), strict=True):
             try:
-                pieces.append((state, state.take(self._choose(state, row[None]))))
+                pieces.append((state, state.take(self._checked(proposal))))
             except NonFiniteError as error:
                 pieces.append((state, state.fail(error)))
         self.remove([state for state in self._states if state.finish_reason])
         return pieces
 
-    def _choose(self, state: GenerationState, logits: torch.Tensor) -> int:
-        try:
-            return state.sampler.choose(logits)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{self.loaded.name}: {error}") from error
+    def _checked(self, proposal: Sequence[int]) -> int:
+        """Return the token that a sampler proposes.
+
+        Raises:
+            NonFiniteError: If its logits are not finite.
+        """
+        is_finite, token = proposal
+        if not is_finite:
+            raise NonFiniteError(f"{self.loaded.name}: {NOT_FINITE}")
+        return token
 
     def _decode_logits(self) -> torch.Tensor:
         """Append the last token of every request to the cache; return ``(rows, vocabulary)`` logits."""

@@ -15,7 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from yivl.errors import NonFiniteError, YiVLError
+from yivl.errors import YiVLError
 from yivl.tokenization import YiTokenizer
 
 NOT_FINITE: Final = "the logits are NaN or infinite; download the damaged weights again, or use --dtype float32"
@@ -107,11 +107,10 @@ class Sampler:
         self._seen = torch.tensor([seen], dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def choose(self, logits: torch.Tensor) -> int:
-        """Return the next token for ``(1, vocabulary)`` logits.
+    def propose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return whether ``(1, vocabulary)`` logits are finite, and the next token: int64, ``(2,)``, on their device.
 
-        Raises:
-            NonFiniteError: If a logit is NaN or positive infinity.
+        Without a transfer, so that those of several answers can be one. NaN and positive infinity are not finite.
         """
         # In float32, which rounds no logits, the maximum is found faster on a CPU, too.
         scores = self._processors(self._seen, logits.float())
@@ -123,13 +122,9 @@ class Sampler:
         else:
             checked, token = (value[0] for value in scores.max(-1, keepdim=True))  # NaN counts as the largest
         token = token.view(1, 1)
-        # One transfer: on a GPU each one waits for all kernels.
-        is_finite, chosen = torch.cat([checked.isfinite().to(token.dtype), token[0]]).tolist()
-        if not is_finite:
-            raise NonFiniteError(NOT_FINITE)
         if self.settings.repetition_penalty != 1:
             self._seen = torch.cat([self._seen, token], dim=1)
-        return int(chosen)
+        return torch.cat([checked.isfinite().to(token.dtype), token[0]])
 
 
 class AnswerText:

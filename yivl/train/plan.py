@@ -160,6 +160,9 @@ def trainer_arguments(arguments: Arguments, plan: RunPlan) -> "TrainingArguments
         args = TrainingArguments(**given | dict(training.others) | derived)
     except (ValueError, ImportError, OSError) as error:
         raise YiVLError(" ".join(str(error).split())) from error
+    if args.tf32 is not None:
+        # transformers sets the precision of all backends, which PyTorch 2.10 to 2.12 does not apply to convolutions.
+        torch.backends.cudnn.allow_tf32 = args.tf32
     if args.n_gpu > 1:
         raise YiVLError(
             f"{args.n_gpu} GPUs in one process: start one process each with a script of scripts/ or torchrun, or "
