@@ -44,7 +44,9 @@ def main() -> None:
 
     from yivl.serve.listening import bind
 
-    for listener in bind(arguments.server_name, arguments.server_port, "--server-name, --server-port"):
+    listeners = bind(arguments.server_name, arguments.server_port, "--server-name, --server-port")
+    port = listeners[0].getsockname()[1]  # 0 chooses a free one
+    for listener in listeners:
         listener.close()  # gradio opens its own
 
     from yivl.serve.memory import return_large_blocks
@@ -58,11 +60,11 @@ def main() -> None:
         blocks,
         limits,
         server_name=arguments.server_name,
-        server_port=arguments.server_port,
+        server_port=port,
         share=arguments.share,
         inbrowser=arguments.inbrowser,
     )
-    logging.getLogger(__name__).info("http://%s:%d", arguments.server_name, arguments.server_port)
+    logging.getLogger(__name__).info("http://%s:%d", arguments.server_name, port)
     blocks.block_thread()
 
 

@@ -447,6 +447,8 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
         "/retry",
         "/save",
         f"/save {tmp_path}/no/folder.json",
+        "/save ~no-such-user/chat.json",
+        "/save a\0b",
         "/clear",
         "/help",
         '"""without an end',
@@ -478,6 +480,8 @@ def test_cli_commands(tmp_path: Path, loaded: LoadedModel) -> None:
         "error: there is no question to answer again",
         "error: /save needs a file name",
         "no/folder.json: cannot be written",
+        "error: ~no-such-user/chat.json: cannot be written (No such file or directory)",
+        "error: a\0b: cannot be written (embedded null byte)",
         HELP,
         'error: the question has no closing """\nexit...\n',
     ):

@@ -15,8 +15,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -31,6 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import checks
 from starlette.exceptions import HTTPException
+from starlette.testclient import TestClient
 from support.golden import GOLDEN, ROOT
 from support.models import ARCHITECTURES, load_golden, talkative_checkpoint
 from support.serving import data_url, free_port, user, wait_until
@@ -43,15 +45,17 @@ from yivl.serve.app import build_app
 from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
 from yivl.serve.limits import Limits
+from yivl.serve.listening import Connection, bind
 from yivl.serve.listening import Server as StoppableServer
-from yivl.serve.listening import bind
 from yivl.serve.metrics import Metrics
+from yivl.serve.remote import Fetcher
 from yivl.serve.scheduler import Overloaded, Request, Scheduler, ShuttingDown
 from yivl.serve.schema import ChatRequest, UserMessage
 
 PHOTO = GOLDEN / "images/photo_rgb.jpg"
 WIDE = GOLDEN / "images/wide_rgb.png"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+TEXT: dict[str, Any] = {"type": "text", "text": "hi"}
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,
@@ -89,12 +93,17 @@ class Server:
         wait_until(lambda: not self.scheduler.num_running + self.scheduler.num_waiting)
 
 
+def parts(part: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": [part]}
+
+
 @contextmanager
 def serving(loaded: LoadedModel, limits: Limits = LIMITS, key: str = "secret") -> Iterator[Server]:
     scheduler = Scheduler(loaded, limits)
     config = uvicorn.Config(
         build_app(scheduler, limits, api_key=key),
         port=0,
+        http=partial(Connection, limits=limits),
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=limits.shutdown_seconds,
@@ -375,11 +384,20 @@ def test_everything_but_health_needs_the_key(api: Server, path: str, header: str
         ({"n": 99}, 400, "n", "at most 4"),
         ({"max_tokens": 10**6}, 400, "max_tokens", "at most 512"),
         ({"seed": -1}, 400, "seed", ""),
-        ({"stop": ["a"] * 5}, 400, None, ""),
-        ({"stop": "a" * 257}, 400, None, ""),
+        ({"stop": ["a"] * 5}, 400, "stop", "stop: List should have at most 4 items"),
+        ({"stop": "a" * 257}, 400, "stop", "stop: String should have at most 256 characters"),
+        ({"stop": 5}, 400, "stop", "stop: Input should be a valid string"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "messages.0.user.content.0", "'video'"),
+        (
+            {"messages": [{"role": "user", "content": [TEXT | {"a": 1}]}]},
+            400,
+            "messages.0.user.content.0",
+            "not support",
+        ),
+        ({"messages": [{"role": "user", "content": [TEXT | {"text": 1}]}]}, 400, "messages.0.user.content.0", "string"),
         ({"messages": [user("a" * 900_000)]}, 400, "messages", "characters"),
         ({"messages": []}, 400, "messages", ""),
-        ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0", ""),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0", "'robot'"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, None, "alternate"),
         ({"messages": [user("a"), user("b")]}, 400, None, "alternate"),
         ({"messages": [user("a"), {"role": "system", "content": "b"}, user("c")]}, 400, None, "alternate"),
@@ -472,6 +490,78 @@ def test_the_name_of_an_unknown_parameter_is_cut(api: Server) -> None:
     response = api.post({"model": "checkpoint", "messages": [user("hi")], "a" * 10_000: 1})
     assert response.status_code == 400
     assert len(response.text) < 400
+
+
+def test_a_long_value_is_not_sent_back(api: Server) -> None:
+    response = api.post({"model": "checkpoint", "messages": [{"role": "r" * 10_000, "content": "hi"}]})
+    assert response.status_code == 400
+    assert len(response.text) < 400
+
+
+def test_answers_may_be_sent_back_as_clients_store_them(api: Server) -> None:
+    """``model_dump`` of OpenAI's client writes all fields."""
+    unset = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+    image = {"type": "image_url", "image_url": {"url": data_url(PHOTO.read_bytes()), "detail": None}}
+    messages = [
+        {"role": "user", "content": [image, TEXT], "name": None},
+        {"role": "assistant", "content": "A boat."} | unset,
+        user("and?"),
+    ]
+    options = {"include_usage": None, "include_obfuscation": False}
+    body = {"model": "checkpoint", "messages": messages, "stream": True, "stream_options": options, **GREEDY}
+    response = api.post(body)
+    assert response.status_code == 200, response.text
+    assert response.text.rstrip().endswith("data: [DONE]")
+
+
+def test_connections_without_headers_or_readers_are_cut_off() -> None:
+    """The body of a request is held until its answer is sent."""
+    sent = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100000000")]})
+        for _ in range(100):
+            await send({"type": "http.response.body", "body": bytes(10**6), "more_body": True})
+        await send({"type": "http.response.body"})
+        sent.set()
+
+    limits = Limits(max_receive_seconds=0.5, max_seconds=0.5)
+    http = partial(Connection, limits=limits)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, lifespan="off", log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started)
+    address = server.servers[0].sockets[0].getsockname()
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n"
+    with ExitStack() as stack:
+        silent, half, deaf = (stack.enter_context(socket.create_connection(address)) for _ in range(3))
+        deaf.sendall(head + b"\r\n")
+        half.sendall(head)
+        for client in (silent, half):
+            with suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+        assert not sent.is_set()
+        wait_until(sent.is_set)
+    server.should_exit = True
+    thread.join()
+
+
+def test_half_a_second_request_is_cut_off_and_a_whole_one_is_answered(api_model: LoadedModel) -> None:
+    limits = dataclasses.replace(LIMITS, max_receive_seconds=0.5)
+    with serving(api_model, limits) as server, ExitStack() as stack:
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))))
+        received, head = client.makefile("rb"), b"GET /health HTTP/1.1\r\nHost: x\r\n"
+        for _ in range(2):
+            client.sendall(head + b"\r\n")
+            assert received.readline().startswith(b"HTTP/1.1 200 ")
+            while received.readline().strip():
+                pass
+            assert received.read(15) == b'{"status":"ok"}'
+        client.sendall(head)
+        with suppress(ConnectionResetError):
+            assert received.read(1) == b""
 
 
 def test_bodies_have_a_time_and_a_size_together(api_model: LoadedModel) -> None:
@@ -607,6 +697,36 @@ def test_a_port_that_is_taken_is_one_line() -> None:
             assert result.returncode == 2
             assert f"127.0.0.1:{port} cannot be listened on (Address already in use); choose another" in result.stderr
             assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0..1", "a" * 64])
+def test_what_is_no_name_of_a_host_is_one_line(host: str) -> None:
+    with pytest.raises(YiVLError, match=r"^--host: .*:0 cannot be listened on \(.*\); choose another$"):
+        bind(host, 0, "--host")
+
+
+def test_a_slow_host_of_images_keeps_no_other_request_waiting(
+    api_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def fetch(self: Fetcher, url: str) -> bytes:
+        assert release.wait(60)
+        return PHOTO.read_bytes()
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    scheduler = Scheduler(api_model, limits := dataclasses.replace(LIMITS, max_batch=1))
+    app = build_app(scheduler, limits, remote_hosts=("example.com",))
+    body = {"model": "checkpoint", **GREEDY}
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        slow = body | {"messages": [user("What is this?", "https://example.com/image.jpg")]}
+        answer = pool.submit(client.post, "/v1/chat/completions", json=slow)
+        wait_until(lambda: answer.running())
+        for messages in ([user("hi")], [user("What is this?", data_url(PHOTO.read_bytes()))]):
+            assert client.post("/v1/chat/completions", json=body | {"messages": messages}).status_code == 200
+        assert not answer.done()
+        release.set()
+        assert answer.result().status_code == 200
 
 
 def test_a_port_that_another_server_takes_while_the_model_is_loaded_is_one_line(api_model: LoadedModel) -> None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+import gradio as gr
 import pytest
 from gradio.utils import get_upload_folder
 from playwright.sync_api import Browser, Download, Locator, Page, Request, expect, sync_playwright
@@ -632,6 +633,16 @@ def test_a_question_whose_conversation_was_closed_is_not_answered(scheduler: Sch
     page.send("hello", None, [], "English", SimpleNamespace(session_hash="another"))
     with pytest.warns(UserWarning, match="closed to make room"):
         assert list(page.answer(pending, 0, 1.0, 5, None, "English", visitor)) == [([], page.status())]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # which gr.Warning is without a browser
+def test_a_question_in_whose_place_another_is_asked_changes_nothing_on_the_page(scheduler: Scheduler) -> None:
+    page, visitor = web.Page(scheduler, Limits()), SimpleNamespace(session_hash="visitor")
+    _, first, _ = page.send("hello", None, [], "English", visitor)
+    _, second, _ = page.send("hi", None, [], "English", visitor)
+    assert list(page.answer(first, 0, 1.0, 5, None, "English", visitor)) == [(gr.skip(), gr.skip())]
+    *_, (messages, _) = page.answer(second, 0, 1.0, 5, None, "English", visitor)
+    assert [one["role"] for one in messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--inbrowser",)])

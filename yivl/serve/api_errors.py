@@ -18,6 +18,7 @@ _TYPES: Final = dict.fromkeys((400, 404, 405, 408, 413, 415), _INVALID) | {
     429: "rate_limit_error",
 }
 _MAX_PLACE: Final = 100  # characters; the client chooses the names of unknown parameters
+_MAX_MESSAGE: Final = 200  # characters; some messages quote the client
 _HEADERS: Final = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}}
 
 
@@ -75,10 +76,13 @@ def http_error(status: int) -> APIError:
 
 
 def _validation_error(error: RequestValidationError) -> APIError:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A content may be a text or a list, of which one is always wrong. The deepest error is of the one that was sent.
+    told = [each for each in errors if each["type"] not in ("string_type", "list_type")] or errors
+    first = max(told, key=lambda each: len(each["loc"]))
     place = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, str) or part.isidentifier())
     unknown = first["type"] == "extra_forbidden"
-    message = "this parameter is not supported" if unknown else str(first["msg"])
+    message = "this parameter is not supported" if unknown else str(first["msg"])[:_MAX_MESSAGE]
     place = place[:_MAX_PLACE]
     return APIError(400, f"{place}: {message}" if place else message, param=place or None)
 

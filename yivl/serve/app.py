@@ -18,7 +18,7 @@ from yivl.serve.completions import Exchange
 from yivl.serve.guard import Guard
 from yivl.serve.images import ImageReader
 from yivl.serve.limits import Limits
-from yivl.serve.messages import read_messages, text_of
+from yivl.serve.messages import has_remote_images, read_messages, text_of
 from yivl.serve.metrics import Metrics
 from yivl.serve.remote import Fetcher
 from yivl.serve.scheduler import Overloaded, Scheduler
@@ -28,10 +28,12 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
 _UNAUTHORIZED: Final[dict[int | str, dict[str, Any]]] = {401: _ERRORS[401]}
+# Each event of a stream. Source: OpenAPI 3.2, sequential media types; earlier tools ignore it.
+_EVENT: Final = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _STREAM: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "The answer; with `stream`, its pieces as server-sent events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
 }
 
@@ -61,7 +63,8 @@ def build_app(
         fetcher=Fetcher(remote_hosts, limits.max_image_bytes),
         reader=ImageReader(limits, scheduler.loaded.image_processor),
     )
-    readers = anyio.CapacityLimiter(limits.max_batch)
+    # Slow hosts of images must not keep requests without such images waiting.
+    readers, fetchers = (anyio.CapacityLimiter(limits.max_batch) for _ in range(2))
 
     @app.get("/health")
     async def health() -> Health:
@@ -91,8 +94,9 @@ def build_app(
         _check(body, scheduler, limits)
         deadline = asyncio.get_running_loop().time() + limits.max_seconds
         exchange = Exchange(body, limits, scheduler, deadline, metrics)
+        limiter = fetchers if has_remote_images(body.messages) else readers
         async with asyncio.timeout_at(deadline):
-            prompt = await anyio.to_thread.run_sync(read, body.messages, limiter=readers, abandon_on_cancel=True)
+            prompt = await anyio.to_thread.run_sync(read, body.messages, limiter=limiter, abandon_on_cancel=True)
         exchange.submit(*prompt)
         return await (exchange.stream(request) if body.stream else exchange.complete(request))
 

@@ -16,7 +16,7 @@ from yivl.serve.limits import Limits
 
 @dataclass(frozen=True)
 class SentImage:
-    """An image of a request, preprocessed: queued requests stay small, however large the file was."""
+    """An image of a request, preprocessed; the decoded file is not kept."""
 
     pixel_values: torch.Tensor = field(compare=False)
     """``(3, image_size, image_size)``."""

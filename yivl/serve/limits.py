@@ -26,7 +26,11 @@ class Limits:
     max_queue: int = _limit(64, "requests in the queue", "api", "web")
     max_images: int = _limit(8, "images of a request", "api")
     max_body_bytes: int = _limit(64 * 2**20, "bytes of a request", "api")
-    max_total_bytes: int = _limit(512 * 2**20, "bytes of all requests that are received or answered at a time", "api")
+    max_total_bytes: int = _limit(
+        512 * 2**20,
+        "bytes of all requests that are received or answered at a time; in memory, about twice that",
+        "api",
+    )
     max_choices: int = _limit(4, "answers to a request (n)", "api")
     max_batch: int = _limit(8, "answers generated in one batch", "api", "web")
     prefill_chunk: int = _limit(

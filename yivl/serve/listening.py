@@ -4,9 +4,11 @@ import asyncio
 import errno
 import socket
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from yivl.errors import YiVLError
 from yivl.serve.limits import Limits
@@ -44,7 +46,7 @@ def bind(host: str, port: int, flags: str) -> list[socket.socket]:
                 unavailable = error
         if not listeners:
             raise unavailable
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no name of a host
         for listener in listeners:
             listener.close()
         reason = getattr(error, "strerror", None) or error
@@ -65,6 +67,45 @@ def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> s
     return listener
 
 
+class Connection(H11Protocol):
+    """A connection that is cut off if its client sends no whole headers, or does not receive the answer, in time.
+
+    uvicorn waits for both without a limit, and the body of a request is held until its answer is sent.
+    """
+
+    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seconds_to_send = limits.max_receive_seconds
+        self._seconds_to_answer = limits.max_receive_seconds + limits.max_seconds + _LAST_EVENTS_SECONDS
+        self._answered: Any = None  # the request whose answer is awaited; None while the headers of one are
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._restart_timer(self._seconds_to_send)
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        super().data_received(data)
+        answered = None if self.cycle is None or self.cycle.response_complete else self.cycle
+        if answered is not self._answered:
+            self._answered = answered
+            self._restart_timer(self._seconds_to_send if answered is None else self._seconds_to_answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the timer."""
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _restart_timer(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        # Not close(), which waits until a client has received what is buffered.
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+
 class Server(uvicorn.Server):
     """A server whose answers end properly when it is stopped.
 
@@ -75,6 +116,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: Any, scheduler: "Scheduler", limits: Limits) -> None:
         seconds = limits.shutdown_seconds + _LAST_EVENTS_SECONDS
         options: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
+        options["http"] = partial(Connection, limits=limits)
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=seconds, **options))
         self._scheduler = scheduler
         self._seconds = limits.shutdown_seconds

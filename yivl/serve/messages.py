@@ -31,12 +31,7 @@ def read_messages(
     roles = [message.role for message in messages]
     if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
         raise YiVLError("after at most one system message, messages of user and assistant must alternate, user last")
-    urls = [
-        [part.image_url.url for part in message.content if isinstance(part, ImagePart)]
-        if isinstance(message.content, list)
-        else []
-        for message in messages[::2]
-    ]
+    urls = [_urls(message) for message in messages[::2]]
     if sum(map(len, urls)) > limits.max_images:
         raise YiVLError(f"a request may hold at most {limits.max_images} images")
     images = [[reader.read(_data(url, limits, fetcher)) for url in group] for group in urls]
@@ -46,6 +41,17 @@ def read_messages(
         for question, answer, group in zip(texts[::2], [*texts[1::2], None], images, strict=True)
     ]
     return system, turns, images
+
+
+def has_remote_images(messages: Sequence[Message]) -> bool:
+    """Return whether a message has an image that is to be fetched."""
+    return any(not _DATA_URL.match(url) for message in messages for url in _urls(message))
+
+
+def _urls(message: Message) -> list[str]:
+    if isinstance(message.content, str):
+        return []
+    return [part.image_url.url for part in message.content if isinstance(part, ImagePart)]
 
 
 def text_of(message: Message) -> str:

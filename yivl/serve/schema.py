@@ -10,6 +10,14 @@ FinishReason = Literal["stop", "length"]
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, fields: Any) -> Any:
+        """Drop fields that are ``null``: clients send it for what they do not set, and in answers they send back."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
 
 class TextPart(_Strict):
     """A text part."""
@@ -59,7 +67,6 @@ class AssistantMessage(_Message):
 
     role: Literal["assistant"]
     content: str | list[TextPart]
-    refusal: None = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
@@ -69,6 +76,7 @@ class StreamOptions(_Strict):
     """Options of a stream."""
 
     include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="no effect")
 
 
 class ResponseFormat(_Strict):
@@ -98,14 +106,6 @@ class ChatRequest(_Strict):
     logprobs: Literal[False] | None = None
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, description="no effect")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, fields: Any) -> Any:
-        """Drop fields that are ``null``: some clients send it for what they do not set."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 class AnswerMessage(BaseModel):

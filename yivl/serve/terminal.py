@@ -142,9 +142,11 @@ class Terminal:
         if not path:
             raise YiVLError("/save needs a file name")
         try:
-            Path(path).expanduser().write_text(as_json(self.chat, self.sampling), encoding="utf-8")
-        except OSError as error:
-            raise YiVLError(f"{path}: cannot be written ({error.strerror})") from error
+            text = as_json(self.chat, self.sampling)
+            Path(os.path.expanduser(path)).write_text(text, encoding="utf-8", errors="replace")
+        except (OSError, ValueError) as error:  # ValueError: no name of a file
+            reason = getattr(error, "strerror", None) or error
+            raise YiVLError(f"{path}: cannot be written ({reason})") from error
         self._print(f"saved {len(self.chat.turns)} turns to {path}")
 
     def _system(self, text: str) -> None:

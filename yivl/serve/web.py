@@ -37,6 +37,7 @@ _MIN_SECONDS_BETWEEN_UPDATES: Final = 0.05  # a browser redraws no faster and wo
 class Pending:
     """A question that is shown on the page and waits for its answer."""
 
+    session: Session
     index: int
     """The turn that it adds or replaces."""
     question: str
@@ -128,12 +129,15 @@ class Page:
     ) -> Iterator[tuple[list[Bubble], str]]:
         """Stream the answer to a queued question."""
         session = self._session(request)
-        # None: nothing was queued. Another event: the session was closed while the question was queued.
-        if pending is None or session.stop_event is not pending.stop_event:
+        # None: nothing was queued. Another session: that of the question was closed while it was queued.
+        if pending is None or session is not pending.session:
             gr.Warning(TEXTS[language]["gone"])
             yield as_bubbles(session.chat), self.status()
             return
         with session.lock:
+            if session.stop_event is not pending.stop_event:  # another question is shown in place of this one
+                yield gr.skip(), gr.skip()
+                return
             chat = session.chat
             if not pending.stop_event.is_set():
                 shown = bubbles_up_to(chat, pending.index, pending.question)
@@ -167,7 +171,7 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # the client's JSON is unchecked
             raise gr.Error("an argument has the wrong type; view_api() lists them", print_exception=False) from error
-        for text in self._stream(session, Pending(0, question.strip(), session.stop_event), sampling):
+        for text in self._stream(session, Pending(session, 0, question.strip(), session.stop_event), sampling):
             if isinstance(text, Exception):
                 raise gr.Error(_explain(text, "English"), print_exception=False)
             yield text
@@ -288,7 +292,7 @@ def _queue(session: Session, index: int, question: str) -> tuple[Pending, list[B
     """Return a question for ``Page.answer``, and the conversation that shows it; ends the current answer."""
     session.stop_event.set()
     session.stop_event = threading.Event()
-    return Pending(index, question, session.stop_event), bubbles_up_to(session.chat, index, question)
+    return Pending(session, index, question, session.stop_event), bubbles_up_to(session.chat, index, question)
 
 
 def _sampling(temperature: float, top_p: float, max_tokens: int, seed: int | None) -> dict[str, Any]:
