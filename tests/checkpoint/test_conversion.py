@@ -90,7 +90,9 @@ def check_open_clip_parity(vision_cfg: dict[str, Any], folder: Path, atol: float
     state_dict = {f"visual.{key}": value for key, value in visual.state_dict().items()}
     torch.save(state_dict | {"logit_scale": torch.ones(())}, folder / "open_clip_pytorch_model.bin")
     config_file = folder / "open_clip_config.json"
-    config_file.write_text(json.dumps({"model_cfg": {"embed_dim": 64, "vision_cfg": vision_cfg}}))
+    preprocess_cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    model_cfg = {"embed_dim": 64, "vision_cfg": vision_cfg}
+    config_file.write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}))
     open_clip_to_vit(folder / "open_clip_pytorch_model.bin", config_file, folder / "vit")
 
     vision = json.loads((folder / "vit/config.json").read_text())
@@ -107,7 +109,29 @@ def check_open_clip_parity(vision_cfg: dict[str, Any], folder: Path, atol: float
         )
         expected = features["image_intermediates"][0]
         torch.testing.assert_close(tower(pixels), expected, atol=atol, rtol=1e-4)
-    assert json.loads((folder / "vit/preprocessor_config.json").read_text())["crop_size"]["height"] == pixels.shape[2]
+    processor = json.loads((folder / "vit/preprocessor_config.json").read_text())
+    assert processor["crop_size"]["height"] == pixels.shape[2]
+    assert (processor["image_mean"], processor["image_std"]) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+
+
+def test_an_open_clip_folder_is_not_replaced_by_its_own_vit(tmp_path: Path) -> None:
+    """A folder of the hub also holds the CLIP of transformers, and thus a config.json."""
+    for name in ("config.json", "open_clip_config.json", "open_clip_pytorch_model.bin", "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="is or contains"):
+        open_clip_to_vit(tmp_path / "open_clip_pytorch_model.bin", tmp_path / "open_clip_config.json", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_tensors_that_share_memory_are_converted_and_files_of_a_run_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    tied = torch.arange(12.0).view(3, 4)
+    torch.save({"a": tied, "b": tied, "c": tied.T}, tmp_path / "source/pytorch_model.bin")
+    torch.save(Path("of a Trainer"), tmp_path / "source/training_args.bin")
+    bin_to_safetensors(tmp_path / "source", tmp_path / "target")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["model.safetensors"]
+    found = load_file(tmp_path / "target/model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in (("a", tied), ("b", tied), ("c", tied.T)))
 
 
 def test_the_tower_from_open_clip_gives_its_penultimate_features(tmp_path: Path) -> None:

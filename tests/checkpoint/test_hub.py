@@ -17,7 +17,7 @@ from support.hub import READER, TOKEN, Hub, Repository
 from support.training import train, write_rows
 
 from yivl.checkpoint.format import RECORD
-from yivl.checkpoint.hub import MARKER, check_whole, download
+from yivl.checkpoint.hub import MARKER, check_whole, download, is_edited
 from yivl.checkpoint.loading import LoadedModel, load_model
 from yivl.errors import CheckpointError
 from yivl.export.model_card import make_card, publish
@@ -269,6 +269,11 @@ def test_a_card_written_by_hand_is_kept_on_both_sides(hub: Hub, folder: Path) ->
         publish(folder, REPO, private=False, license_id="mit")
 
 
+def test_a_card_in_another_encoding_is_one_written_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes("模型".encode("gbk"))
+    assert is_edited(tmp_path / "README.md")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two real runs over the same rows: of the whole model, and of adapters and the projector."""
@@ -328,6 +333,9 @@ def test_an_adapter_is_published_with_the_name_of_its_base_and_loads(
     assert torch.equal(one, other)
     (run / "lora/non_lora_trainables.safetensors").write_bytes(files["non_lora_trainables.safetensors"][:99])
     with pytest.raises(CheckpointError, match=r"non_lora_trainables\.safetensors: damaged"):
+        publish(run / "lora", REPO, private=True, base_model="someone/base")
+    (run / "lora/non_lora_trainables.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"non_lora_trainables\.safetensors: holds 0 of the \d+ tensors"):
         publish(run / "lora", REPO, private=True, base_model="someone/base")
     del hub.repositories[REPO].commits[-1]["adapter_model.safetensors"]
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):

@@ -155,6 +155,17 @@ def test_old_weights_go_and_other_files_stay(saved: Path, loaded: LoadedModel) -
         torch.testing.assert_close(again.model(PROMPT, images=IMAGE).logits, expected, atol=0, rtol=0)
 
 
+def test_a_new_tokenizer_replaces_all_of_the_old_one(saved: Path, loaded: LoadedModel) -> None:
+    """Files of another format would be read by other programs in its place."""
+    old = ("tokenizer.json", "chat_template.jinja", "processor_config.json")
+    for name in old:
+        (saved / name).write_text("{}")
+    processor = loaded.image_processor.clip_processor
+    save_checkpoint(loaded.model, saved, tokenizer=loaded.tokenizer, image_processor=processor)
+    assert not [name for name in old if (saved / name).exists()]
+    load_model(saved, device="cpu")
+
+
 @pytest.mark.parametrize("unrelated", ["thesis.txt", "checkpoint-1/config.json"])
 def test_a_folder_that_holds_more_than_a_checkpoint_is_left_alone(
     unrelated: str, loaded: LoadedModel, tmp_path: Path

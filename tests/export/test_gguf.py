@@ -4,6 +4,7 @@ import base64
 import ctypes
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -387,6 +388,22 @@ def test_a_failed_export_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", fail)
     with pytest.raises(OSError, match="No space left"):
+        export_gguf(CHECKPOINT, tmp_path, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_language_file_that_cannot_be_written_leaves_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if "mmproj" not in target.name:
+            raise OSError("Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output error"):
         export_gguf(CHECKPOINT, tmp_path, dtype="float16")
     assert list(tmp_path.iterdir()) == []
 

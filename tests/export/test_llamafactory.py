@@ -401,6 +401,7 @@ def test_an_instruction_that_is_no_text_is_one_line(row: dict[str, Any], tmp_pat
         ({"file_name": "folder"}, r"folder is not a \.json or \.jsonl file"),
         ({"file_name": "gone.json"}, r"gone\.json: cannot be read"),
         ({"formatting": "openai"}, "formatting 'openai'; expected alpaca or sharegpt"),
+        ({"formatting": ["alpaca"]}, r"formatting \['alpaca'\]; expected alpaca or sharegpt"),
         ({"ranking": True}, r"preference data \(ranking\)"),
         (OPENAI | {"columns": {"messages": "messages", "kto_tag": "label"}}, r"preference data \(kto_tag\)"),
         ({"formatting": "sharegpt", "columns": {"images": "images"}}, "the columns do not name 'messages'"),

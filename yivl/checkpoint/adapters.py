@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
@@ -18,8 +17,10 @@ from yivl.checkpoint.format import (
     ADAPTER_WEIGHTS,
     METADATA,
     NON_LORA_TRAINABLES,
+    NUM_TRAINED,
     StateDict,
     check_keys,
+    find_trained,
     find_weights,
     published_name,
     read_json,
@@ -29,9 +30,6 @@ from yivl.command_line import is_out_of_memory
 from yivl.errors import CheckpointError
 from yivl.image_processing import ImageProcessor
 from yivl.model.modeling import YiVLForCausalLM
-
-_NUM_TRAINED: Final = "num_non_lora_trainables"
-"""Field of ``ADAPTER_SETTINGS``: tensors in ``NON_LORA_TRAINABLES``. Adapters of LLaVA and older ones lack it."""
 
 
 def save_adapter(
@@ -57,7 +55,7 @@ def save_adapter(
         "image_aspect_ratio": image_processor.aspect_ratio,
     }
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ADAPTER not in name]
-    write_json(folder / ADAPTER_SETTINGS, settings | ({_NUM_TRAINED: len(trained)} if trained else {}))
+    write_json(folder / ADAPTER_SETTINGS, settings | ({NUM_TRAINED: len(trained)} if trained else {}))
     if trained:
         weights = model.state_dict() if state_dict is None else state_dict
         tensors = {published_name(name): weights[name].detach().cpu().contiguous() for name in trained}
@@ -140,24 +138,12 @@ def _check_adapter(folder: Path, model: PeftModel, weights: StateDict) -> None:
 
 def _copy_trained(model: nn.Module, folder: Path) -> None:
     """Copy the parameters that were trained in addition to the adapter into the model."""
-    path = next((folder / name for name in NON_LORA_TRAINABLES if (folder / name).is_file()), None)
-    trained = {} if path is None else {published_name(key): value for key, value in read_weights(path).items()}
-    path = path or folder / NON_LORA_TRAINABLES[0]
-    if len(trained) < (expected := _read_num_trained(folder)):
-        raise CheckpointError(
-            f"{path}: holds {len(trained)} of the {expected} tensors trained with the adapter; copy the whole folder"
-        )
+    path = find_trained(folder)
+    if path is None:
+        return
+    trained = {published_name(key): value for key, value in read_weights(path).items()}
     own = {published_name(name): parameter for name, parameter in model.named_parameters()}
     check_keys(path, {key: own[key] for key in trained.keys() & own.keys()}, trained, fit="this base model")
     with torch.no_grad():
         for key, value in trained.items():
             own[key].copy_(value)
-
-
-def _read_num_trained(folder: Path) -> int:
-    """Return how many tensors were trained in addition to the adapter; 0 if the folder does not record it."""
-    path = folder / ADAPTER_SETTINGS
-    number = read_json(path).get(_NUM_TRAINED, 0) if path.is_file() else 0
-    if not isinstance(number, int):
-        raise CheckpointError(f"{path}: {_NUM_TRAINED} is {number!r}; expected an integer")
-    return number

@@ -34,9 +34,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        _sync(partial)
+        flush(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        flush(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
@@ -96,7 +96,7 @@ def _remove_leftovers(target: Path) -> None:
             if aside.is_dir() and not target.exists():
                 with suppress(OSError):  # another writer restores it, or this user may not
                     aside.rename(target)
-                    _sync(target.parent)
+                    flush(target.parent)
             for folder in (temporary, aside) if target.exists() else (temporary,):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -159,7 +159,7 @@ def replace_dir(folder: Path, target: Path) -> None:
         if aside.exists() and not target.exists():
             aside.rename(target)
         raise
-    _sync(target.parent)
+    flush(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -173,7 +173,7 @@ def remove_dir(folder: Path) -> None:
     removed = folder.with_name(f".{folder.name}{REMOVED}")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
-    _sync(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -189,7 +189,7 @@ def move_entries(folder: Path, target: Path, *, last: Collection[str]) -> None:
         if (target / path.name).is_dir():
             shutil.rmtree(target / path.name)
         path.replace(target / path.name)
-    _sync(target)
+    flush(target)
     folder.rmdir()
 
 
@@ -211,10 +211,11 @@ def settle(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         # mkdtemp and safetensors grant access to the owner alone.
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        _sync(path)
+        flush(path)
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Write what the system holds of a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

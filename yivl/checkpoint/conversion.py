@@ -4,17 +4,19 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.atomic import write_json
-from yivl.checkpoint.format import METADATA, read_json, read_weights
+from yivl.checkpoint.format import METADATA, StateDict, read_json, read_weights
 from yivl.checkpoint.saving import check_apart, checkpoint_dir
-from yivl.checkpoint.vit import open_clip_to_vit_weights, read_open_clip_config
+from yivl.checkpoint.vit import open_clip_to_vit_weights, read_open_clip_config, read_open_clip_processor
 from yivl.errors import CheckpointError
 
 # An unused ViT at 224 pixels in the ViT folder of the released checkpoints.
 _LEFT_OUT = ("open_clip_pytorch_model.bin", "open_clip_config.json")
+# Of transformers' Trainer: no weights.
+_OF_A_RUN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
@@ -30,7 +32,7 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
     check_apart(source, target)
-    files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in _LEFT_OUT]
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in _LEFT_OUT + _OF_A_RUN]
     if not any(path.suffix == ".bin" for path in files):
         raise CheckpointError(f"{source}: no .bin weights to convert")
     hashes: dict[str, str] = {}
@@ -41,8 +43,7 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
             if path.suffix == ".bin":
                 place = place.with_name(_safetensors_name(path.name))
                 hashes[str(path)] = sha256(path)
-                weights = {key: value.contiguous() for key, value in read_weights(path).items()}
-                save_file(weights, place, metadata=METADATA)
+                save_file(_without_shared_memory(read_weights(path)), place, metadata=METADATA)
                 hashes[str(target / place.relative_to(folder))] = sha256(place)
             elif path.name.endswith(".bin.index.json"):
                 index = read_json(path)
@@ -51,6 +52,17 @@ def bin_to_safetensors(source: Path, target: Path) -> dict[str, str]:
             else:
                 shutil.copyfile(path, place)
     return hashes
+
+
+def _without_shared_memory(weights: StateDict) -> StateDict:
+    """Return the tensors, copies of those that share memory, such as tied embeddings: safetensors refuses them."""
+    seen: set[int] = set()
+    separate = {}
+    for key, value in weights.items():
+        place = value.untyped_storage().data_ptr()
+        separate[key] = value.clone(memory_format=torch.contiguous_format) if place in seen else value.contiguous()
+        seen.add(place)
+    return separate
 
 
 def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
@@ -62,12 +74,14 @@ def open_clip_to_vit(weights: Path, config: Path, target: Path) -> None:
         target: Replaced if it exists.
 
     Raises:
-        CheckpointError: If a file cannot be read or the tower is not a plain CLIP ViT.
+        CheckpointError: If a file cannot be read, the tower is not a plain CLIP ViT, or ``target`` holds a source.
     """
+    for source in (weights, config):
+        check_apart(source, target)
     state_dict = read_weights(weights)
-    vision = read_open_clip_config(config)
+    vision, processor = read_open_clip_config(config), read_open_clip_processor(config)
     size = vision.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor.size, processor.crop_size = {"shortest_edge": size}, {"height": size, "width": size}
     with checkpoint_dir(target) as folder:
         write_json(folder / "config.json", vision.to_dict() | {"architectures": ["CLIPVisionModel"]})
         vit = {f"vision_model.{key}": value for key, value in open_clip_to_vit_weights(state_dict).items()}

@@ -42,6 +42,8 @@ NON_LORA_TRAINABLES: Final = ("non_lora_trainables.safetensors", "non_lora_train
 """Trained parameters of the base model. Source: haotian-liu/LLaVA, llava/train/train.py (the ``.bin``)."""
 ADAPTER_SETTINGS: Final = "yivl_adapter_config.json"
 """``image_size`` and ``image_aspect_ratio`` an adapter was trained with. Source: ours; LLaVA adapters have none."""
+NUM_TRAINED: Final = "num_non_lora_trainables"
+"""Field of ``ADAPTER_SETTINGS``: tensors in ``NON_LORA_TRAINABLES``. Adapters of LLaVA and older ones lack it."""
 ADAPTER: Final = ".lora_"
 """Part of the name of every LoRA parameter of peft."""
 
@@ -175,6 +177,26 @@ def read_shapes(path: Path) -> StateDict:
             dtype = _SAFETENSORS_DTYPES.get(part.get_dtype(), torch.int64)
             shapes[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
     return shapes
+
+
+def find_trained(adapter: Path) -> Path | None:
+    """Return the file of the parameters that were trained in addition to an adapter, or ``None`` if there were none.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or holds fewer than the folder records.
+    """
+    path = next((adapter / name for name in NON_LORA_TRAINABLES if (adapter / name).is_file()), None)
+    settings = adapter / ADAPTER_SETTINGS
+    expected = read_json(settings).get(NUM_TRAINED, 0) if settings.is_file() else 0
+    if not isinstance(expected, int):
+        raise CheckpointError(f"{settings}: {NUM_TRAINED} is {expected!r}; expected an integer")
+    found = 0 if path is None else len(read_shapes(path))
+    if found < expected:
+        path = path or adapter / NON_LORA_TRAINABLES[0]
+        raise CheckpointError(
+            f"{path}: holds {found} of the {expected} tensors trained with the adapter; copy the whole folder"
+        )
+    return path
 
 
 def check_utf8(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Upload of checkpoints and adapters to the Hugging Face hub, and download: atomic, and only the files a load reads."""
+"""Upload of checkpoints and adapters to the Hugging Face hub, and download: atomic, without files no load reads."""
 
 import json
 import logging
@@ -28,10 +28,10 @@ from yivl.checkpoint.format import (
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
     LOG,
-    NON_LORA_TRAINABLES,
     RECORD,
     UNUSED_FILES,
     check_weight_file,
+    find_trained,
     find_weights,
     read_json,
     weight_files,
@@ -165,8 +165,8 @@ def check_whole(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no such folder; give a checkpoint or an adapter")
     if (folder / ADAPTER_CONFIG).is_file():
         read_json(folder / ADAPTER_CONFIG)
-        for path in [find_weights(folder, ADAPTER_WEIGHTS), *_trained(folder)]:
-            check_weight_file(path)
+        check_weight_file(find_weights(folder, ADAPTER_WEIGHTS))
+        find_trained(folder)
         return
     config, _, _ = read_small_files(folder)
     if not format_of(folder).has_vit_folder:
@@ -210,15 +210,11 @@ def last_part(path: str) -> str:
 
 def is_edited(card: Path) -> bool:
     """Whether a model card exists that was written or edited by hand."""
-    return card.is_file() and not _is_generated(card.read_text(encoding="utf-8"))
+    return card.is_file() and not _is_generated(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def _is_generated(text: str) -> bool:
     return MARKER.split(" and ")[0] in text  # what follows has changed
-
-
-def _trained(adapter: Path) -> list[Path]:
-    return [adapter / name for name in NON_LORA_TRAINABLES if (adapter / name).is_file()]
 
 
 def _vit_folder(folder: Path) -> Path | None:
@@ -229,7 +225,8 @@ def _vit_folder(folder: Path) -> Path | None:
 def _names_to_upload(folder: Path) -> list[str]:
     """Return the files to upload, relative to the folder."""
     if (folder / ADAPTER_CONFIG).is_file():
-        weights = [*folder.glob("adapter_model.*"), *_trained(folder)]
+        trained = find_trained(folder)
+        weights = [*folder.glob("adapter_model.*"), *([] if trained is None else [trained])]
     else:
         weights = weight_files(folder)
         if (vit := _vit_folder(folder)) is not None:

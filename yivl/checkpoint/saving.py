@@ -24,6 +24,11 @@ _OF_THE_MODEL: Final = (
     *("*.safetensors", "*.bin", "*.index.json", "published.json"),
     *("training_*.json", "checkpoint_manifest.json", "train_results.json", "log.jsonl", "loss.png"),
 )
+# What belongs to a tokenizer: a new one replaces all of it.
+_OF_THE_TOKENIZER: Final = (
+    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
+    *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
+)
 
 
 @contextmanager
@@ -41,9 +46,10 @@ def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
     with explain_full_disk(folder), atomic_dir(folder) as new:
         yield new
         old = Path(folder).resolve()
+        stale = _OF_THE_MODEL + (_OF_THE_TOKENIZER if any(new.glob("tokenizer*")) else ())
         for path in old.rglob("*"):
             place = new / path.relative_to(old)
-            is_stale = any(path.match(pattern) for pattern in _OF_THE_MODEL)
+            is_stale = any(path.match(pattern) for pattern in stale)
             if path.is_file() and not is_stale and not place.exists() and place.parent.is_dir():
                 shutil.copy2(path, place)
 

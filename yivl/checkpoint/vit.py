@@ -12,10 +12,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, PreTrainedConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.format import StateDict, check_keys, find_weights, read_json, read_main_weights, read_weights
 from yivl.errors import CheckpointError
-from yivl.files.schema import OpenClipVision
+from yivl.files.schema import OpenClipPreprocessing, OpenClipVision
 from yivl.files.validation import check_fields, library_errors
 from yivl.model.configuration import fields_for
 from yivl.model.internvl_configuration import InternVisionConfig
@@ -72,6 +73,24 @@ def read_vit_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder}: no ViT; expected config.json (CLIP of transformers) or open_clip_config.json")
     return read_vision_config(Path(folder) / "config.json")
+
+
+def read_open_clip_processor(path: Path) -> CLIPImageProcessorPil:
+    """Return the preprocessing in an ``open_clip_config.json``, of any image size.
+
+    Raises:
+        CheckpointError: If the file is missing, or a field has a wrong type or value.
+    """
+    fields = read_json(path).get("preprocess_cfg", {})
+    check_fields(path, fields, OpenClipPreprocessing)
+    return open_clip_processor(fields)
+
+
+def open_clip_processor(fields: Mapping[str, Any]) -> CLIPImageProcessorPil:
+    """Return CLIP preprocessing with the mean and standard deviation of open_clip, of any image size."""
+    names = {"image_mean": "mean", "image_std": "std"}
+    given = {ours: list(fields[theirs]) for ours, theirs in names.items() if fields.get(theirs)}
+    return CLIPImageProcessorPil(**given)
 
 
 def read_vision_config(path: Path) -> PreTrainedConfig:

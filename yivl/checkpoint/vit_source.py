@@ -3,24 +3,24 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from transformers import PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from yivl.checkpoint.download import Fetch, download_model, fetch_first, fetch_main_weights, reason_of
-from yivl.checkpoint.format import StateDict, read_json
+from yivl.checkpoint.format import StateDict
 from yivl.checkpoint.vit import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
     is_open_clip,
+    open_clip_processor,
     read_clip_weights,
     read_open_clip_model,
+    read_open_clip_processor,
     read_vit_config,
 )
 from yivl.errors import CheckpointError
-from yivl.files.schema import OpenClipPreprocessing
-from yivl.files.validation import check_fields
 from yivl.image_processing import load_clip_processor
 
 OPEN_CLIP: Final = "open_clip:"
@@ -86,17 +86,8 @@ def _fetch_nothing(folder: Path, fetch: Fetch) -> None:
 
 def _clip_processor(folder: Path) -> CLIPImageProcessorPil:
     if is_open_clip(folder):
-        fields = read_json(folder / OPEN_CLIP_CONFIG).get("preprocess_cfg", {})
-        check_fields(folder / OPEN_CLIP_CONFIG, fields, OpenClipPreprocessing)
-        return _open_clip_processor(fields)
+        return read_open_clip_processor(folder / OPEN_CLIP_CONFIG)
     return load_clip_processor(folder)
-
-
-def _open_clip_processor(fields: dict[str, Any]) -> CLIPImageProcessorPil:
-    """Return CLIP preprocessing with the mean and standard deviation of open_clip; the run sets the image size."""
-    names = {"image_mean": "mean", "image_std": "std"}
-    given = {ours: list(fields[theirs]) for ours, theirs in names.items() if fields.get(theirs)}
-    return CLIPImageProcessorPil(**given)
 
 
 def _from_open_clip(name: str, *, weights: bool) -> ViTSource:
@@ -120,4 +111,4 @@ def _from_open_clip(name: str, *, weights: bool) -> ViTSource:
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{name}: open_clip could not download the weights ({reason_of(error)})") from error
     last = f"{model}-{pretrained if tag else file.stem}"
-    return ViTSource(last, file, config, _open_clip_processor(tag))
+    return ViTSource(last, file, config, open_clip_processor(tag))

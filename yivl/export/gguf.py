@@ -21,7 +21,7 @@ from gguf import (
     get_tensor_name_map,
 )
 
-from yivl.checkpoint.atomic import atomic_file
+from yivl.checkpoint.atomic import atomic_file, flush
 from yivl.checkpoint.download import resolve_checkpoint
 from yivl.checkpoint.folder import read_all_weights
 from yivl.checkpoint.format import PROJECTOR, VIT, StateDict, check_keys
@@ -74,14 +74,19 @@ def export_gguf(checkpoint: Path, folder: Path, *, dtype: Dtype) -> tuple[Path, 
     weights = read_all_weights(source, config)
     check_keys(source, empty_model(config).state_dict(), weights)
     folder.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(folder), atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
-        with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
-            _add_language_fields(writer, config)
-            _add_vocabulary(writer, config, tokenizer)
-            _write_tensors(writer, weights, _language_tensors(config), dtype)
-        with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
-            _add_vision_fields(writer, config, image_processor)
-            _write_tensors(writer, weights, _vision_tensors(config), dtype)
+    try:
+        with explain_full_disk(folder), atomic_file(targets[0]) as language, atomic_file(targets[1]) as vision:
+            with _writer(language, MODEL_ARCH.LLAMA, GGUFType.MODEL, name, dtype) as writer:
+                _add_language_fields(writer, config)
+                _add_vocabulary(writer, config, tokenizer)
+                _write_tensors(writer, weights, _language_tensors(config), dtype)
+            with _writer(vision, MODEL_ARCH.MMPROJ, GGUFType.MMPROJ, name, dtype) as writer:
+                _add_vision_fields(writer, config, image_processor)
+                _write_tensors(writer, weights, _vision_tensors(config), dtype)
+            flush(language)  # takes long; from here on, both get their names within a moment
+    except BaseException:
+        targets[1].unlink(missing_ok=True)  # it may be in its place before the other one cannot be written
+        raise
     return targets
 
 

@@ -153,7 +153,7 @@ def _read_declaration(dataset_info: Path, name: str) -> tuple[Path, Mapping[str,
     if not file.endswith((".json", ".jsonl")):
         raise RowError(f"{origin}: {file} is not a .json or .jsonl file")
     formatting = declared.get("formatting", "alpaca")
-    if formatting not in _DEFAULT_COLUMNS:
+    if not isinstance(formatting, str) or formatting not in _DEFAULT_COLUMNS:
         raise RowError(f"{origin}: formatting {formatting!r}; expected alpaca or sharegpt")
     columns, tags = declared.get("columns", _DEFAULT_COLUMNS[formatting]), declared.get("tags", {})
     for names in (columns, tags):
