@@ -31,7 +31,8 @@ fi
 NNODES=${NNODES:-1} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
 processes=$((GPUS > 0 ? GPUS : ${PROCESSES:-1}))
 if [[ -n ${HOSTFILE:-} ]]; then
-  NNODES=$(grep -c '^[^#[:space:]]' "$HOSTFILE")
+  NNODES=$(grep -c '^[^#[:space:]]' "$HOSTFILE" || true)
+  ((NNODES > 0)) || { echo "error: HOSTFILE=$HOSTFILE names no host" >&2; exit 2; }
 fi
 
 # processes_of MODULE: sets `command` to start the module in all processes of this node.

@@ -366,6 +366,13 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
             answer_questions(pytest.fail, [], tmp_path / name, {}, batch_size=1, max_new_tokens=1)
 
 
+def test_a_run_that_was_killed_while_it_began_is_repeated(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.settings.json.partial").write_text("{")
+    answer_questions(lambda: chat.loaded, [], tmp_path / "out", {"a": 1}, batch_size=1, max_new_tokens=1)
+    assert json.loads((tmp_path / "out/settings.json").read_text()) == {"a": 1}
+
+
 def test_changed_questions_data_and_weights_have_other_fingerprints(tmp_path: Path) -> None:
     def prints(**changes: Any) -> dict[str, str]:
         fields = {"id": "1", "prompt": "?", "image": lambda: None, "fields": {}, "image_key": "a.jpg"} | changes
@@ -526,6 +533,10 @@ def broken(folder: Path, what: str) -> str:
         rows = rows.map(lambda row: {"id": row["id"].replace("Math", "Astronomy")})
     elif what == "no options":
         rows = rows.map(lambda row: {"options": "[]"})
+    elif what == "a number as id":
+        rows = rows.remove_columns("id").add_column("id", list(range(len(rows))))
+    elif what == "no literal":
+        rows = rows.map(lambda row: {"options": "[{[]: 1}]"})
     elif what == "no rows":
         rows = rows.select([])
     elif what == "same ids":
@@ -544,6 +555,8 @@ def broken(folder: Path, what: str) -> str:
         ("no question type", "row 0: not a row of MMMU"),
         ("no subject", "row 0: not a row of MMMU .*'validation_Astronomy_1' names no subject"),
         ("no options", "row 0: not a row of MMMU .*a multiple-choice question without options"),
+        ("a number as id", "row 0: not a row of MMMU .*id, question and answer are not text"),
+        ("no literal", "row 0: not a row of MMMU .*TypeError"),
         ("no rows", "split 'validation' cannot be read .*no data"),
         ("no such split", "no split 'validation'"),
         ("damaged file", "split 'validation' cannot be read"),

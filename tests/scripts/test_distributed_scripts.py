@@ -247,6 +247,14 @@ def test_a_slurm_job_of_two_nodes_saves_is_requeued_and_finishes(tmp_path: Path)
     load_model(out, device="cpu")
 
 
+def test_a_hostfile_without_hosts_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# none\n")
+    environment = os.environ | {"HOSTFILE": str(tmp_path / "hosts"), "DRY_RUN": "1"}
+    command = [ROOT / "scripts/finetune.sh", "--output_dir", "x"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, f"error: HOSTFILE={tmp_path}/hosts names no host\n")
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_hostfile_starts_the_deepspeed_launcher(tmp_path: Path) -> None:

@@ -393,10 +393,10 @@ def test_the_peak_of_a_figure_has_nothing_that_came_before(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_capture_that_cuda_refused_is_reported() -> None:
+def test_batches_without_graphs_are_reported() -> None:
     from gpu_report_inference import graph_figures
 
-    graphs = [None, Namespace(is_refused=True), Namespace(is_refused=False)]
+    graphs = [None, Namespace(num_left=1), Namespace(num_left=0)]
     found = [graph_figures(Namespace(decoding_graphs=value))["cuda_graphs"] for value in graphs]
     assert found == [False, False, True]
 

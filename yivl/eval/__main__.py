@@ -60,6 +60,8 @@ def main() -> None:
                 raise YiVLError(f"--batch-size {arguments.batch_size}: must be at least 1")
             questions = benchmark.read_questions(arguments)
             max_new_tokens = benchmark.max_new_tokens(arguments)
+            if max_new_tokens < 1:
+                raise YiVLError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
             models = [arguments.model_path, arguments.model_base or _adapter_base(arguments.model_path)]
             settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
             settings |= {"max_new_tokens": max_new_tokens} | fingerprint(questions, arguments.data, models)

@@ -187,7 +187,8 @@ def _resume(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         raise YiVLError(f"{folder}: is a file; set --output to a folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
-    if not path.is_file() and any(folder.iterdir()):
+    held = [file for file in folder.iterdir() if file.name != f".{_SETTINGS}.partial"]  # of a run that was killed
+    if not path.is_file() and held:
         raise YiVLError(f"{folder}: holds other files; set --output to an empty or new folder")
     responses = _read_responses(folder)
     if not responses:  # a run that failed before its first response may start with other settings

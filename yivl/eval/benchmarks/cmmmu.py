@@ -127,8 +127,10 @@ def _question(row: Mapping[str, Any], read_image: ReadImage, origin: str) -> Que
         names = [row[name] or "" for name in sorted(row) if re.fullmatch(r"image_\d+_filename", name)]
     except KeyError as error:
         raise YiVLError(f"{origin}: not a row of CMMMU (no {error})") from error
-    if not isinstance(text, str) or kind not in _TASKS or category not in DOMAINS:
-        raise YiVLError(f"{origin}: not a row of CMMMU (question {text!r}, type {kind!r}, category {category!r})")
+    is_text = isinstance(text, str) and isinstance(row["answer"], str)
+    if not is_text or kind not in _TASKS or category not in DOMAINS:
+        found = f"question {text!r}, answer {row['answer']!r}, type {kind!r}, category {category!r}"
+        raise YiVLError(f"{origin}: not a row of CMMMU ({found})")
     asked = f"问题：{text}\n"
     if kind == CHOICE:
         fields["index2ans"] = dict(zip(_LETTERS, options, strict=True))

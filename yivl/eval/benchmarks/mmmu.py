@@ -145,12 +145,12 @@ def _question(protocol: str, row: Mapping[str, Any], read_image: ReadImage, orig
     try:
         id, text, kind = row["id"], row["question"], row["question_type"]
         options, answer = _as_list(row["options"]), row["answer"]
-        if not isinstance(text, str) or not isinstance(answer, str):
-            raise ValueError("question and answer are not text")
+        if not all(isinstance(value, str) for value in (id, text, answer)):
+            raise ValueError("id, question and answer are not text")
         if kind == "multiple-choice" and not options:
             raise ValueError("a multiple-choice question without options")
         place({"id": id})
-    except (KeyError, ValueError, SyntaxError) as error:
+    except (KeyError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise YiVLError(f"{origin}: not a row of MMMU ({type(error).__name__}: {error})") from error
     is_blank = False
     if protocol == "yi":

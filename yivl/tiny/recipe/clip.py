@@ -69,7 +69,7 @@ def contrastive_loss(clip: open_clip.CLIP, batch: dict[str, torch.Tensor]) -> to
 
 
 def save_clip(clip: open_clip.CLIP, folder: Path) -> None:
-    """Write an open_clip checkpoint, which ``scripts/convert.py vit`` and ``--vision_tower`` read."""
+    """Write an open_clip checkpoint, which ``scripts/convert.py open-clip`` and ``--vision_tower`` read."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in clip.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
