@@ -68,7 +68,10 @@ def table() -> str:
 
 
 def internvl_table() -> str:
-    """Return that of the recipes of InternVL-Chat-V1-2, with their micro-batch and with one sample."""
+    """Return that of the recipes of InternVL-Chat-V1-2, with their micro-batch and with one sample.
+
+    There is no cell for GPUs whose batches are no part of the global batch of the recipe.
+    """
     lines = [f"| recipe | samples | {' | '.join(INTERNVL_MACHINES)} |"]
     lines.append(f"|---|---|{'---|' * len(INTERNVL_MACHINES)}")
     for recipe, flags in RECIPES.items():
@@ -77,7 +80,10 @@ def internvl_table() -> str:
         for samples in (training.per_device_train_batch_size, 1):
             arguments = published.arguments._replace(training=replace(training, per_device_train_batch_size=samples))
             run = replace(published, arguments=arguments)
-            cells = [fitting(run, *machine) for machine in INTERNVL_MACHINES.values()]
+            cells = [
+                "–" if training.global_batch_size % (samples * number) else fitting(run, number, room)
+                for number, room in INTERNVL_MACHINES.values()
+            ]
             lines.append(f"| {recipe} | {samples} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -255,7 +255,7 @@ SOURCES: Final = {
         "MIT (generator)",
         "29,765 in InternVL's list",
         "data/train-0000[0-4]-of-00084-*.parquet, or metadata.jsonl of the generator",
-        "synthdog-en/images/*, written from Parquet",
+        "synthdog-en/images/*, written from Parquet if --source is data/images/synthdog-en",
         synthdog_en,
     ),
 }
