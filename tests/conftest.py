@@ -49,6 +49,13 @@ def _no_process_group_is_left() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in names} == before
 
 
+@pytest.fixture(autouse=True)
+def _default_tf32() -> Iterator[None]:
+    """Training sets what ``--tf32`` says for its process."""
+    yield
+    torch.backends.fp32_precision, torch.backends.cudnn.allow_tf32 = "none", True
+
+
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
     """The golden checkpoint in float32. Tests must not modify it."""

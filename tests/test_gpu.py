@@ -1,7 +1,6 @@
 """The same results on a GPU as on the CPU. Without a GPU, the same code runs on the CPU in another form."""
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,11 +31,10 @@ ROWS = [[294, 332, -200, 725, 19], [1, 5, 9, 300, 301, 302, 17], [-200, 748, 12]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def device(request: pytest.FixtureRequest) -> str:
     """A device that computes float32 in float32: by default, convolutions are computed in TF32 on a GPU."""
     torch.backends.cudnn.allow_tf32 = False
-    yield request.param
-    torch.backends.cudnn.allow_tf32 = True  # the default
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -205,11 +205,8 @@ def test_tf32_is_what_the_flag_says_and_else_the_default_of_pytorch(
     assert (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision) == ("none", "tf32")
     monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
     arguments = parse("--use_cpu", "True", *([] if given is None else ["--tf32", given]))
-    try:
-        trainer_arguments(arguments, RunPlan.of(arguments))
-        found = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
-    finally:
-        backends.fp32_precision, backends.cudnn.allow_tf32 = "none", True  # the defaults
+    trainer_arguments(arguments, RunPlan.of(arguments))
+    found = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
     assert found == (("none", "tf32") if precision is None else (precision, precision))
 
 
