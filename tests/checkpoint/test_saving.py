@@ -166,6 +166,14 @@ def test_a_new_tokenizer_replaces_all_of_the_old_one(saved: Path, loaded: Loaded
     load_model(saved, device="cpu")
 
 
+def test_a_new_tokenizer_leaves_the_image_processor(saved: Path, loaded: LoadedModel) -> None:
+    (kept,) = saved.glob("vit/*/preprocessor_config.json")
+    before = kept.read_bytes()
+    loaded.model.save_pretrained(saved, tokenizer=loaded.tokenizer)
+    assert kept.read_bytes() == before
+    load_model(saved, device="cpu")
+
+
 @pytest.mark.parametrize("unrelated", ["thesis.txt", "checkpoint-1/config.json"])
 def test_a_folder_that_holds_more_than_a_checkpoint_is_left_alone(
     unrelated: str, loaded: LoadedModel, tmp_path: Path

@@ -170,6 +170,18 @@ def cmmmu_questions(data: Path) -> list[Question]:
     return cmmmu.read_questions(argparse.Namespace(benchmark="cmmmu", data=str(data), split="val"))
 
 
+def test_questions_of_cmmmu_need_an_answer_except_those_of_the_test_split(tmp_path: Path) -> None:
+    """Found before the model is loaded, not when the answers are scored."""
+    rows = cmmmu_dataset("商业", 0)
+    for split in ("val", "test"):
+        without = rows.map(lambda row: {"answer": None}, features=rows.features)
+        without.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(YiVLError, match=f"^{tmp_path}: question 1 has no answer$"):
+        cmmmu_questions(tmp_path)
+    test = cmmmu.read_questions(argparse.Namespace(benchmark="cmmmu", data=str(tmp_path), split="test"))
+    assert len(test) == 6
+
+
 def by_id(questions: list[Question]) -> dict[str, Question]:
     return {question.id: question for question in questions}
 

@@ -1,5 +1,6 @@
 """The page in a real browser: what a visitor does, and what a visitor must not be able to do."""
 
+import gc
 import json
 import os
 import re
@@ -633,6 +634,8 @@ def test_a_question_whose_conversation_was_closed_is_not_answered(scheduler: Sch
     page.send("hello", None, [], "English", SimpleNamespace(session_hash="another"))
     with pytest.warns(UserWarning, match="closed to make room"):
         assert list(page.answer(pending, 0, 1.0, 5, None, "English", visitor)) == [([], page.status())]
+    gc.collect()
+    assert pending.session() is None  # its memory is free, although the state of the page holds the question
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # which gr.Warning is without a browser

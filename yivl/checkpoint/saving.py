@@ -23,11 +23,12 @@ from yivl.model.packed_linear import Linear16
 _OF_THE_MODEL: Final = (
     *("*.safetensors", "*.bin", "*.index.json", "published.json"),
     *("training_*.json", "checkpoint_manifest.json", "train_results.json", "log.jsonl", "loss.png"),
+    "generation_config.json",
 )
-# What belongs to a tokenizer: a new one replaces all of it.
-_OF_THE_TOKENIZER: Final = (
-    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
-    *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
+# What belongs together: if the new checkpoint has one of them, it replaces all.
+_GROUPS: Final = (
+    ("tokenizer*", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
+    ("preprocessor_config.json", "processor_config.json"),
 )
 
 
@@ -36,7 +37,7 @@ def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that replaces the checkpoint ``folder`` on success.
 
     Files of the old checkpoint that do not describe its weights (a README, a license, the tokenizer) are copied over
-    unless the block wrote them.
+    unless the block wrote them, or others of their kind.
 
     Raises:
         CheckpointError: If ``folder`` is a file, or holds something other than one checkpoint.
@@ -46,7 +47,9 @@ def checkpoint_dir(folder: str | os.PathLike[str]) -> Iterator[Path]:
     with explain_full_disk(folder), atomic_dir(folder) as new:
         yield new
         old = Path(folder).resolve()
-        stale = _OF_THE_MODEL + (_OF_THE_TOKENIZER if any(new.glob("tokenizer*")) else ())
+        stale = list(_OF_THE_MODEL)
+        for group in _GROUPS:
+            stale += group if any(next(new.rglob(pattern), None) for pattern in group) else ()
         for path in old.rglob("*"):
             place = new / path.relative_to(old)
             is_stale = any(path.match(pattern) for pattern in stale)

@@ -5,6 +5,7 @@ import html
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ _MIN_SECONDS_BETWEEN_UPDATES: Final = 0.05  # a browser redraws no faster and wo
 class Pending:
     """A question that is shown on the page and waits for its answer."""
 
-    session: Session
+    session: weakref.ref[Session]
+    """Weak: the state of the page outlives a conversation that is closed."""
     index: int
     """The turn that it adds or replaces."""
     question: str
@@ -130,7 +132,7 @@ class Page:
         """Stream the answer to a queued question."""
         session = self._session(request)
         # None: nothing was queued. Another session: that of the question was closed while it was queued.
-        if pending is None or session is not pending.session:
+        if pending is None or session is not pending.session():
             gr.Warning(TEXTS[language]["gone"])
             yield as_bubbles(session.chat), self.status()
             return
@@ -171,7 +173,9 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # the client's JSON is unchecked
             raise gr.Error("an argument has the wrong type; view_api() lists them", print_exception=False) from error
-        for text in self._stream(session, Pending(session, 0, question.strip(), session.stop_event), sampling):
+        for text in self._stream(
+            session, Pending(weakref.ref(session), 0, question.strip(), session.stop_event), sampling
+        ):
             if isinstance(text, Exception):
                 raise gr.Error(_explain(text, "English"), print_exception=False)
             yield text
@@ -292,7 +296,9 @@ def _queue(session: Session, index: int, question: str) -> tuple[Pending, list[B
     """Return a question for ``Page.answer``, and the conversation that shows it; ends the current answer."""
     session.stop_event.set()
     session.stop_event = threading.Event()
-    return Pending(session, index, question, session.stop_event), bubbles_up_to(session.chat, index, question)
+    return Pending(weakref.ref(session), index, question, session.stop_event), bubbles_up_to(
+        session.chat, index, question
+    )
 
 
 def _sampling(temperature: float, top_p: float, max_tokens: int, seed: int | None) -> dict[str, Any]:
